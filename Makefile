@@ -1,0 +1,48 @@
+# make all      environment, then the whole matrix      (CORES=8 CONFIG=config/other.yaml)
+# make test     environment, then the tests
+# make env      the environment alone, in .venv
+# make lint     ruff, snakefmt, snakemake --lint
+# make summarize   results/summary.* from what is there, without training
+# make clean    remove results and Snakemake's records of them; the environment stays
+
+PYTHON ?= python3
+CORES ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) $(if $(CONFIG),--configfile $(CONFIG))
+
+.PHONY: all test env lint summarize dry-run clean
+
+all: env
+	$(SNAKEMAKE) all
+	@cat results/summary.txt
+
+test: env
+	$(BIN)/python -m pytest
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[demo,test]'
+	@touch $@
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+
+dry-run: env
+	$(SNAKEMAKE) --dry-run all
+
+summarize: env
+	$(SNAKEMAKE) summarize
+	@cat results/summary.txt
+
+clean:
+	rm -rf .snakemake
+	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -1,0 +1,259 @@
+"""Evaluation by inner step: perplexity and token accuracy per document, generations, throughput."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from kimi_recursive.config import RecursiveConfig
+from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
+from kimi_recursive.files import versions, write_json, write_parquet
+from kimi_recursive.loader import load_model_with_config
+from kimi_recursive.model import ChunkRefineWrapper
+
+
+def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows of equal length together, in a fixed order, at most `batch_size` of them."""
+    ordered = sorted(windows, key=lambda w: -len(w.inputs))
+    for _, group in groupby(ordered, key=lambda w: len(w.inputs)):
+        group = list(group)
+        for i in range(0, len(group), batch_size):
+            yield group[i : i + batch_size]
+
+
+@torch.no_grad()
+def score_windows(
+    wrapper: ChunkRefineWrapper,
+    windows: Sequence[Window],
+    batch_size: int,
+    num_steps: int | None = None,
+    progress: bool = False,
+) -> pl.DataFrame:
+    """Teacher-forced scores of windows, chunk by chunk on the grid from each window's start.
+
+    Returns:
+        One row per window, chunk and inner step: document (int), start, chunk, step, num_tokens,
+        loss_sum (nats), num_correct, p_commit (null at step 0 and when the loop is not active).
+    """
+    rows: dict[str, list] = {
+        k: []
+        for k in (
+            "document", "start", "chunk", "step",
+            "num_tokens", "loss_sum", "num_correct", "p_commit",
+        )
+    }  # fmt: skip
+    bar = tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress)
+    for batch in batches(windows, batch_size):
+        inputs = torch.from_numpy(np.stack([w.inputs for w in batch])).to(wrapper.device)
+        targets = torch.from_numpy(np.stack([w.targets for w in batch])).to(wrapper.device)
+        offset = 0
+        for number, chunk in enumerate(wrapper.chunks(inputs)):
+            width = chunk.input_ids.shape[1]
+            gold = targets[:, offset : offset + width]
+            offset += width
+            for state in wrapper.steps(chunk, num_steps):
+                ce = F.cross_entropy(
+                    state.logits.float().transpose(1, 2), gold, reduction="none"
+                ).double()
+                correct = (state.logits.argmax(-1) == gold).sum(1)
+                p_commit: list[float | None] = [None] * len(batch)
+                if state.step:
+                    p_commit = wrapper.boundary(state.h_top)[0].tolist()
+                rows["document"] += [w.document for w in batch]
+                rows["start"] += [w.start for w in batch]
+                rows["chunk"] += [number] * len(batch)
+                rows["step"] += [state.step] * len(batch)
+                rows["num_tokens"] += [width] * len(batch)
+                rows["loss_sum"] += ce.sum(1).tolist()
+                rows["num_correct"] += correct.tolist()
+                rows["p_commit"] += p_commit
+        bar.update(len(batch))
+    bar.close()
+    return pl.DataFrame(rows, schema_overrides={"p_commit": pl.Float64})
+
+
+def losses_by_step(
+    wrapper: ChunkRefineWrapper, windows: Sequence[Window], batch_size: int
+) -> list[float]:
+    """Mean cross-entropy in nats per token at steps 0..K."""
+    scores = score_windows(wrapper, windows, batch_size)
+    by_step = scores.group_by("step").agg(pl.col("loss_sum", "num_tokens").sum()).sort("step")
+    return (by_step["loss_sum"] / by_step["num_tokens"]).to_list()
+
+
+def document_scores(scores: pl.DataFrame, split: TokenSplit) -> pl.DataFrame:
+    """One row per document and inner step: document_id, step, num_tokens, loss_sum, num_correct."""
+    ids = pl.DataFrame(
+        {"document": range(len(split.document_ids)), "document_id": split.document_ids}
+    )
+    return (
+        scores.group_by("document", "step")
+        .agg(pl.col("num_tokens", "loss_sum", "num_correct").sum())
+        .sort("document", "step")
+        .join(ids, on="document", how="left", maintain_order="left")
+        .select("document_id", "step", "num_tokens", "loss_sum", "num_correct")
+    )
+
+
+def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
+    """Per inner step: loss (nats per token), perplexity, token_accuracy, over all tokens."""
+    table = (
+        documents.group_by("step")
+        .agg(pl.col("num_tokens", "loss_sum", "num_correct").sum())
+        .sort("step")
+        .select(
+            "step",
+            loss=pl.col("loss_sum") / pl.col("num_tokens"),
+            perplexity=(pl.col("loss_sum") / pl.col("num_tokens")).exp(),
+            token_accuracy=pl.col("num_correct") / pl.col("num_tokens"),
+        )
+    )
+    return table.to_dicts()
+
+
+def mean_inner_steps(scores: pl.DataFrame, threshold: float) -> float:
+    """Inner steps a chunk takes when it stops at the first step with p_commit >= `threshold`, or at
+    the last step; mean over chunks. 0 when the loop is not active."""
+    refined = scores.filter(pl.col("step") > 0)
+    if refined.is_empty():
+        return 0.0
+    last = refined["step"].max()
+    stop = pl.when(pl.col("p_commit") >= threshold).then(pl.col("step")).otherwise(last).min()
+    per_chunk = refined.group_by("document", "start", "chunk").agg(stop.alias("stop"))
+    return float(per_chunk["stop"].mean())
+
+
+def generate_samples(
+    wrapper: ChunkRefineWrapper, tokenizer, prompts: Sequence[str], max_new_tokens: int
+) -> tuple[list[dict[str, Any]], float]:
+    """Greedy continuations, one prompt at a time; and tokens per second over all of them."""
+    samples, num_tokens = [], 0
+    started = time.perf_counter()
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        if not ids or ids[0] != tokenizer.bos_token_id:
+            first = tokenizer.bos_token_id
+            ids = ([first] if first is not None else []) + ids
+        input_ids = torch.tensor([ids], device=wrapper.device)
+        options = {} if wrapper.active else {"do_sample": False, "num_beams": 1}
+        output = wrapper.generate_chunks(
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            attention_mask=torch.ones_like(input_ids),
+            **options,
+        )
+        new = output[0, len(ids) :].tolist()
+        num_tokens += len(new)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        samples.append({"prompt": prompt, "completion": text, "token_ids": new})
+    return samples, num_tokens / (time.perf_counter() - started)
+
+
+def evaluate_model(
+    wrapper: ChunkRefineWrapper,
+    tokenizer,
+    split: TokenSplit,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Any], pl.DataFrame]:
+    """Evaluate one model on held-out documents.
+
+    Args:
+        settings: The `evaluation` subtree of the workflow config: context_length, batch_size,
+            max_windows_per_document, prompts, max_new_tokens.
+
+    Returns:
+        Results as JSON types, and `document_scores`. `perplexity.perplexity` and
+        `perplexity.token_accuracy` are those of the last inner step; `by_step` has all.
+
+    Raises:
+        ValueError: no document with two tokens, or prompts without a tokenizer.
+    """
+    if tokenizer is None and settings["prompts"]:
+        raise ValueError("evaluation.prompts need a tokenizer, and the model has none")
+    windows = document_windows(
+        split, settings["context_length"], settings["max_windows_per_document"]
+    )
+    if not windows:
+        raise ValueError("the evaluation split has no document of at least two tokens")
+    started = time.perf_counter()
+    scores = score_windows(wrapper, windows, settings["batch_size"], progress=True)
+    seconds = time.perf_counter() - started
+    documents = document_scores(scores, split)
+    by_step = summarize_scores(documents)
+    num_tokens = sum(len(w.targets) for w in windows)
+    samples, generated_per_second = generate_samples(
+        wrapper, tokenizer, settings["prompts"], settings["max_new_tokens"]
+    )
+    results = {
+        "perplexity": {
+            **{k: by_step[-1][k] for k in ("perplexity", "token_accuracy", "loss")},
+            "num_tokens": num_tokens,
+            "num_documents": documents["document_id"].n_unique(),
+            "by_step": by_step,
+        },
+        "inner_steps": wrapper.resolve_steps(None),
+        "mean_inner_steps": mean_inner_steps(scores, wrapper.config.commit_threshold),
+        "throughput": {
+            "evaluated_tokens_per_second": num_tokens / seconds,
+            "generated_tokens_per_second": generated_per_second,
+        },
+        "generations": samples,
+    }
+    return results, documents
+
+
+def evaluate_stage(
+    stage: str,
+    model_path: str | Path,
+    tokens_dir: str | Path,
+    settings: Mapping[str, Any],
+    results_path: str | Path,
+    documents_path: str | Path,
+    config: RecursiveConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    split: str = "test",
+    **load_options: Any,
+) -> dict[str, Any]:
+    """Load a model, evaluate it, write `<stage>_results.json` and `<stage>_documents.parquet`.
+
+    Args:
+        config: By default the sidecar's own, or recursion disabled for a base.
+        overrides: Parameters to change in that config.
+        load_options: Passed on to `load_model_with_config`.
+
+    Raises:
+        ValueError: from loading or evaluating.
+    """
+    wrapper, tokenizer, config = load_model_with_config(
+        model_path, config=config, overrides=overrides, **load_options
+    )
+    results, documents = evaluate_model(
+        wrapper, tokenizer, load_tokens(Path(tokens_dir), split), settings
+    )
+    results = {
+        "stage": stage,
+        "model_path": str(model_path),
+        "split": split,
+        **results,
+        "num_parameters": {
+            "base": sum(p.numel() for p in wrapper.base.parameters()),
+            "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
+        },
+        "config": config.to_dict(),
+        "evaluation": dict(settings),
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_parquet(documents_path, documents)
+    write_json(results_path, results)
+    return results

@@ -1,0 +1,73 @@
+"""Outputs appear complete or not at all; JSON results say which versions made them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+
+@contextmanager
+def publishing(output_dir: str | Path) -> Iterator[Path]:
+    """A temporary sibling folder that takes the place of `output_dir` when the block succeeds."""
+    output_dir = Path(output_dir)
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(output_dir, ignore_errors=True)
+    os.replace(temporary, output_dir)
+
+
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[Path]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON; NaN and infinity are refused, since JSON has neither."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_parquet(path: str | Path, table: pl.DataFrame) -> None:
+    """Write a table as parquet."""
+    with _replacing(path) as temporary:
+        table.write_parquet(temporary)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide numbers."""
+    packages = ("kimi-recursive", "torch", "transformers", "tokenizers", "numpy")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found

@@ -1,0 +1,57 @@
+"""What every script of the workflow does around its one call: threads, log, errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class _Tee:
+    """Writes to the terminal, and whole lines (not redrawn progress bars) to the log as well."""
+
+    def __init__(self, terminal: TextIO, log: TextIO):
+        self.terminal, self.log = terminal, log
+
+    def write(self, text: str) -> int:
+        self.terminal.write(text)
+        if "\r" not in text:
+            self.log.write(text)
+            self.log.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
+
+    def isatty(self) -> bool:
+        return self.terminal.isatty()
+
+
+@contextmanager
+def job(snakemake) -> Iterator[None]:
+    """Run the body of a workflow script.
+
+    Caps BLAS threads at the rule's threads (set before torch is imported), copies output to the
+    rule's log, and turns a user error (ValueError) into one line and exit code 2.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(snakemake.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["POLARS_MAX_THREADS"] = str(snakemake.threads)
+    with open(snakemake.log[0], "w", encoding="utf-8") as log:
+        tee = _Tee(sys.stderr, log)
+        with redirect_stderr(tee), redirect_stdout(tee):
+            try:
+                yield
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(USER_ERROR_EXIT_CODE)
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
+

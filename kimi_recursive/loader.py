@@ -1,0 +1,248 @@
+"""Load a base with or without its sidecar; save the sidecar alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kimi_recursive.config import (
+    CONFIG_NAME,
+    RecursiveConfig,
+    get_after_surgery_config,
+    get_baseline_config,
+    read_json_object,
+)
+from kimi_recursive.kda import install_fast_kda
+from kimi_recursive.model import ChunkRefineWrapper
+
+SIDECAR_NAME = "sidecar.safetensors"
+SIDECAR_INIT_SEED = 0
+
+
+def base_identity(base: PreTrainedModel) -> dict[str, Any]:
+    """What a sidecar must find again: the base's shape, and a digest of its first embeddings."""
+    config = base.config.get_text_config()
+    rows = base.get_input_embeddings().weight[:16].detach().float().cpu().contiguous()
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "embedding_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+    }
+
+
+def load_base(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a Hugging Face decoder, in eval mode, with the fast KDA where the CPU serves it.
+
+    Args:
+        path: Local directory, or a Hub id (with a pinned `revision`).
+        dtype: A torch dtype by name, or `auto` for the checkpoint's own.
+
+    Raises:
+        ValueError: nothing there, no decoder, or damaged weights.
+    """
+    where = str(path)
+    if _is_local(where) and not Path(where).is_dir():
+        raise ValueError(f"{where}: no such model directory")
+    if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
+        raise ValueError(f"dtype must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}")
+    _check_safetensors(Path(where))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, SafetensorError, HfHubHTTPError) as error:
+        raise ValueError(f"{where}: cannot be loaded as a decoder: {_first_line(error)}") from error
+    if device is not None:
+        model.to(device)
+    model.eval()
+    install_fast_kda(model)
+    return model
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code=False):
+    """The tokenizer stored with a model, or None where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path, base_path: str | Path) -> None:
+    """Write `sidecar.safetensors` and `recursive_config.json`; the base is named, not copied.
+
+    Raises:
+        ValueError: recursion is disabled, so there is no sidecar.
+    """
+    if not wrapper.config.recursive_enabled:
+        raise ValueError("recursion is disabled: there is no sidecar to save")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    base_path = str(base_path)
+    if Path(base_path).is_dir():  # relative to the sidecar, so that the two can move together
+        base_path = os.path.relpath(Path(base_path).resolve(), directory.resolve())
+    metadata = {
+        "format": "pt",
+        "base_model_name_or_path": base_path,
+        "base": json.dumps(base_identity(wrapper.base)),
+    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in wrapper.sidecar_state_dict().items()}
+    temporary = directory / f".{SIDECAR_NAME}.tmp"
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, directory / SIDECAR_NAME)
+    wrapper.config.save(directory / CONFIG_NAME)
+
+
+def load_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path) -> None:
+    """Load sidecar weights onto a wrapper.
+
+    Raises:
+        ValueError: missing or damaged file, another base, or other shapes.
+    """
+    path = Path(directory) / SIDECAR_NAME
+    metadata, tensors = _read_safetensors(path)
+    made_for, here = json.loads(metadata.get("base", "{}")), base_identity(wrapper.base)
+    differs = [key for key, value in made_for.items() if here.get(key) != value]
+    if differs:
+        detail = ", ".join(f"{k} {made_for[k]} (this base: {here.get(k)})" for k in differs)
+        raise ValueError(f"{path}: does not fit this base; it was made for {detail}")
+    expected = wrapper.sidecar_state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        have = tuple(tensors[name].shape) if name in tensors else "missing"
+        want = tuple(expected[name].shape) if name in expected else "no such weight"
+        if have != want:
+            raise ValueError(f"{path}: does not fit this config: {name} is {have}, needs {want}")
+    wrapper.load_state_dict(tensors, strict=False)
+
+
+def load_model_with_config(
+    model_path: str | Path,
+    config_path: str | Path | None = None,
+    config: RecursiveConfig | None = None,
+    recursive_enabled: bool | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    base_path: str | Path | None = None,
+    **load_options: Any,
+):
+    """Load a model and put the loop around it.
+
+    Args:
+        model_path: A base (directory or Hub id), or a directory with a saved sidecar, which names
+            its base.
+        config_path, config, recursive_enabled: At most one. With none of them a sidecar brings its
+            own config, and a base alone is loaded with recursion disabled.
+        overrides: Parameters to change in the config found that way.
+        base_path: Where the sidecar's base is now, if it moved.
+        load_options: Passed on to `load_base` (revision, dtype, device, trust_remote_code).
+
+    Returns:
+        `(model, tokenizer, config)`; the tokenizer is None when none is stored with the base.
+        Cells that are not loaded from a sidecar are fresh, with a fixed seed.
+
+    Raises:
+        ValueError: more than one source of config, invalid config, or a model that does not load.
+    """
+    given = [x for x in (config_path, config, recursive_enabled) if x is not None]
+    if len(given) > 1:
+        raise ValueError("give at most one of config_path, config and recursive_enabled")
+    sidecar = Path(model_path) / SIDECAR_NAME
+    sidecar = sidecar if sidecar.is_file() else None
+    if config_path is not None:
+        config = RecursiveConfig.from_file(config_path).validated(str(config_path))
+    elif recursive_enabled is not None:
+        config = get_after_surgery_config() if recursive_enabled else get_baseline_config()
+    elif config is None and sidecar is not None:
+        path = Path(model_path) / CONFIG_NAME
+        config = RecursiveConfig.from_file(path).validated(str(path))
+    config = config or get_baseline_config()
+    config = RecursiveConfig.from_dict({**config.to_dict(), **(overrides or {})}).validated()
+
+    where = str(model_path)
+    if sidecar is not None:
+        where = str(base_path or sidecar_base_path(sidecar))
+    base = load_base(where, **load_options)
+    model = build_wrapper(base, config)
+    if sidecar is not None and config.recursive_enabled:
+        load_sidecar(model, sidecar.parent)
+    options = {k: v for k, v in load_options.items() if k in ("revision", "trust_remote_code")}
+    return model, load_tokenizer(where, **options), config
+
+
+def build_wrapper(
+    base: PreTrainedModel, config: RecursiveConfig, seed: int = SIDECAR_INIT_SEED
+) -> ChunkRefineWrapper:
+    """A wrapper with fresh cells that depend on `seed` alone; the global RNG is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ChunkRefineWrapper(base, config).eval()
+
+
+def base_of(model_path: str | Path) -> str:
+    """The base of a model path: the path itself, or what its sidecar names."""
+    sidecar = Path(model_path) / SIDECAR_NAME
+    return sidecar_base_path(sidecar) if sidecar.is_file() else str(model_path)
+
+
+def sidecar_base_path(sidecar: Path) -> str:
+    """Where a sidecar says its base is: a local directory, or a Hub id.
+
+    Raises:
+        ValueError: damaged file, or one that names no base.
+    """
+    metadata, _ = _read_safetensors(sidecar)
+    name = metadata.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{sidecar}: names no base model; give base_path")
+    local = sidecar.parent / name
+    return str(Path(os.path.normpath(local))) if local.is_dir() or _is_local(name) else name
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError) as error:
+        message = _first_line(error)
+        raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error
+
+
+def _check_safetensors(directory: Path) -> None:
+    """Name a damaged weights file before transformers fails on it with less to say."""
+    for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            message = _first_line(error)
+            raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

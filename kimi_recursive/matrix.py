@@ -1,0 +1,73 @@
+"""The run sheet: which trainings and evaluations the config asks for, and where each one lives.
+
+A training is keyed by what it computes (arm, phase, seed); two evaluations that need the same
+training share it. Everything here is derived from the config, so that the DAG and the summary
+expect the same runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Raised by hand when a change of code changes numbers: all that was computed before runs again.
+NUMERICS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run; `parent` is the key of the run it starts from, None for fresh cells."""
+
+    arm: str
+    phase: str
+    seed: int
+    parent: str | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.arm}_{self.phase}_s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation.
+
+    Attributes:
+        name: File stem in `results/eval`; the stage, with `_s<seed>` behind it for every seed but
+            the first of the list.
+        stage: `baseline`, `after_surgery`, `finetuned_recursive`.
+        seed: Of the cells and the training; None for the baseline.
+        training: Key of the training evaluated, None before training.
+    """
+
+    name: str
+    stage: str
+    seed: int | None
+    training: str | None
+
+
+def trainings(config: Mapping[str, Any]) -> list[Training]:
+    """All training runs of the matrix, parents first."""
+    return [Training("recursive", "a", seed, None) for seed in config["seeds"]]
+
+
+def evaluations(config: Mapping[str, Any]) -> list[Evaluation]:
+    """All evaluations of the matrix, in the order of the summary."""
+    seeds = config["seeds"]
+
+    def name(stage: str, seed: int) -> str:
+        return stage if seed == seeds[0] else f"{stage}_s{seed}"
+
+    rows = [Evaluation("baseline", "baseline", None, None)]
+    rows += [Evaluation(name("after_surgery", s), "after_surgery", s, None) for s in seeds]
+    rows += [
+        Evaluation(name("finetuned_recursive", t.seed), "finetuned_recursive", t.seed, t.key)
+        for t in trainings(config)
+    ]
+    return rows
+
+
+def zero_init_name(config: Mapping[str, Any], seed: int) -> str:
+    """File stem in `results/compare` of a seed's zero-init proof."""
+    return "zero_init" if seed == config["seeds"][0] else f"zero_init_s{seed}"

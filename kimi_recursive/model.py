@@ -1,0 +1,358 @@
+"""`ChunkRefineWrapper`: a recursive refinement loop around any Hugging Face decoder.
+
+Step 0 is the base model, untouched; it alone writes to the cache. Steps 1..K are further full-depth
+passes over the current chunk, each from a fork of the cache at the chunk's start, with
+`RefineCell`s hooked behind the decoder layers for the duration of the pass.
+
+Shapes: B batch, P prefix length, W chunk length (at most `chunk_width`), D hidden size,
+S state size, V vocabulary, K inner steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kimi_recursive.cache import fork
+from kimi_recursive.config import RecursiveConfig
+from kimi_recursive.refine import BoundaryHead, LatentToken, RefineCell
+
+
+def find_decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a Hugging Face decoder: its outermost list of `num_hidden_layers`.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    num_layers = base.config.get_text_config().num_hidden_layers
+    found = [
+        (name.count("."), module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if not found:
+        raise ValueError(f"{type(base).__name__}: found no ModuleList of {num_layers} layers")
+    return min(found, key=lambda item: item[0])[1]
+
+
+@dataclass
+class ChunkState:
+    """One chunk in the loop: what step t left behind for step t + 1.
+
+    Attributes:
+        prefix: Cache at the chunk's start; never written to.
+        committed: Cache after the base has encoded the chunk.
+        mask: Attention mask [B, P + W], or None when nothing is padded.
+        step: Inner steps done.
+        h_top: Output of the last decoder layer at this step [B, W, D].
+        logits: Next-token logits at this step [B, W, V].
+        states: Cell states by layer index, each [B, W, S].
+    """
+
+    prefix: Cache
+    committed: Cache
+    input_ids: Tensor
+    mask: Tensor | None
+    step: int
+    h_top: Tensor
+    logits: Tensor
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+
+class ChunkRefineWrapper(nn.Module):
+    """A base decoder with the refinement loop in its path.
+
+    Args:
+        base: Any Hugging Face decoder with a language-model head.
+        config: What to build; when left out, the legacy keyword arguments (any parameters of
+            `RecursiveConfig`) make one with `recursive_enabled=True`.
+
+    Attributes:
+        base: The model as given; it is never modified and keeps no hook between calls.
+        refine_cells: A `RefineCell` for each refined layer, or None when disabled.
+        latent: `LatentToken`, or None when disabled or `use_latent_token` is False.
+        boundary: `BoundaryHead`, or None when disabled.
+
+    Raises:
+        ValueError: invalid config, or layers that the base does not have.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, config: RecursiveConfig | None = None, **legacy: Any
+    ):
+        super().__init__()
+        if config is None:
+            config = RecursiveConfig.from_dict({"recursive_enabled": True, **legacy})
+        elif legacy:
+            raise ValueError(f"give a config or keyword arguments, not both: {sorted(legacy)}")
+        self.config = config.validated()
+        self.base = base
+        self._layers = [find_decoder_layers(base)]  # in a list: not a submodule of the wrapper
+        self._accepted = set(inspect.signature(base.forward).parameters)
+        self.refine_cells = self.latent = self.boundary = None
+        self._active = config.recursive_enabled
+        if not config.recursive_enabled:
+            return
+        d_model = base.config.get_text_config().hidden_size
+        self.refined_layers = config.layer_indices(len(self.layers))
+        self.refine_cells = nn.ModuleList(
+            RefineCell(d_model, config.d_state) for _ in self.refined_layers
+        )
+        if config.use_latent_token:
+            self.latent = LatentToken(d_model)
+        self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
+        for index, cell in zip(self.refined_layers, self.refine_cells, strict=True):
+            cell.to(next(self.layers[index].parameters()).device)  # layers may be spread by device_map
+        if self.latent is not None:
+            self.latent.to(base.get_input_embeddings().weight.device)
+        self.boundary.to(next(self.layers[-1].parameters()).device)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers of the base."""
+        return self._layers[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def active(self) -> bool:
+        """Whether the loop runs: recursion is enabled and not inside `disabled()`."""
+        return self._active
+
+    def sidecar(self) -> list[nn.Module]:
+        """The components around the base; empty when recursion is disabled."""
+        return [m for m in (self.refine_cells, self.latent, self.boundary) if m is not None]
+
+    def sidecar_state_dict(self) -> dict[str, Tensor]:
+        """The weights of the sidecar alone."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
+
+    def train(self, mode: bool = True) -> ChunkRefineWrapper:
+        """Set the mode of the sidecar. The base's mode is its own: see invariant 6 in the docs."""
+        self.training = mode
+        for module in self.sidecar():
+            module.train(mode)
+        return self
+
+    @contextmanager
+    def disabled(self) -> Iterator[PreTrainedModel]:
+        """Inside, the wrapper is the base exactly, whatever the cells have learned."""
+        before, self._active = self._active, False
+        try:
+            yield self.base
+        finally:
+            self._active = before
+
+    # ---- one chunk -------------------------------------------------------------------------
+
+    def new_cache(self) -> Cache:
+        """An empty cache for the base."""
+        return DynamicCache(config=self.base.config)
+
+    def _run_base(
+        self,
+        cache: Cache,
+        mask: Tensor | None,
+        states: dict[int, Tensor] | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """One full-depth pass. With `states`, the cells refine the stream and update them.
+
+        Returns: top hidden state [B, W, D] and logits [B, W, V].
+        """
+        captured: dict[str, Tensor] = {}
+
+        def refine(cell: RefineCell, index: int):
+            def hook(_layer, _args, output):
+                h = output[0] if isinstance(output, tuple) else output
+                h, states[index] = cell(h, states.get(index))
+                return (h, *output[1:]) if isinstance(output, tuple) else h
+
+            return hook
+
+        def capture(_layer, _args, output):
+            captured["h_top"] = output[0] if isinstance(output, tuple) else output
+
+        handles = []
+        try:
+            if states is not None:
+                for index, cell in zip(self.refined_layers, self.refine_cells, strict=True):
+                    hook = refine(cell, index)
+                    handles.append(self.layers[index].register_forward_hook(hook))
+            handles.append(self.layers[-1].register_forward_hook(capture))
+            if mask is not None:
+                width = next(iter(inputs.values())).shape[1]
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
+            inputs = {k: v for k, v in inputs.items() if k in self._accepted}
+            logits = self.base(
+                **inputs, attention_mask=mask, past_key_values=cache, use_cache=True
+            ).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured["h_top"], logits
+
+    def read(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Tensor:
+        """The base reads `input_ids` [B, T] and updates `cache`; logits [B, T, V]."""
+        return self._run_base(cache, mask, input_ids=input_ids)[1]
+
+    def encode(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Cache:
+        """The cache after the base has read `input_ids` [B, T]; `cache` itself is left as it is."""
+        cache = fork(cache)
+        if input_ids.shape[1]:
+            self._run_base(cache, mask, input_ids=input_ids, logits_to_keep=1)
+        return cache
+
+    def start_chunk(self, input_ids: Tensor, prefix: Cache, mask: Tensor | None = None) -> ChunkState:
+        """Step 0: the base reads the chunk `input_ids` [B, W] after `prefix`.
+
+        Raises:
+            ValueError: the chunk is empty or longer than `chunk_width`.
+        """
+        if not 1 <= input_ids.shape[1] <= self.config.chunk_width:
+            raise ValueError(
+                f"a chunk has 1 to chunk_width = {self.config.chunk_width} tokens, "
+                f"got {input_ids.shape[1]}"
+            )
+        committed = fork(prefix)
+        h_top, logits = self._run_base(committed, mask, input_ids=input_ids)
+        return ChunkState(prefix, committed, input_ids, mask, 0, h_top, logits)
+
+    def refine(self, chunk: ChunkState, input_ids: Tensor | None = None) -> ChunkState:
+        """Step t + 1 of a chunk: a full-depth pass that ends in a new `ChunkState`.
+
+        Args:
+            input_ids: The chunk's tokens [B, W] where they were edited since the step before.
+        """
+        ids = chunk.input_ids if input_ids is None else input_ids
+        embeds = self.base.get_input_embeddings()(ids)
+        if self.latent is not None:
+            embeds = self.latent(embeds, chunk.h_top)
+        states = dict(chunk.states)
+        h_top, logits = self._run_base(
+            fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds
+        )
+        return ChunkState(
+            chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states
+        )
+
+    def steps(self, chunk: ChunkState, num_steps: int | None = None) -> Iterator[ChunkState]:
+        """The chunk at steps 0..`num_steps` (default K; only step 0 when the loop is not active)."""
+        yield chunk
+        for _ in range(self.resolve_steps(num_steps)):
+            chunk = self.refine(chunk)
+            yield chunk
+
+    def resolve_steps(self, num_steps: int | None) -> int:
+        """The number of inner steps to run. More than `max_inner_steps` is allowed.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if num_steps is not None and num_steps < 0:
+            raise ValueError(f"num_steps must be at least 0, got {num_steps}")
+        if not self.active:
+            return 0
+        return self.config.max_inner_steps if num_steps is None else num_steps
+
+    def chunks(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, chunk_start: int = 0
+    ) -> Iterator[ChunkState]:
+        """Step 0 of each chunk of `input_ids` [B, T] on the grid chunk_start + n * chunk_width."""
+        prefix_mask = None if attention_mask is None else attention_mask[:, :chunk_start]
+        prefix = self.encode(input_ids[:, :chunk_start], self.new_cache(), prefix_mask)
+        for start in range(chunk_start, input_ids.shape[1], self.config.chunk_width):
+            stop = min(start + self.config.chunk_width, input_ids.shape[1])
+            mask = None if attention_mask is None else attention_mask[:, :stop]
+            chunk = self.start_chunk(input_ids[:, start:stop], prefix, mask)
+            yield chunk
+            prefix = chunk.committed
+
+    # ---- the public windows ----------------------------------------------------------------
+
+    def step_logits(
+        self,
+        input_ids: Tensor,
+        chunk_start: int = 0,
+        num_steps: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of one chunk at every inner step.
+
+        Args:
+            input_ids: [B, P + W]; the chunk is `input_ids[:, chunk_start:]`, the rest its prefix.
+            num_steps: Inner steps, `max_inner_steps` by default.
+            attention_mask: [B, P + W], 0 for padding on the left.
+
+        Returns:
+            [num_steps + 1, B, W, V]; index 0 is the base. One step only when not active.
+
+        Raises:
+            ValueError: `chunk_start` outside the input, or more than `chunk_width` tokens after it.
+        """
+        if not 0 <= chunk_start < input_ids.shape[1]:
+            raise ValueError(
+                f"chunk_start must be from 0 to {input_ids.shape[1] - 1}, got {chunk_start}"
+            )
+        if input_ids.shape[1] - chunk_start > self.config.chunk_width:
+            raise ValueError(
+                f"the chunk has {input_ids.shape[1] - chunk_start} tokens, more than "
+                f"chunk_width = {self.config.chunk_width}"
+            )
+        chunk = next(self.chunks(input_ids, attention_mask, chunk_start))
+        return torch.stack([state.logits for state in self.steps(chunk, num_steps)])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_steps: int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the last inner step, chunk by chunk on the grid from position 0.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, T], -100 where ignored; as in transformers, shifted inside.
+
+        Returns: logits [B, T, V], and the mean cross-entropy when labels are given.
+        """
+        if not self.active:
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        logits = torch.cat(
+            [
+                list(self.steps(chunk, num_steps))[-1].logits
+                for chunk in self.chunks(input_ids, attention_mask)
+            ],
+            dim=1,
+        )
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def generate_chunks(self, input_ids: Tensor | None = None, **kwargs: Any):
+        """Generate with the loop; `base.generate(input_ids, **kwargs)` itself when not active.
+
+        See `kimi_recursive.generate.generate_chunks` for the arguments.
+        """
+        if not self.active:
+            return self.base.generate(input_ids, **kwargs)
+        from kimi_recursive.generate import generate_chunks
+
+        return generate_chunks(self, input_ids, **kwargs)
+
+    generate = generate_chunks

@@ -1,0 +1,93 @@
+"""The trainable parts of the loop: `RefineCell`, `LatentToken`, `BoundaryHead`.
+
+Shapes: B batch, W chunk width, D hidden size, S state size. Both updates of the stream are scaled
+by its root mean square, and in each product exactly one factor starts at zero: the loop starts as
+the identity, and gradients flow from the first step. Parameters stay in float32; the stream keeps
+the dtype of the base.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INITIAL_COMMIT_BIAS = -3.0  # at or above 0 the depth collapses (arXiv 2604.21999)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square per position over the last axis, float32, without gradient: [..., 1]."""
+    return x.detach().float().pow(2).mean(-1, keepdim=True).sqrt()
+
+
+class RefineCell(nn.Module):
+    """One layer's refinement: `h + rms(h) * out(silu(inp([n, s'])))`, `n = norm(h)`, `s' = GRU(n, s)`.
+
+    Everything is per position, so the cell is as causal as the layer it follows. `out.weight` is
+    zero at the start and `out` has no bias: a fresh cell returns `h` bit for bit.
+    """
+
+    def __init__(self, d_model: int, d_state: int):
+        super().__init__()
+        self.d_state = d_state
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.gru = nn.GRUCell(d_model, d_state)
+        self.inp = nn.Linear(d_model + d_state, 4 * d_model)
+        self.out = nn.Linear(4 * d_model, d_model, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, h_BWD: Tensor, s_BWS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Args: h [B, W, D]; s [B, W, S] float32, or None for the zero state.
+
+        Returns: the refined h in the dtype of h, and the next state.
+        """
+        n = self.norm(h_BWD.float())
+        flat_state = None if s_BWS is None else s_BWS.flatten(0, -2)
+        s = self.gru(n.flatten(0, -2), flat_state).view(*n.shape[:-1], self.d_state)
+        update = self.out(F.silu(self.inp(torch.cat([n, s.to(n.dtype)], dim=-1))))
+        return h_BWD + (rms(h_BWD) * update).to(h_BWD.dtype), s
+
+
+class LatentToken(nn.Module):
+    """The top-to-bottom path: `e + rms(e) * P(norm(h_top) + z)`, z learned, P zero at the start."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.z = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
+        self.proj = nn.Linear(d_model, d_model, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, e_BWD: Tensor, h_top_BWD: Tensor) -> Tensor:
+        """Args: token embeddings [B, W, D]; top hidden state of the step before [B, W, D].
+
+        Returns: embeddings for the next step, in the dtype of e.
+        """
+        update = self.proj(self.norm(h_top_BWD.float()) + self.z)
+        return e_BWD + (rms(e_BWD) * update).to(e_BWD.dtype)
+
+
+class BoundaryHead(nn.Module):
+    """Reads the right edge of a chunk: commit now, and how many tokens? Never part of the logits."""
+
+    def __init__(self, d_model: int, gate_hidden: int, max_chunk_len: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.hidden = nn.Linear(d_model, gate_hidden)
+        self.commit = nn.Linear(gate_hidden, 1)
+        self.length = nn.Linear(gate_hidden, max_chunk_len + 1)
+        nn.init.constant_(self.commit.bias, INITIAL_COMMIT_BIAS)
+
+    def forward(self, h_top_BWD: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: top hidden state [B, W, D].
+
+        Returns: p_commit [B] and log-probabilities of the lengths 0..max_chunk_len
+        [B, max_chunk_len + 1], both float32.
+        """
+        commit_logit, log_length = self.scores(h_top_BWD)
+        return commit_logit.sigmoid(), log_length
+
+    def scores(self, h_top_BWD: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the logit of p_commit, which the halt loss needs."""
+        x = F.silu(self.hidden(self.norm(h_top_BWD[:, -1].float())))
+        return self.commit(x).squeeze(-1), self.length(x).log_softmax(-1)

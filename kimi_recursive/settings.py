@@ -1,0 +1,119 @@
+"""The workflow's config: checked against its schema before any job starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+from kimi_recursive.config import RecursiveConfig, unknown_key_message
+
+# Which part of the `recursive` subtree decides what; a rule is given only the part it reads.
+MODEL_KEYS = (
+    "chunk_width", "max_inner_steps", "layers_to_refine", "use_latent_token", "d_state",
+    "gate_hidden", "max_chunk_len",
+)  # fmt: skip
+GENERATION_KEYS = ("commit", "commit_threshold", "min_commit_threshold")
+TRAINING_KEYS = tuple(
+    f.name
+    for f in dataclasses.fields(RecursiveConfig)
+    if f.name not in (*MODEL_KEYS, *GENERATION_KEYS, "recursive_enabled")
+)
+
+
+def validate_settings(config: Mapping[str, Any], schema_path: str | Path) -> dict[str, Any]:
+    """The config, when it is valid.
+
+    Raises:
+        ValueError: one line for each error: the key, what it holds, what is allowed; for an
+            unknown key the nearest valid one.
+    """
+    schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
+    errors = [
+        line
+        for error in sorted(Draft202012Validator(schema).iter_errors(config), key=_where)
+        for line in _explain(error)
+    ]
+    if not errors:
+        errors += _check_recursive(config["recursive"])
+        errors += _check_together(config)
+    if errors:
+        raise ValueError("\n".join(errors))
+    return dict(config)
+
+
+def recursive_subset(config: Mapping[str, Any], *groups: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of `recursive:` in the given groups, with their defaults filled in."""
+    full = RecursiveConfig.from_dict(config["recursive"]).to_dict()
+    return {key: full[key] for group in groups for key in group}
+
+
+def _check_recursive(values: Mapping[str, Any]) -> list[str]:
+    try:
+        config = RecursiveConfig.from_dict({**values, "recursive_enabled": True}, "recursive")
+    except ValueError as error:
+        return str(error).split("; recursive: ")
+    return [f"recursive: {error}" for error in config.validate()]
+
+
+def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
+    base, width = config["base"], config["recursive"].get("chunk_width", 128)
+    if base["kind"] == "pretrained":
+        if bool(base.get("path")) == bool(base.get("hub_id")):
+            yield "base: kind 'pretrained' needs either path (a local directory) or hub_id"
+        if base.get("hub_id") and not base.get("revision"):
+            yield "base.revision: a hub_id needs a pinned revision (a commit hash or tag)"
+        if base.get("path") and not Path(base["path"]).is_dir():
+            yield f"base.path: no such directory: {base['path']}"
+    elif base["kind"] == "scratch":
+        architecture = base["architecture"]
+        if architecture["num_experts_per_token"] > architecture["num_experts"]:
+            yield "base.architecture: num_experts_per_token must be at most num_experts"
+        recursive = RecursiveConfig.from_dict(config["recursive"])
+        try:
+            recursive.layer_indices(architecture["num_hidden_layers"])
+        except ValueError as error:
+            yield f"recursive.{error}"
+    for phase, settings in config["training"].items():
+        if settings["context_length"] % width:
+            yield (
+                f"training.{phase}.context_length: must be a multiple of recursive.chunk_width "
+                f"({width}), got {settings['context_length']}"
+            )
+    if config["corpus"]["validation"] + config["corpus"]["test"] >= 1:
+        yield "corpus: validation and test together must be below 1"
+
+
+def _where(error: ValidationError) -> str:
+    return ".".join(str(part) for part in error.absolute_path)
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    where, value, want = _where(error) or "config", error.instance, error.validator_value
+    if error.validator == "additionalProperties":
+        allowed = error.schema.get("properties", {})
+        for key in sorted(set(value) - set(allowed)):
+            yield unknown_key_message(key, allowed, where)
+    elif error.validator == "required":
+        for key in sorted(set(want) - set(value)):
+            yield f"{where}: key '{key}' is missing"
+    else:
+        phrases = {
+            "type": lambda: "of type " + (want if isinstance(want, str) else " or ".join(want)),
+            "enum": lambda: "one of " + ", ".join(map(str, want)),
+            "minimum": lambda: f"at least {want}",
+            "maximum": lambda: f"at most {want}",
+            "exclusiveMinimum": lambda: f"above {want}",
+            "exclusiveMaximum": lambda: f"below {want}",
+            "minItems": lambda: f"a list of at least {want}",
+            "minLength": lambda: "a non-empty text",
+            "uniqueItems": lambda: "a list without repetition",
+        }
+        phrase = phrases.get(error.validator)
+        allowed = phrase() if phrase else f"valid ({error.message})"
+        yield f"{where}: must be {allowed}, got {value!r}"

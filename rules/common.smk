@@ -1,0 +1,90 @@
+import os
+import sys
+from pathlib import Path
+
+from kimi_recursive.data import source_files
+from kimi_recursive.matrix import NUMERICS_VERSION, evaluations, trainings, zero_init_name
+from kimi_recursive.settings import (
+    GENERATION_KEYS,
+    MODEL_KEYS,
+    TRAINING_KEYS,
+    recursive_subset,
+    validate_settings,
+)
+
+try:
+    validate_settings(config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
+    CORPUS_FILES = source_files(config["corpus"])
+except ValueError as error:
+    print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+    sys.exit(2)
+
+
+# Scripts find the package of this checkout also in an environment that holds only dependencies.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(workflow.basedir), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+SCRATCH = config["base"]["kind"] == "scratch"
+TOKENIZER = "results/tokenizer" if SCRATCH else "results/base/model"
+TRAININGS = {run.key: run for run in trainings(config)}
+EVALUATIONS = {run.name: run for run in evaluations(config)}
+ZERO_INIT = {zero_init_name(config, seed): seed for seed in config["seeds"]}
+
+
+wildcard_constraints:
+    key="|".join(TRAININGS),
+    name="|".join(EVALUATIONS),
+    proof="|".join(ZERO_INIT),
+    seed=r"\d+",
+
+
+def surgery_name(seed):
+    return next(
+        run.name
+        for run in EVALUATIONS.values()
+        if run.stage == "after_surgery" and run.seed == seed
+    )
+
+
+def evaluated_model(wildcards):
+    run = EVALUATIONS[wildcards.name]
+    if run.training:
+        return f"results/runs/{run.training}/sidecar"
+    return "results/base/model" if run.seed is None else f"results/surgery/s{run.seed}"
+
+
+def evaluated_config(wildcards):
+    """What an evaluation reads of `recursive`: the chunk grid; for sidecars how they generate."""
+    run = EVALUATIONS[wildcards.name]
+    keys = ("chunk_width",) if run.seed is None else GENERATION_KEYS
+    return recursive_subset(config, keys)
+
+
+def parent_sidecar(wildcards):
+    run = TRAININGS[wildcards.key]
+    return f"results/runs/{run.parent}/sidecar" if run.parent else f"results/surgery/s{run.seed}"
+
+
+def zero_init_proof(wildcards):
+    seed = TRAININGS[wildcards.key].seed
+    return f"results/compare/{zero_init_name(config, seed)}.json"
+
+
+def existing_results(wildcards):
+    """Changes when a result appears or changes, so that `snakemake summarize` sees it."""
+    return sorted(
+        f"{path} {path.stat().st_mtime_ns}"
+        for folder in ("eval", "compare", "runs/*")
+        for path in Path("results").glob(f"{folder}/*.json")
+    )
+
+
+def summarized(wildcards):
+    """Everything that the matrix expects; nothing when the summary itself is asked for, so that a
+    partial matrix is summarized as it is."""
+    if "summarize" in workflow.dag_settings.targets:
+        return []
+    return expand("results/eval/{name}_results.json", name=EVALUATIONS) + expand(
+        "results/compare/{proof}.json", proof=ZERO_INIT
+    )

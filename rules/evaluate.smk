@@ -1,0 +1,47 @@
+rule evaluate:
+    input:
+        tokens=rules.tokenize_corpus.output,
+        base="results/base/model",
+        model=evaluated_model,
+    output:
+        results="results/eval/{name}_results.json",
+        documents="results/eval/{name}_documents.parquet",
+    log:
+        "results/logs/evaluate/{name}.log",
+    params:
+        stage=lambda wildcards: EVALUATIONS[wildcards.name].stage,
+        evaluation=config["evaluation"],
+        recursive=evaluated_config,
+        load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
+        numerics=NUMERICS_VERSION,
+    conda:
+        "../environment.yml"
+    script:
+        "../workflow/scripts/evaluate.py"
+
+
+rule compare_zero_init:
+    input:
+        tokens=rules.tokenize_corpus.output,
+        base="results/base/model",
+        surgery=lambda wildcards: f"results/surgery/s{ZERO_INIT[wildcards.proof]}",
+        baseline_results="results/eval/baseline_results.json",
+        baseline_documents="results/eval/baseline_documents.parquet",
+        surgery_results=lambda wildcards: (
+            f"results/eval/{surgery_name(ZERO_INIT[wildcards.proof])}_results.json"
+        ),
+        surgery_documents=lambda wildcards: (
+            f"results/eval/{surgery_name(ZERO_INIT[wildcards.proof])}_documents.parquet"
+        ),
+    output:
+        proof="results/compare/{proof}.json",
+    log:
+        "results/logs/compare_zero_init/{proof}.log",
+    params:
+        evaluation=config["evaluation"],
+        load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
+        numerics=NUMERICS_VERSION,
+    conda:
+        "../environment.yml"
+    script:
+        "../workflow/scripts/compare_zero_init.py"

@@ -1,0 +1,23 @@
+rule train_phase:
+    input:
+        tokens=rules.tokenize_corpus.output,
+        base="results/base/model",
+        parent=parent_sidecar,
+        proof=zero_init_proof,
+    output:
+        sidecar=directory("results/runs/{key}/sidecar"),
+        logs="results/runs/{key}/train_logs.parquet",
+        summary="results/runs/{key}/train_summary.json",
+    log:
+        "results/logs/train_phase/{key}.log",
+    params:
+        phase=lambda wildcards: TRAININGS[wildcards.key].phase,
+        seed=lambda wildcards: TRAININGS[wildcards.key].seed,
+        settings=lambda wildcards: config["training"][TRAININGS[wildcards.key].phase],
+        recursive=recursive_subset(config, TRAINING_KEYS, ("commit",)),
+        load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
+        numerics=NUMERICS_VERSION,
+    conda:
+        "../environment.yml"
+    script:
+        "../workflow/scripts/train_phase.py"

@@ -1,0 +1,18 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):  # noqa: F821
+    from kimi_recursive.compare import compare_zero_init
+
+    compare_zero_init(
+        baseline_results=snakemake.input.baseline_results,
+        surgery_results=snakemake.input.surgery_results,
+        baseline_documents=snakemake.input.baseline_documents,
+        surgery_documents=snakemake.input.surgery_documents,
+        surgery_dir=Path(snakemake.input.surgery),
+        tokens_dir=Path(snakemake.input.tokens[0]).parent,
+        settings=snakemake.params.evaluation,
+        output_path=Path(snakemake.output.proof),
+        **snakemake.params.load,
+    )

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):  # noqa: F821
+    from kimi_recursive.evaluate import evaluate_stage
+
+    evaluate_stage(
+        snakemake.params.stage,
+        Path(snakemake.input.model),
+        tokens_dir=Path(snakemake.input.tokens[0]).parent,
+        settings=snakemake.params.evaluation,
+        results_path=Path(snakemake.output.results),
+        documents_path=Path(snakemake.output.documents),
+        overrides=snakemake.params.recursive,
+        **snakemake.params.load,
+    )

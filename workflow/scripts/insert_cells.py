@@ -1,0 +1,14 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):  # noqa: F821
+    from kimi_recursive.surgery import insert_cells
+
+    insert_cells(
+        Path(snakemake.input.model),
+        snakemake.params.recursive,
+        seed=int(snakemake.wildcards.seed),
+        output_dir=Path(snakemake.output.sidecar),
+        **snakemake.params.load,
+    )

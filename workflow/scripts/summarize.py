@@ -1,0 +1,13 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):  # noqa: F821
+    from kimi_recursive.summary import summarize
+
+    summarize(
+        snakemake.params.config,
+        results_dir=Path(snakemake.output.table).parent,
+        csv_path=Path(snakemake.output.table),
+        txt_path=Path(snakemake.output.text),
+    )

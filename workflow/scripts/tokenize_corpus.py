@@ -1,0 +1,12 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):  # noqa: F821
+    from kimi_recursive.data import tokenize_corpus
+
+    tokenize_corpus(
+        Path(snakemake.input.corpus[0]).parent,
+        Path(snakemake.input.tokenizer),
+        Path(snakemake.output.facts).parent,
+    )

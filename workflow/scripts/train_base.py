@@ -1,0 +1,15 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):  # noqa: F821
+    from kimi_recursive.base import train_base
+
+    train_base(
+        snakemake.params.base,
+        tokens_dir=Path(snakemake.input.tokens[0]).parent,
+        tokenizer_dir=Path(snakemake.input.tokenizer),
+        output_dir=Path(snakemake.output.model),
+        logs_path=Path(snakemake.output.logs),
+        work_dir=Path(snakemake.output.model).parent / "work",
+    )

@@ -1,0 +1,22 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):  # noqa: F821
+    from kimi_recursive.compare import require_zero_init
+    from kimi_recursive.train import train_phase
+
+    require_zero_init(snakemake.input.proof)
+    train_phase(
+        snakemake.params.phase,
+        snakemake.params.settings,
+        snakemake.params.seed,
+        overrides=snakemake.params.recursive,
+        parent_dir=Path(snakemake.input.parent),
+        tokens_dir=Path(snakemake.input.tokens[0]).parent,
+        output_dir=Path(snakemake.output.sidecar),
+        logs_path=Path(snakemake.output.logs),
+        summary_path=Path(snakemake.output.summary),
+        work_dir=Path(snakemake.output.sidecar).parent / "work",
+        **snakemake.params.load,
+    )
