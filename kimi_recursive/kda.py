@@ -1,7 +1,7 @@
-"""Kimi Delta Attention (KDA) on CPU: its definition, a fast chunked form in plain torch, and how a model gets it.
+"""Kimi Delta Attention (KDA) on CPU: its definition, a fast chunked form, and how a model gets it.
 
-Shapes: B batch, T time, H heads, K and V head dims of keys and values; after cutting time into N chunks of C tokens,
-M = N * B * H chunks side by side, L = log2(C) levels within a chunk.
+Shapes: B batch, T time, H heads, K and V head dims of keys and values; time cut into N chunks of C
+tokens, M = N * B * H chunks side by side, L = log2(C) levels within a chunk.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
-CHUNK = 16  # 8 is as fast and 32 slower, at 32 dims a head
+CHUNK = 16  # the best compromise over head dims: 8 is as fast at 32, 32 slightly faster at 128
 NORM_EPS = 1e-6
-BLOCK_ELEMENTS = 1 << 16  # of one temporary of _Scores: some of them fit an L2 cache of 1 MiB
+BLOCK_ELEMENTS = 1 << 16  # of one temporary of _Scores: several must fit an L2 cache of 1 MiB
 
 
 def recurrent_kda(
@@ -35,13 +35,13 @@ def recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """The definition of KDA, one token after the other: slow, for tests.
 
-    Per head, with state S ``[K, V]``, a decay exp(g_t) for each key channel and a step size beta_t::
+    Per head, with state S ``[K, V]``, decays exp(g_t) ``[K]`` and a step size beta_t::
 
         S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
         o_t = S_t^T q_t / sqrt(K)
 
     Args, returns: as :func:`chunk_kda`.
-    Source: Kimi Linear, arXiv 2510.26692, eq. 1; fla ``ops/kda/naive.py``, naive_recurrent_kda.
+    Source: Kimi Linear, arXiv 2510.26692, eq. 1; fla ``ops/kda/naive.py``.
     """
     dtype, work = query.dtype, torch.promote_types(query.dtype, torch.float32)
     q, k, v, g, beta = (x.to(work) for x in (query, key, value, g, beta))
@@ -71,7 +71,7 @@ def chunk_kda(
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """KDA over whole sequences, chunk by chunk; drop-in for transformers' ``chunk_kimi_delta_attention``.
+    """KDA over whole sequences, for transformers' ``chunk_kimi_delta_attention``.
 
     Args:
         query, key: ``[B, T, H, K]``, T >= 1.
@@ -84,12 +84,13 @@ def chunk_kda(
         use_qk_l2norm_in_kernel: divide q and k by sqrt(|x|^2 + 1e-6) first.
         kwargs: ignored, as callers pass what fla's kernel takes; packed sequences are refused.
 
-    Returns: output ``[B, T, H, V]`` in query's dtype, and the final state ``[B, H, K, V]`` or None. Arithmetic and
-    state are float32, or float64 for float64 inputs, also under autocast. Differentiable once.
+    Returns: output ``[B, T, H, V]`` in query's dtype; final state ``[B, H, K, V]`` or None.
+    Arithmetic and state are float32, also under autocast, or float64 for float64 queries.
+    Differentiable once; the same inputs give the same bits.
 
     Raises: ValueError for another chunk_size, and if cu_seqlens or seq_idx is given.
 
-    Source: Kimi Linear, arXiv 2510.26692, section 3 (chunkwise form); fla ``ops/kda/naive.py``, naive_chunk_kda.
+    Source: Kimi Linear, arXiv 2510.26692, section 3 (chunkwise form); fla ``ops/kda/naive.py``.
     """
     if kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None:
         raise ValueError("chunk_kda cannot keep packed sequences apart (cu_seqlens, seq_idx)")
@@ -104,33 +105,24 @@ def chunk_kda(
 
 
 def _chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    c: int,
-    l2norm: bool,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, c: int, l2: bool
 ) -> tuple[Tensor, Tensor]:
-    """All chunks side by side, then a scan over them. Per chunk, with G the running sum of g from its start::
+    """All chunks side by side, then a scan over them. Per chunk, G being the running sum of g::
 
     A = tril(beta_i sum_d k_i k_j exp(G_i - G_j), -1),   P = tril(sum_d q_i k_j exp(G_i - G_j))
-    V' = (I + A)^-1 diag(beta) (V - (K exp(G)) S)        what each token writes, under its key
-    O  = (Q exp(G)) S + P V'
-    S <- diag(exp(G_C)) S + (K exp(G_C - G))^T V'
+    W = (I + A)^-1 diag(beta) (V - (K exp(G)) S)         what each token writes under its key
+    O = (Q exp(G)) S + P W
+    S <- diag(exp(G_C)) S + (K exp(G_C - G))^T W
     """
     b, t, h, kd = k.shape
     n, vd = -(-t // c), v.shape[-1]
 
-    def chunks(
-        x: Tensor,
-    ) -> Tensor:  # [B, T, H, D] -> [M, C, D], N outermost; zeros at the end change nothing
+    def chunks(x: Tensor) -> Tensor:  # [B, T, H, D] -> [M, C, D]; zeros at the end change nothing
         x = F.pad(x, (0, 0, 0, 0, 0, n * c - t)) if n * c > t else x
         return x.reshape(b, n, c, h, -1).permute(1, 0, 3, 2, 4).reshape(n * b * h, c, -1)
 
     q, k, v, g, beta = map(chunks, (q, k, v, g, beta))
-    if l2norm:
+    if l2:
         q, k = (x * (torch.linalg.vecdot(x, x)[..., None] + NORM_EPS).rsqrt() for x in (q, k))
     q = q * kd**-0.5
     sums, masks = _plan(c, q.dtype, q.device)
@@ -140,50 +132,44 @@ def _chunked(
     state = q.new_zeros(b * h, kd, vd) if state is None else state.reshape(b * h, kd, vd)
     steps = (solve @ v, solve @ (k * decay_in), k * decay_out, decay_in[:, -1, :, None])
     writes, states, state = _Scan.apply(*(x.unflatten(0, (n, b * h)) for x in steps), state)
-    out = torch.baddbmm(
-        (q * decay_in) @ states.flatten(0, 1), qk, writes.flatten(0, 1)
-    )  # [M, C, V]
+    out = torch.baddbmm((q * decay_in) @ states.flatten(0, 1), qk, writes.flatten(0, 1))
     out = out.view(n, b, h, c, vd).permute(1, 0, 3, 2, 4).reshape(b, n * c, h, vd)[:, :t]
     return out.contiguous(), state.view(b, h, kd, vd)
 
 
 @cache
 def _plan(chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The constants of a chunk: which steps each decay sums, and which pairs of tokens each level serves.
+    """The constants of a chunk: which steps each decay sums, which pairs each level serves.
 
-    Level l cuts the chunk into blocks of C / 2^l and pairs the right half of each block (rows i) with its left half
-    (columns j): each pair i > j belongs to exactly one level. Its decay exp(g_{j+1} + ... + g_i) is the product of
-    two factors that meet at the middle of the block. So no exponent is above 0, and none is a difference of sums.
+    Level l cuts the chunk into blocks of C / 2^l and pairs the right half of a block (rows i) with
+    its left half (columns j): each pair i > j belongs to exactly one level. The pair's decay,
+    exp(g_{j+1} + ... + g_i), is a product of two factors that meet at the middle of the block: no
+    exponent is above 0, and none is a difference of large sums.
 
-    Returns: sums ``[L + 2, C, C]``, 0/1: the steps between i and the middle of its block at levels 0..L-1; those from
-    the chunk's start up to i; those after i. masks ``[L, C, C]``, 0/1.
+    Returns: sums ``[L + 2, C, C]``, 0/1: the steps between i and the middle of its block, at levels
+    0..L-1; those from the chunk's start up to i; those after i. masks ``[L, C, C]``, 0/1.
     """
-    with torch.inference_mode(
-        False
-    ):  # else a first call in inference mode would spoil training later on
+    with torch.inference_mode(False):  # else a first call in inference mode would break training
         col = torch.arange(chunk, device=device)
         row = col[:, None]
         sums, masks = [], []
         for size in (chunk >> level for level in range(chunk.bit_length() - 1)):
             mid = row // size * size + size // 2
-            sums.append(
-                torch.where(row >= mid, (mid <= col) & (col <= row), (row < col) & (col < mid))
-            )
-            masks.append((row >= mid) & (row // size == col // size) & (col < mid))
+            right = row >= mid
+            sums.append(torch.where(right, (mid <= col) & (col <= row), (row < col) & (col < mid)))
+            masks.append(right & (row // size == col // size) & (col < mid))
         return torch.stack([*sums, col <= row, col > row]).to(dtype), torch.stack(masks).to(dtype)
 
 
 class _Scores(torch.autograd.Function):
-    """q, k, g ``[M, C, K]`` -> kk, qk ``[M, C, C]``: decayed products of earlier keys with keys and with queries.
+    """q, k, g ``[M, C, K]`` -> ``[M, C, C]``: decayed products of keys (i > j) and q, k (i >= j).
 
-    Works through M in blocks that stay in cache, and computes the scaled q and k anew in backward: they are L times
-    the size of the inputs, and writing them to memory costs more than computing them.
+    Works through M in blocks that stay in cache. Backward computes the scaled q and k anew: they
+    are L times the inputs' size, and fetching them from memory costs more than computing them.
     """
 
     @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, g: Tensor, sums: Tensor, masks: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, q: Tensor, k: Tensor, g: Tensor, sums: Tensor, masks: Tensor):
         ctx.save_for_backward(q, k, g, sums, masks)
         kk, qk = q.new_empty(2, *q.shape[:2], q.shape[1])
         for at in _Scores.blocks(q, masks):
@@ -195,19 +181,17 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_kk: Tensor, d_qk: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, d_kk: Tensor, d_qk: Tensor):
         q, k, g, sums, masks = ctx.saved_tensors
         d_q, d_k, d_g = (torch.empty_like(x) for x in (q, k, g))
         d_kk = d_kk.tril(-1)
-        d_kk = (
-            d_kk + d_kk.mT
-        )  # a key is row of some pairs and column of others, at one level never both
+        d_kk = d_kk + d_kk.mT  # a key is row in some pairs and column in others, never at one level
         both = masks + masks.mT
         sums_t = sums.flatten(0, 1).T.contiguous()
         for at in _Scores.blocks(q, masks):
             decay, k_scaled, q_scaled = _Scores.scaled(q[at], k[at], g[at], sums)
-            from_kk, from_qk = d_kk[at, None] * both, d_qk[at, None] * masks  # [m, L, C, C]
-            d_ks = (from_kk @ k_scaled).add_(from_qk.mT @ q_scaled).mul_(decay)  # [m, L, C, K]
+            from_kk, from_qk = d_kk[at, None] * both, d_qk[at, None] * masks
+            d_ks = (from_kk @ k_scaled).add_(from_qk.mT @ q_scaled).mul_(decay)
             d_qs = (from_qk @ k_scaled).mul_(decay)
             torch.sum(d_ks, 1, out=d_k[at])
             torch.sum(d_qs, 1, out=d_q[at])
@@ -223,16 +207,16 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def scaled(q: Tensor, k: Tensor, g: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The decay between each token and the middle of its block, and k and q times it; ``[m, L, C, K]`` each."""
+        """Decay between each token and the middle of its block; k, q times it: ``[m, L, C, K]``."""
         decay = (sums.flatten(0, 1) @ g).exp_().unflatten(1, sums.shape[:2])
         return decay, decay * k[:, None], decay * q[:, None]
 
 
 class _UnitLowerInverse(torch.autograd.Function):
-    """(I + A)^-1 of strictly lower A ``[M, C, C]``: from level to level the solved diagonal blocks double in size.
+    """(I + A)^-1 of strictly lower A ``[M, C, C]``; level by level the solved blocks double.
 
-    As stable as forward substitution. The product (I - A)(I + A^2)(I + A^4).. is not: where keys repeat, its terms
-    grow like binomials and cancel.
+    As stable as forward substitution. The product (I - A)(I + A^2)(I + A^4).. is not: where keys
+    repeat, its terms grow like binomials and cancel.
     """
 
     @staticmethod
@@ -245,38 +229,31 @@ class _UnitLowerInverse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor):
         transposed = ctx.saved_tensors[0].mT
         return (transposed @ grad @ transposed).neg_(), None
 
 
 class _Scan(torch.autograd.Function):
-    """writes_n = u_n - w_n S_n;  S_{n+1} = decay_n S_n + k_n^T writes_n;  returns all writes, S_0..S_{N-1}, S_N.
+    """writes_n = u_n - w_n S_n;  S_{n+1} = decay_n S_n + k_n^T writes_n.
 
-    u ``[N, BH, C, V]``, w and k ``[N, BH, C, K]``, decay ``[N, BH, K, 1]``, S_0 ``[BH, K, V]``.
+    u ``[N, BH, C, V]``, w, k ``[N, BH, C, K]``, decay ``[N, BH, K, 1]``, S_0 ``[BH, K, V]`` ->
+    all writes, S_0..S_{N-1}, S_N.
     """
 
     @staticmethod
-    def forward(
-        ctx, u: Tensor, w: Tensor, k: Tensor, decay: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, u: Tensor, w: Tensor, k: Tensor, decay: Tensor, state: Tensor):
         writes, states = torch.empty_like(u), state.new_empty(len(u) + 1, *state.shape)
         states[0] = state
         for n in range(len(u)):
             torch.baddbmm(u[n], w[n], states[n], alpha=-1, out=writes[n])
             torch.mul(states[n], decay[n], out=states[n + 1]).baddbmm_(k[n].mT, writes[n])
         ctx.save_for_backward(w, k, decay, states, writes)
-        return (
-            writes,
-            states[:-1],
-            states[-1].clone(),
-        )  # a state that is kept must not keep all of them
+        return writes, states[:-1], states[-1].clone()  # who keeps the last must not keep them all
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx, from_writes: Tensor, from_states: Tensor, from_last: Tensor
-    ) -> tuple[Tensor, ...]:
+    def backward(ctx, from_writes: Tensor, from_states: Tensor, from_last: Tensor):
         w, k, decay, states, writes = ctx.saved_tensors
         d_writes, d_states = torch.empty_like(writes), torch.empty_like(states)
         d_states[-1] = from_last
@@ -284,9 +261,9 @@ class _Scan(torch.autograd.Function):
             torch.baddbmm(from_writes[n], k[n], d_states[n + 1], out=d_writes[n])
             torch.addcmul(from_states[n], d_states[n + 1], decay[n], out=d_states[n])
             d_states[n].baddbmm_(w[n].mT, d_writes[n], alpha=-1)
-        d_w = (d_writes @ states[:-1].mT).neg_()
+        d_w, d_k = (d_writes @ states[:-1].mT).neg_(), writes @ d_states[1:].mT
         d_decay = torch.linalg.vecdot(d_states[1:], states[:-1])[..., None]
-        return d_writes, d_w, writes @ d_states[1:].mT, d_decay, d_states[0]
+        return d_writes, d_w, d_k, d_decay, d_states[0]
 
 
 def causal_conv1d(
@@ -296,11 +273,13 @@ def causal_conv1d(
     activation: str | None = None,
     **kwargs,
 ) -> Tensor:
-    """Depthwise causal convolution as shifted products; drop-in for transformers' ``causal_conv1d_fn``.
+    """Depthwise causal convolution, for transformers' ``causal_conv1d_fn``.
 
-    Args: hidden_states ``[B, D, T]``, best as the transpose of a contiguous ``[B, T, D]``; weight ``[D, W]``; bias
-    ``[D]``; activation: a name in ``ACT2FN``. Returns: ``[B, D, T]`` in hidden_states' dtype, computed in at least
-    float32. Differentiable once.
+    Args: hidden_states ``[B, D, T]``, best the transpose of a contiguous ``[B, T, D]``; weight
+    ``[D, W]``; bias ``[D]``; activation: a name in ``ACT2FN``; kwargs: ignored.
+
+    Returns: ``[B, D, T]`` in hidden_states' dtype, computed in at least float32. Differentiable
+    once.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
     out = _CausalConv.apply(hidden_states.mT.to(work), weight.to(work))
@@ -310,12 +289,12 @@ def causal_conv1d(
 
 
 class _CausalConv(torch.autograd.Function):
-    """x ``[B, T, D]``, weight ``[D, W]`` -> out_t = sum_j weight_{W-1-j} x_{t-j}; row by row of the batch, in cache."""
+    """x ``[B, T, D]``, weight ``[D, W]`` -> sum_j weight_{W-1-j} x_{t-j}, one row of B in cache."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        taps = weight.mT.flip(0).contiguous()  # [W, D], tap j weighs x_{t-j}
+        taps = weight.mT.flip(0)  # [W, D]: tap j weighs x_{t-j}
         out = torch.empty_like(x)
         for x_b, out_b in zip(x, out, strict=True):
             torch.mul(x_b, taps[0], out=out_b)
@@ -325,9 +304,9 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        taps = weight.mT.flip(0).contiguous()
+        taps = weight.mT.flip(0)
         d_x, d_taps = torch.empty_like(x), torch.zeros_like(taps)
         for x_b, grad_b, d_b in zip(x, grad, d_x, strict=True):
             torch.mul(grad_b, taps[0], out=d_b)
@@ -343,38 +322,30 @@ FAST = {"chunk_kimi_delta_attention": chunk_kda, "causal_conv1d_fn": causal_conv
 
 @cache
 def _fast_forward() -> types.FunctionType:
-    """KimiLinearDeltaAttention.forward, reading a copy of its globals in which the FAST functions serve CPU tensors.
+    """KimiLinearDeltaAttention.forward over a copy of its globals where FAST serves CPU tensors.
 
-    Nothing shared is touched: neither the class nor the module's globals. Its one decorator is put back on the copy.
+    Neither the class nor the module is touched. The forward's one decorator goes back on the copy.
     """
     forward = kimi.KimiLinearDeltaAttention.forward
     plain = inspect.unwrap(forward)
-    assert inspect.getclosurevars(forward).nonlocals == {
-        "child_module_names": ["conv1d"],
-        "forward_func": plain,
-    }, (
-        "transformers decorates KimiLinearDeltaAttention.forward in a new way: adapt kimi_recursive.kda"
+    decorator = inspect.getclosurevars(forward).nonlocals
+    assert decorator == {"child_module_names": ["conv1d"], "forward_func": plain}, (
+        f"KimiLinearDeltaAttention.forward is decorated in a new way, {decorator}: adapt {__name__}"
     )
-    missing = [
-        name
-        for name in FAST
-        if name not in plain.__code__.co_names or name not in plain.__globals__
-    ]
-    assert not missing, (
-        f"transformers' KimiLinearDeltaAttention.forward does not call {missing}: adapt kimi_recursive.kda"
+    called = set(plain.__code__.co_names) & plain.__globals__.keys()
+    assert called >= FAST.keys(), (
+        f"KimiLinearDeltaAttention.forward does not call {FAST.keys() - called}: adapt {__name__}"
     )
 
     def on_cpu(fast, original):
-        return lambda x, *args, **kwargs: (fast if x.device.type == "cpu" else original)(
-            x, *args, **kwargs
-        )
+        def serve(x: Tensor, *args, **kwargs):
+            return (fast if x.device.type == "cpu" else original)(x, *args, **kwargs)
 
-    scope = plain.__globals__ | {
-        name: on_cpu(fast, plain.__globals__[name]) for name, fast in FAST.items()
-    }
-    copy = types.FunctionType(
-        plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__
-    )
+        return serve
+
+    served = {name: on_cpu(fast, plain.__globals__[name]) for name, fast in FAST.items()}
+    scope = plain.__globals__ | served
+    copy = types.FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__)
     copy.__kwdefaults__ = plain.__kwdefaults__
     return force_accelerate_hooks("conv1d")(copy)
 
@@ -388,24 +359,24 @@ def _is_fast(layer: nn.Module) -> bool:
 
 
 def install_fast_kda(model: nn.Module) -> int:
-    """Makes the KDA layers in `model`, and no others, compute by :func:`chunk_kda` and :func:`causal_conv1d` on CPU.
+    """Has the KDA layers of `model`, and no others, use chunk_kda and causal_conv1d on CPU tensors.
 
-    Other devices and the decoding of single tokens stay transformers' own; so does everything if `fla` is installed.
-    The switch is an attribute of each layer: it survives copy.deepcopy and is not saved with the weights.
+    Other devices and the decoding of single tokens stay transformers' own, and so does everything
+    where `fla` is installed. The switch is an attribute of each layer: copy.deepcopy keeps it,
+    state_dict and save_pretrained do not know it.
 
-    Returns: the number of KDA layers that are now switched.
+    Returns: the number of KDA layers now switched.
 
-    Raises: AssertionError if transformers changed so that the switch would not take, or if a layer's forward is
-    already hooked (install before accelerate's hooks).
+    Raises: AssertionError if transformers changed so that the switch would not take, or if a
+    layer's forward is overridden or hooked already (install before accelerate's hooks).
     """
     if importlib.util.find_spec("fla") is not None:
         return 0
     layers = _kda_layers(model)
     for layer in layers:
-        assert type(layer).forward is kimi.KimiLinearDeltaAttention.forward and (
-            "forward" not in vars(layer) or _is_fast(layer)
-        ), (
-            f"{type(layer).__name__}.forward is overridden or hooked: install_fast_kda would undo that"
+        original = type(layer).forward is kimi.KimiLinearDeltaAttention.forward
+        assert original and ("forward" not in vars(layer) or _is_fast(layer)), (
+            f"{type(layer).__name__}.forward is overridden or hooked: installing would undo that"
         )
     for layer in layers:
         layer.forward = types.MethodType(_fast_forward(), layer)

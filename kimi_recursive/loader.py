@@ -80,6 +80,12 @@ def load_base(
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code=False):
     """The tokenizer stored with a model, or None where there is none."""
+    names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else None
+    if names is not None and not any(
+        name.startswith(("tokenizer", "vocab")) or name.endswith((".model", ".tiktoken"))
+        for name in names
+    ):
+        return None  # AutoTokenizer would make an empty one for some model types
     try:
         return AutoTokenizer.from_pretrained(
             str(path), revision=revision, trust_remote_code=trust_remote_code
