@@ -167,7 +167,10 @@ def _verified(
     stats: GenerationStats,
 ) -> Tensor:
     """Draft, refine all K steps on the fixed draft, commit the run that the refined model predicts
-    and its correction behind it, until each chunk is complete."""
+    and its correction behind it, draft the rest anew, until each chunk is complete.
+
+    Each round commits at least one token a row. Taking the refined predictions as the draft of the
+    rest instead (Jacobi decoding) needs 7 to 14 times the rounds (docs/log.md)."""
     batch = input_ids.shape[0]
     prefix_mask = None if mask is None else mask[:, :-1]
     cache = wrapper.encode(input_ids[:, :-1], wrapper.new_cache(), prefix_mask)

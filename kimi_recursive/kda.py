@@ -298,7 +298,7 @@ class _CausalConv(torch.autograd.Function):
         out = torch.empty_like(x)
         for x_b, out_b in zip(x, out, strict=True):
             torch.mul(x_b, taps[0], out=out_b)
-            for j in range(1, min(len(taps), len(x_b))):
+            for j in range(1, len(taps)):
                 out_b[j:].addcmul_(x_b[:-j], taps[j])
         return out
 
@@ -311,7 +311,7 @@ class _CausalConv(torch.autograd.Function):
         for x_b, grad_b, d_b in zip(x, grad, d_x, strict=True):
             torch.mul(grad_b, taps[0], out=d_b)
             d_taps[0] += (grad_b * x_b).sum(0)
-            for j in range(1, min(len(taps), len(x_b))):
+            for j in range(1, len(taps)):
                 d_b[:-j].addcmul_(grad_b[j:], taps[j])
                 d_taps[j] += (grad_b[j:] * x_b[:-j]).sum(0)
         return d_x, d_taps.flip(0).mT

@@ -184,9 +184,7 @@ def load_model_with_config(
     config = config or get_baseline_config()
     config = RecursiveConfig.from_dict({**config.to_dict(), **(overrides or {})}).validated()
 
-    where = str(model_path)
-    if sidecar is not None:
-        where = str(base_path or sidecar_base_path(sidecar))
+    where = str(base_path or base_of(model_path))
     base = load_base(where, **load_options)
     model = build_wrapper(base, config)
     if sidecar is not None and config.recursive_enabled:
@@ -205,9 +203,16 @@ def build_wrapper(
 
 
 def base_of(model_path: str | Path) -> str:
-    """The base of a model path: the path itself, or what its sidecar names."""
+    """The base of a model path: the path itself, or what its sidecar names.
+
+    Raises:
+        ValueError: a local path that is no directory, or a damaged sidecar.
+    """
     sidecar = Path(model_path) / SIDECAR_NAME
-    return sidecar_base_path(sidecar) if sidecar.is_file() else str(model_path)
+    where = sidecar_base_path(sidecar) if sidecar.is_file() else str(model_path)
+    if _is_local(where) and not Path(where).is_dir():
+        raise ValueError(f"{where}: no such model directory")
+    return where
 
 
 def sidecar_base_path(sidecar: Path) -> str:

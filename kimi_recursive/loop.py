@@ -125,6 +125,8 @@ def train_loop(
 
     def consider(metrics: dict[str, float]) -> dict[str, float]:
         nonlocal best_metric, best_step, best
+        measured = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        tqdm.write(f"{description}: step {step}: {measured}", file=sys.stderr)
         if metrics[watch] < best_metric:
             best_metric, best_step = metrics[watch], step
             best = {k: v.detach().clone() for k, v in held.items()}
@@ -168,9 +170,10 @@ def train_loop(
             loss, parts = objective(batch(step), step)
             accelerator.backward(loss)
             norm = float(accelerator.clip_grad_norm_(trainable.values(), settings.max_grad_norm))
-            if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
+            loss_value = float(loss.detach())
+            if not (math.isfinite(loss_value) and math.isfinite(norm)):
                 raise ValueError(
-                    f"{description}: loss {float(loss):.4g}, gradient norm {norm:.4g} at step "
+                    f"{description}: loss {loss_value:.4g}, gradient norm {norm:.4g} at step "
                     f"{step + 1}; the last good checkpoint is kept in {work.checkpoints}"
                 )
             optimizer.step()
@@ -183,7 +186,7 @@ def train_loop(
             rows.append(
                 {
                     "step": step,
-                    "loss": float(loss.detach()),
+                    "loss": loss_value,
                     **{k: float(v) for k, v in parts.items()},
                     **{f"lr_{g['name']}": float(g["lr"]) for g in optimizer.param_groups},
                     "grad_norm": norm,
@@ -194,7 +197,6 @@ def train_loop(
             last = step == settings.num_steps
             if last or step % settings.eval_interval == 0:
                 rows[-1] |= consider(validate())
-                bar.set_postfix_str(f"{watch} {rows[-1][watch]:.4f}")
             bar.update()
             if last or arrived or step % settings.save_interval == 0:
                 save()

@@ -137,6 +137,14 @@ def test_chunk_size_changes_only_rounding(chunk_size):
     assert_close(ours, results(chunk_kda, inputs), 1e-12)
 
 
+@pytest.mark.parametrize("blocks", [1, 5, 42])
+def test_working_in_blocks_changes_nothing(monkeypatch, blocks):
+    inputs = make_inputs(100)  # 42 chunks
+    whole = results(chunk_kda, inputs)
+    monkeypatch.setattr(kda, "BLOCK_ELEMENTS", 4 * 16 * 8 * blocks)
+    assert_close(results(chunk_kda, inputs), whole, 1e-6)
+
+
 @pytest.mark.parametrize("cut", [1, 7, 16, 31, 48, 49])
 def test_cut_anywhere_and_carry_the_state(cut):
     *inputs, state = make_inputs(50, "mixed", torch.float64)

@@ -1,0 +1,373 @@
+"""The training loop: learning rates, resume bit for bit, and what stops a run."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import SMALL, make_base, random_ids
+from safetensors.torch import load_file
+
+from kimi_recursive.base import ExpertBalancer, train_base
+from kimi_recursive.checkpoint import WorkDirectory
+from kimi_recursive.loader import SIDECAR_NAME, load_base, load_model_with_config
+from kimi_recursive.loop import RESUMABLE_EXIT_CODE, Interrupted, LoopSettings, lr_factor
+from kimi_recursive.loop import train_loop
+from kimi_recursive.surgery import insert_cells
+from kimi_recursive.train import train_phase
+
+# ---- learning rate ------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_is_never_zero_and_ends_where_it_should():
+    settings = LoopSettings(num_steps=100, lr={}, warmup_steps=10, min_lr_ratio=0.1)
+    factors = [lr_factor(s, settings) for s in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
+    assert factors[54] == pytest.approx(0.55) and factors[99] == pytest.approx(0.1)
+    assert min(factors) > 0 and factors[10:] == sorted(factors[10:], reverse=True)
+    linear = LoopSettings(num_steps=100, lr={}, warmup_steps=0, lr_schedule="linear")
+    assert lr_factor(50, linear) == pytest.approx(0.55) and lr_factor(100, linear) > 0
+    constant = LoopSettings(num_steps=5, lr={}, warmup_steps=0, lr_schedule="constant")
+    assert {lr_factor(s, constant) for s in range(1, 6)} == {1.0}
+
+
+# ---- a loop on a small problem ------------------------------------------------------------------
+
+
+class Regression(torch.nn.Module):
+    """Noisy linear regression; records the learning rates that were in force at each step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fast, self.slow = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+        self.fail_at = None
+
+    def forward(self, x, step):
+        loss = (self.slow(self.fast(x).tanh()) - x.sum(1, keepdim=True)).square().mean()
+        if step == self.fail_at:
+            loss = loss * float("nan")
+        return loss, {"loss_mse": loss.detach(), "tokens": len(x)}
+
+
+def run(work_dir, num_steps=12, until=None, fail_at=None, send=None, fingerprint=None):
+    objective = Regression()
+    objective.fail_at = fail_at
+    groups = [
+        {"params": objective.fast.parameters(), "name": "fast"},
+        {"params": objective.slow.parameters(), "name": "slow"},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    used = []
+
+    def batch(step):
+        if step == until:
+            raise KeyboardInterrupt  # stands in for SIGKILL: nothing is written on the way out
+        if step == send:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+    step_before = optimizer.step
+    optimizer.step = lambda: (
+        used.append([g["lr"] for g in optimizer.param_groups]),
+        step_before(),
+    )
+
+    def validate():
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(10**6))
+        with torch.no_grad():
+            return {"validation_loss": float(objective(x, -1)[0])}
+
+    with WorkDirectory(work_dir, fingerprint or {"problem": 1}) as work:
+        result = train_loop(
+            objective=objective,
+            trainable=dict(objective.named_parameters()),
+            optimizer=optimizer,
+            settings=LoopSettings(
+                num_steps, {"fast": 1e-2, "slow": 3e-3}, 4, eval_interval=3, save_interval=2
+            ),
+            batch=batch,
+            validate=validate,
+            watch="validation_loss",
+            work=work,
+            accelerator=Accelerator(cpu=True),
+            description="test",
+        )
+    return result, objective.state_dict(), optimizer.state_dict(), used
+
+
+def same(logs: pl.DataFrame, other: pl.DataFrame) -> bool:
+    return logs.drop("tokens_per_second").equals(other.drop("tokens_per_second"))
+
+
+def test_the_log_holds_the_rate_that_each_step_used(tmp_path):
+    result, _, _, used = run(tmp_path)
+    rows = result.logs.filter(pl.col("step") > 0)
+    assert [list(r) for r in rows.select("lr_fast", "lr_slow").iter_rows()] == used
+    assert rows["lr_fast"][0] == 1e-2 / 4 and rows["lr_fast"].dtype == pl.Float64
+    assert rows["tokens"].to_list() == [8 * (i + 1) for i in range(12)]
+    measured = result.logs.filter(pl.col("validation_loss").is_not_null())
+    assert measured["step"].to_list() == [0, 3, 6, 9, 12]
+    best = measured.sort("validation_loss").row(0, named=True)
+    assert (result.best_step, result.best_metric) == (best["step"], best["validation_loss"])
+
+
+@pytest.mark.parametrize("killed_at", [1, 5, 6, 11])
+def test_straight_steps_equal_steps_kill_and_the_rest(tmp_path, killed_at):
+    logs, weights, optimizer, _ = run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", until=killed_at)
+    again = run(tmp_path / "cut")
+    assert len(again[3]) <= 12 - (killed_at - killed_at % 2), "it did not start at step 0"
+    assert same(logs.logs, again[0].logs)
+    assert (logs.best_step, logs.best_metric) == (again[0].best_step, again[0].best_metric)
+    assert all(torch.equal(weights[k], again[1][k]) for k in weights)
+    for key, state in optimizer["state"].items():
+        assert all(torch.equal(v, again[2]["state"][key][k]) for k, v in state.items())
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_resumable(tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        run(tmp_path / "cut", send=4)
+    assert caught.value.code == RESUMABLE_EXIT_CODE and caught.value.step == 5
+    assert signal.getsignal(signal.SIGTERM) is handler
+    again = run(tmp_path / "cut")
+    assert len(again[3]) == 7
+    assert same(run(tmp_path / "straight")[0].logs, again[0].logs)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"loss nan.* at step 6; the last good checkpoint is kept"):
+        run(tmp_path, fail_at=5)
+    with WorkDirectory(tmp_path, {"problem": 1}) as work:
+        checkpoint = work.latest()
+    assert checkpoint.step == 4
+    assert all(torch.isfinite(t).all() for t in checkpoint.tensors.values())
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", until=7)
+    steps = sorted(p.name for p in (tmp_path / "cut/checkpoints").iterdir())
+    assert steps == ["step_000004", "step_000006"], "the last two are kept"
+    newest = tmp_path / "cut/checkpoints/step_000006/optimizer.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    again = run(tmp_path / "cut")
+    assert "optimizer.pt does not match its checksum" in capfd.readouterr().err
+    assert len(again[3]) == 8
+    assert same(run(tmp_path / "straight")[0].logs, again[0].logs)
+
+
+def test_half_a_checkpoint_is_no_checkpoint(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, until=7)
+    (tmp_path / "checkpoints/step_000006/checkpoint_metadata.json").unlink()
+    temporary = tmp_path / "checkpoints/.step_000008.tmp"
+    temporary.mkdir()
+    (temporary / "model.safetensors").write_bytes(b"half")
+    assert len(run(tmp_path)[3]) == 8
+
+
+def test_a_changed_fingerprint_starts_afresh_and_says_so(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, until=7, fingerprint={"lr": 1, "seed": 0})
+    assert len(run(tmp_path, fingerprint={"lr": 2, "seed": 0})[3]) == 12
+    assert "starting afresh, lr changed" in capfd.readouterr().err
+
+
+def test_a_work_directory_has_one_writer(tmp_path):
+    with (
+        WorkDirectory(tmp_path, {}),
+        pytest.raises(ValueError, match="another process is training"),
+        WorkDirectory(tmp_path, {}),
+    ):
+        pass
+    with WorkDirectory(tmp_path, {}):
+        pass
+
+
+# ---- the real thing, small ----------------------------------------------------------------------
+
+PHASE = {
+    "num_steps": 6, "batch_size": 4, "context_length": 16, "lr": 1e-3, "lr_heads": 2e-3,
+    "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "own_draft_share": 0.5, "eval_interval": 3, "save_interval": 2, "num_validation_windows": 4,
+    "mixed_precision": "no",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    for split, seed in (("train", 0), ("validation", 1), ("test", 2)):
+        tokens = random_ids(3, 60, seed).tolist()
+        table = {"document_id": list("abc"), "tokens": tokens, "num_tokens": [60] * 3}
+        pl.DataFrame(table, schema_overrides={"tokens": pl.List(pl.Int32)}).write_parquet(
+            folder / f"{split}.parquet"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def surgery_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_base("kimi").save_pretrained(folder / "base")
+    insert_cells(folder / "base", {**SMALL, "max_inner_steps": 2}, 0, folder / "surgery")
+    return folder / "surgery"
+
+
+def train(tmp_path, surgery_dir, tokens_dir, seed=0, overrides=None, **changes) -> dict:
+    return train_phase(
+        "a",
+        {**PHASE, **changes},
+        seed,
+        parent_dir=surgery_dir,
+        tokens_dir=tokens_dir,
+        output_dir=tmp_path / "sidecar",
+        logs_path=tmp_path / "train_logs.parquet",
+        summary_path=tmp_path / "train_summary.json",
+        work_dir=tmp_path / "work",
+        overrides=overrides,
+    )
+
+
+def test_phase_a_trains_the_sidecar_alone_and_logs_every_loss(tmp_path, surgery_dir, tokens_dir):
+    before = load_base(surgery_dir.parent / "base").state_dict()
+    summary = train(tmp_path, surgery_dir, tokens_dir, overrides={"lambda_halt": 0.25})
+    logs = pl.read_parquet(tmp_path / "train_logs.parquet")
+    losses = {f"loss_{n}" for n in ("final", "masked", "halt", "len", "ponder", "stability")}
+    assert set(logs.columns) == losses | {
+        "step", "loss", "lr_sidecar", "lr_heads", "grad_norm", "tokens", "tokens_per_second",
+        "corruption_rate", "validation_loss_step_0", "validation_loss_step_1",
+        "validation_loss_step_2",
+    }  # fmt: skip
+    assert logs["step"].to_list() == list(range(7))
+    rows = logs.filter(pl.col("step") > 0)
+    assert rows.select(*losses, "grad_norm", "lr_sidecar").null_count().sum_horizontal()[0] == 0
+    weighted = rows["loss_final"] + 0.5 * rows["loss_masked"] + 0.25 * rows["loss_halt"]
+    weighted += 0.05 * rows["loss_len"] + 0.01 * (rows["loss_ponder"] + rows["loss_stability"])
+    np.testing.assert_allclose(rows["loss"], weighted, rtol=1e-5)
+    assert rows["lr_sidecar"][0] == 0.5e-3 and rows["lr_heads"][1] == 2e-3
+    by_step = [summary["validation"][0][f"validation_loss_step_{t}"] for t in (0, 1, 2)]
+    assert by_step[0] == by_step[1] == by_step[2], "untrained cells: parity on validation"
+    assert len({row["validation_loss_step_0"] for row in summary["validation"]}) == 1
+    assert summary["best_validation_loss"] == min(
+        row["validation_loss_step_2"] for row in summary["validation"]
+    )
+    model, _, config = load_model_with_config(tmp_path / "sidecar")
+    assert config.lambda_halt == 0.25
+    assert all(torch.equal(before[k], v) for k, v in model.base.state_dict().items())
+    start = load_file(surgery_dir / SIDECAR_NAME)
+    changed = [k for k, v in model.sidecar_state_dict().items() if not torch.equal(v, start[k])]
+    assert summary["best_step"] == 0 or len(changed) == len(start)
+
+
+def test_phase_a_is_reproducible_and_resumes_bit_for_bit(tmp_path, surgery_dir, tokens_dir):
+    first = train(tmp_path / "a", surgery_dir, tokens_dir)
+    second = train(tmp_path / "b", surgery_dir, tokens_dir, num_steps=6)
+    other = train(tmp_path / "c", surgery_dir, tokens_dir, seed=1)
+    # Cut a run by removing what came after its first checkpoint.
+    train(tmp_path / "d", surgery_dir, tokens_dir)
+    for name in ("step_000006",):
+        damaged = tmp_path / "d/work/checkpoints" / name / "optimizer.pt"
+        damaged.write_bytes(b"")
+    third = train(tmp_path / "d", surgery_dir, tokens_dir)
+    weights = [load_file(tmp_path / x / "sidecar" / SIDECAR_NAME) for x in "abcd"]
+    logs = [pl.read_parquet(tmp_path / x / "train_logs.parquet") for x in "abcd"]
+    for i in (1, 3):
+        assert all(torch.equal(weights[0][k], weights[i][k]) for k in weights[0])
+        assert same(logs[0], logs[i])
+    assert first == second == third
+    assert not same(logs[0], logs[2]) and other != first
+
+
+def test_phase_a_can_fit(tmp_path, surgery_dir, tokens_dir):
+    """On a handful of documents the refined loss falls below the base's."""
+    changes = {"num_steps": 40, "lr": 3e-3, "eval_interval": 40, "save_interval": 40}
+    (tmp_path / "t").mkdir()
+    for split in ("train", "validation"):  # the same text: this is about optimisation
+        source = tokens_dir / "train.parquet"
+        (tmp_path / "t" / f"{split}.parquet").write_bytes(source.read_bytes())
+    none = {"corruption_rate": 0.0, "corruption_rate_final": 0.0}
+    summary = train(tmp_path, surgery_dir, tmp_path / "t", overrides=none, **changes)
+    last = summary["validation"][-1]
+    assert last["validation_loss_step_2"] < last["validation_loss_step_0"] - 0.5
+
+
+def test_settings_that_cannot_work(tmp_path, surgery_dir, tokens_dir):
+    with pytest.raises(ValueError, match=r"context_length \(12\) must be a multiple of .*\(8\)"):
+        train(tmp_path, surgery_dir, tokens_dir, context_length=12)
+    with pytest.raises(ValueError, match="no document has 81 tokens"):
+        train(tmp_path, surgery_dir, tokens_dir, context_length=80)
+    assert not (tmp_path / "sidecar").exists()
+
+
+def test_train_base_trains_balances_and_publishes(tmp_path):
+    from kimi_recursive import data
+
+    (tmp_path / "docs").mkdir()
+    for i in range(6):
+        text = " ".join(f"the number {n * i} follows {n}" for n in range(150))
+        (tmp_path / f"docs/{i}.txt").write_text(text)
+    corpus = {"source": str(tmp_path / "docs"), "validation": 0.2, "test": 0.2, "seed": 0}
+    data.prepare_corpus(corpus, tmp_path / "corpus")
+    data.train_tokenizer(tmp_path / "corpus", tmp_path / "tokenizer", 300)
+    data.tokenize_corpus(tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "tokens")
+    config = {
+        "seed": 0,
+        "architecture": {
+            "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_experts": 4,
+            "num_experts_per_token": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8, "v_head_dim": 16, "linear_head_dim": 16, "linear_num_heads": 2,
+            "routed_scaling_factor": 1.0,
+        },
+        "training": {
+            "num_steps": 20, "batch_size": 4, "context_length": 32, "lr": 4e-3, "warmup_steps": 4,
+            "weight_decay": 0.1, "expert_bias_rate": 0.01, "eval_interval": 10,
+            "save_interval": 10, "num_validation_windows": 4,
+        },
+    }  # fmt: skip
+    train_base(
+        config,
+        tmp_path / "tokens",
+        tmp_path / "tokenizer",
+        tmp_path / "base/model",
+        tmp_path / "base/train_logs.parquet",
+        tmp_path / "base/work",
+    )
+    logs = pl.read_parquet(tmp_path / "base/train_logs.parquet")
+    validation = logs["validation_loss"].drop_nulls()
+    assert validation[-1] < validation[0] - 1.0
+    model, tokenizer, _ = load_model_with_config(tmp_path / "base/model")
+    assert model.base.config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+    assert model.base.config.mlp_layer_types == ["dense"] + ["sparse"] * 3
+    assert tokenizer.decode(tokenizer.encode("the number 7")) == "the number 7"
+    biases = [layer.mlp.gate.e_score_correction_bias for layer in model.base.model.layers[1:]]
+    assert all(bias.abs().max() > 0 for bias in biases), "the balancing bias is saved"
+    metadata = tmp_path / "base/work/checkpoints/step_000020/checkpoint_metadata.json"
+    assert json.loads(metadata.read_text())["step"] == 20
+
+
+def test_the_balancer_moves_biases_against_the_load():
+    model = make_base("kimi")
+    balancer = ExpertBalancer(model, rate=0.01)
+    model(random_ids(4, 16))
+    assert len(balancer.counts) == 3
+    name, load = next(iter(balancer.counts.items()))
+    assert load.sum() == 4 * 16 * 2, "each token counts once for each of its experts"
+    load = load.float()
+    balancer.update()
+    bias = balancer.buffers()[f"{name}.bias"]
+    assert torch.equal(bias, 0.01 * (load.mean() - load).sign())
+    with torch.no_grad():
+        model(random_ids(4, 16))
+    assert not balancer.counts, "evaluation is not counted"

@@ -1,0 +1,334 @@
+"""The DAG, run for real at a tiny size: what runs, what reruns, what a user's mistake says."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.workflow
+EXPECTED = [
+    "prepare_corpus", "train_tokenizer", "tokenize_corpus", "train_base", "insert_cells",
+    "evaluate", "compare_zero_init", "train_phase", "summarize",
+]  # fmt: skip
+TINY = {
+    "corpus": {"source": "docs/*.txt", "validation": 0.2, "test": 0.2},
+    "tokenizer": {"vocab_size": 320},
+    "base": {
+        "architecture": {
+            "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
+            "num_attention_heads": 2, "num_experts": 4, "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+            "linear_head_dim": 16, "linear_num_heads": 2,
+        },
+        "training": {
+            "num_steps": 12, "batch_size": 2, "context_length": 32, "warmup_steps": 2,
+            "eval_interval": 6, "save_interval": 4, "num_validation_windows": 4,
+        },
+    },
+    "recursive": {"chunk_width": 16, "d_state": 8, "gate_hidden": 16, "max_chunk_len": 16},
+    "evaluation": {
+        "context_length": 32, "batch_size": 4, "max_windows_per_document": 2,
+        "prompts": ["document 1"], "max_new_tokens": 8,
+    },
+    "training": {
+        "a": {
+            "num_steps": 6, "batch_size": 2, "context_length": 32, "warmup_steps": 1,
+            "eval_interval": 3, "save_interval": 2, "num_validation_windows": 4,
+        }
+    },
+}  # fmt: skip
+
+
+class Project:
+    """A copy of the checkout's workflow with tiny text and config, in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("Snakefile", "rules", "workflow", "profiles", "config", "environment.yml"):
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, folder / name)
+        (folder / "kimi_recursive").symlink_to(ROOT / "kimi_recursive")
+        (folder / "docs").mkdir()
+        for i in range(10):
+            lines = [f"document {i}, line {n}: {n * i} is {n} times {i}." for n in range(20)]
+            (folder / f"docs/{i}.txt").write_text("\n".join(lines))
+        self.write(TINY)
+
+    def write(self, config: dict) -> None:
+        (self.folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", "--cores", "2"]
+            + list(arguments),
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def planned(self, *arguments: str) -> list[str]:
+        """Names of the rules that a dry run would run, without `all`."""
+        done = self.snakemake("--dry-run", *arguments)
+        assert done.returncode == 0, done.stderr
+        rules = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
+        return sorted(set(rules) - {"all"})
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    """The whole matrix, run once."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    assert project.planned() == sorted(EXPECTED)
+    done = project.snakemake("all")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return project
+
+
+@pytest.fixture
+def copy(project, tmp_path) -> Project:
+    """A copy of the finished project that a test may damage."""
+    target = tmp_path / "copy"
+    shutil.copytree(project.folder, target, symlinks=True)
+    twin = object.__new__(Project)
+    twin.folder = target
+    return twin
+
+
+def test_all_makes_what_the_readme_says(project):
+    for name in ("baseline", "after_surgery", "finetuned_recursive"):
+        results = json.loads(project.path(f"results/eval/{name}_results.json").read_text())
+        assert results["perplexity"]["perplexity"] > 1
+        assert project.path(f"results/eval/{name}_documents.parquet").is_file()
+    assert json.loads(project.path("results/compare/zero_init.json").read_text())["passed"]
+    logs = pl.read_parquet(project.path("results/runs/recursive_a_s0/train_logs.parquet"))
+    assert logs["step"].max() == 6
+    rows = list(csv.DictReader(project.path("results/summary.csv").open()))
+    assert [(r["name"], r["status"]) for r in rows] == [
+        ("baseline", "ok"), ("after_surgery", "ok"), ("finetuned_recursive", "ok"),
+    ]  # fmt: skip
+    assert rows[0]["perplexity"] == rows[1]["perplexity"] and rows[1]["difference_percent"] == "0.0"
+    text = project.path("results/summary.txt").read_text()
+    assert "3 of 3 expected" in text and "Zero-init proof (seed 0): PASSED" in text
+    assert max(map(len, text.splitlines())) <= 100
+    splits = [
+        set(pl.read_parquet(project.path(f"results/corpus/{s}.parquet"))["document_id"])
+        for s in ("train", "validation", "test")
+    ]
+    assert [len(s) for s in splits] == [6, 2, 2] and not splits[0] & splits[1] | (
+        splits[2] & (splits[0] | splits[1])
+    )
+
+
+def test_a_second_run_does_nothing(project):
+    assert project.planned() == []
+    assert "Nothing to be done" in project.snakemake("all").stderr
+
+
+@pytest.mark.parametrize(
+    ("artefact", "reruns"),
+    [
+        ("results/runs/recursive_a_s0/sidecar", ["evaluate", "summarize", "train_phase"]),
+        ("results/compare/zero_init.json", ["compare_zero_init", "evaluate", "summarize",
+                                            "train_phase"]),
+        ("results/base/model", [r for r in EXPECTED if r not in (
+            "prepare_corpus", "train_tokenizer", "tokenize_corpus")]),
+        ("results/summary.txt", ["summarize"]),
+    ],
+)  # fmt: skip
+def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefact, reruns):
+    path = copy.path(artefact)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert copy.planned() == sorted(reruns)
+
+
+TRAINING_ON = ["evaluate", "summarize", "train_phase"]
+SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "reruns"),
+    [
+        (("training", "a", "lr"), 1e-3, TRAINING_ON),
+        (("recursive", "lambda_halt"), 0.1, TRAINING_ON),
+        (("recursive", "commit_threshold"), 0.9, ["compare_zero_init", *TRAINING_ON]),
+        (("recursive", "d_state"), 4, SURGERY_ON),
+        (("evaluation", "max_new_tokens"), 9, ["compare_zero_init", *TRAINING_ON]),
+        (("base", "training", "lr"), 1e-3, [*SURGERY_ON, "train_base"]),
+        (("base", "hub_id"), "unused/here", ["summarize"]),
+        (("corpus", "seed"), 1, EXPECTED),
+    ],
+)
+def test_editing_a_value_redoes_only_what_reads_it(copy, keys, value, reruns):
+    config = json.loads(json.dumps(TINY))
+    node = config
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+    node[keys[-1]] = value
+    copy.write(config)
+    assert copy.planned() == sorted(set(reruns))
+
+
+def test_an_edited_text_is_read_again(copy):
+    copy.path("docs/3.txt").write_text("another text " * 30)
+    assert copy.planned() == sorted(EXPECTED)
+
+
+def test_summarize_takes_what_is_there_without_training(copy):
+    copy.path("results/eval/finetuned_recursive_results.json").unlink()
+    shutil.rmtree(copy.path("results/runs"))
+    copy.path("results/compare/zero_init.json").unlink()
+    assert copy.planned("summarize") == ["summarize"]
+    assert copy.snakemake("summarize").returncode == 0
+    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
+    assert [r["status"] for r in rows] == ["ok", "ok", "missing"]
+    text = copy.path("results/summary.txt").read_text()
+    assert "2 of 3 expected" in text and "Zero-init proof (seed 0): missing" in text
+    assert re.search(r"finetuned_recursive +missing", text)
+    assert copy.planned("summarize") == [], "and a second time there is nothing new"
+
+
+def test_training_does_not_start_when_the_proof_fails(copy):
+    """Cells that are not zero: everything runs up to the gate, which names check and amount."""
+    sidecar = copy.path("results/surgery/s0/sidecar.safetensors")
+    tensors = load_file(sidecar)
+    from safetensors import safe_open
+
+    with safe_open(sidecar, "pt") as file:
+        metadata = file.metadata()
+    tensors["refine_cells.0.out.weight"] += 0.05 * torch.randn(128, 128)[:32, :].contiguous()
+    save_file(tensors, sidecar, metadata=metadata)
+    shutil.rmtree(copy.path("results/runs"))
+    done = copy.snakemake("all")
+    assert done.returncode != 0
+    error = re.search(r"^error: (zero-init proof failed.*)$", done.stderr, re.MULTILINE).group(1)
+    assert "training does not start" in error
+    assert re.search(r"logit_difference_between_steps is [\d.e-]+, must be <= 0", error)
+    assert not json.loads(copy.path("results/compare/zero_init.json").read_text())["passed"]
+    assert not copy.path("results/runs/recursive_a_s0/train_logs.parquet").exists()
+    assert copy.snakemake("summarize").returncode == 0
+    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
+    assert rows[2]["status"] == "failed" and rows[2]["detail"].startswith("zero-init proof failed")
+    assert "FAILED" in copy.path("results/summary.txt").read_text()
+
+
+def test_a_killed_training_is_resumed_and_ends_in_the_same_artefacts(copy):
+    """What a kill leaves: no published output, the work directory as it was."""
+    run = copy.path("results/runs/recursive_a_s0")
+    before = load_file(run / "sidecar/sidecar.safetensors")
+    logs = pl.read_parquet(run / "train_logs.parquet").drop("tokens_per_second")
+    shutil.rmtree(run / "sidecar")
+    (run / "train_logs.parquet").unlink()
+    shutil.rmtree(run / "work/checkpoints/step_000006")
+    done = copy.snakemake("all")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "train_phase a seed 0: resumed at step 4" in done.stderr
+    after = load_file(run / "sidecar/sidecar.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert pl.read_parquet(run / "train_logs.parquet").drop("tokens_per_second").equals(logs)
+
+
+def test_seeds_multiply_the_rows_and_share_the_base(copy):
+    copy.write({**TINY, "seeds": [0, 3]})
+    done = copy.snakemake("all")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
+    assert [r["name"] for r in rows] == [
+        "baseline", "after_surgery", "after_surgery_s3", "finetuned_recursive",
+        "finetuned_recursive_s3",
+    ]  # fmt: skip
+    assert copy.path("results/compare/zero_init_s3.json").is_file()
+    ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stderr, re.MULTILINE))
+    assert "train_base" not in ran and "train_phase" in ran
+    first, second = (
+        load_file(copy.path(f"results/surgery/s{seed}/sidecar.safetensors")) for seed in (0, 3)
+    )
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_pretrained_directory_takes_the_place_of_the_base(copy):
+    """`base.kind: pretrained`: the tiny base of the run itself, as a user's own model."""
+    shutil.move(copy.path("results/base/model"), copy.path("mine"))
+    shutil.rmtree(copy.path("results"))
+    copy.write({**TINY, "base": {"kind": "pretrained", "path": "mine"}})
+    planned = [r for r in EXPECTED if r not in ("train_tokenizer", "train_base")]
+    assert copy.planned() == sorted([*planned, "fetch_base"])
+    done = copy.snakemake("all")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
+    assert {r["base_kind"] for r in rows} == {"pretrained"}
+    assert {r["status"] for r in rows} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"recursive": {"chunk_widht": 8}}, "unknown key 'chunk_widht'; did you mean 'chunk_width'"),
+        ({"trainng": {}}, "unknown key 'trainng'; did you mean 'training'?"),
+        ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size: must be at least 1, got 0"),
+        ({"corpus": {"source": "docs/none.txt"}}, "docs/none.txt: no such file"),
+        ({"recursive": {"layers_to_refine": [4]}}, "[4] out of range"),
+        ({"base": {"kind": "pretrained", "path": "no"}}, "base.path: no such directory: no"),
+    ],
+)
+def test_a_wrong_config_is_one_line_before_anything_runs(tmp_path, config, error):
+    project = Project(tmp_path)
+    merged = json.loads(json.dumps(TINY))
+    for key, values in config.items():
+        merged[key] = {**merged.get(key, {}), **values}
+    project.write(merged)
+    done = project.snakemake("all")
+    assert done.returncode == 2
+    lines = [x for x in done.stderr.splitlines() if "profile" not in x]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and error in lines[0], done.stderr
+    assert not project.path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "error"),
+    [
+        (["", "  \n"], "2 documents, none with text"),
+        ([f"short text {i}" for i in range(5)], "no document has 33 tokens"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used(tmp_path, texts, error):
+    project = Project(tmp_path)
+    for path in project.path("docs").iterdir():
+        path.unlink()
+    for i, text in enumerate(texts):
+        project.path(f"docs/{i}.txt").write_text(text)
+    done = project.snakemake("all")
+    assert done.returncode != 0
+    lines = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert lines and error in lines[0], done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert not any(project.path("results").glob("corpus/*.parquet")) or len(texts) == 5
+    assert not project.path("results/base/model").exists()
+
+
+def test_lint_and_dry_run_of_the_default_config_are_clean():
+    for arguments in (["--lint"], ["--dry-run", "all"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
