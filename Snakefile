@@ -20,4 +20,6 @@ localrules:
 rule all:
     default_target: True
     input:
+        # Every artefact, so that one that was deleted is made again.
+        matrix_artefacts(),
         rules.summarize.output,

@@ -221,7 +221,9 @@ def fetch_base(config: Mapping[str, Any], output_dir: Path) -> None:
             source = Path(snapshot_download(config["hub_id"], revision=config["revision"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             message = str(error).splitlines()[0]
-            raise ValueError(f"base.hub_id: {config['hub_id']} cannot be fetched: {message}") from error
+            raise ValueError(
+                f"base.hub_id: {config['hub_id']} cannot be fetched: {message}"
+            ) from error
     with publishing(output_dir) as folder:
         for file in source.iterdir():
             if file.is_file():

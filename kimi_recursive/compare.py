@@ -101,9 +101,7 @@ def compare_zero_init(
     windows = _windows(load_tokens(Path(tokens_dir), "test"), settings)
     logits = logit_differences(wrapper, windows)
     perturbed = perturbed_difference(wrapper, windows)
-    perplexity = percent(
-        before["perplexity"]["perplexity"], after["perplexity"]["perplexity"]
-    )
+    perplexity = percent(before["perplexity"]["perplexity"], after["perplexity"]["perplexity"])
     accuracy = percent(
         before["perplexity"]["token_accuracy"], after["perplexity"]["token_accuracy"]
     )
@@ -116,7 +114,9 @@ def compare_zero_init(
         _check("document_loss_difference", document_loss, "<=", 0.0),
         _check("generations_differing", sum(a != b for a, b in zip(*tokens, strict=True)), "<=", 0),
         _check("logit_difference_between_steps", logits["steps_vs_step_0"], "<=", 0.0),
-        _check("logit_difference_to_base_forward", logits["step_0_vs_base_forward"], "<", tolerance),
+        _check(
+            "logit_difference_to_base_forward", logits["step_0_vs_base_forward"], "<", tolerance
+        ),
         *(_check(f"logit_change_with_noise_on_{k}", v, ">", 0.0) for k, v in perturbed.items()),
     ]
     result = {
@@ -141,7 +141,9 @@ def require_zero_init(path: str | Path) -> None:
     result = read_json_object(path)
     failed = [c for c in result["checks"] if not c["passed"]]
     if failed or not result["passed"]:
-        details = "; ".join(f"{c['name']} is {c['value']:.6g}, must be {c['limit']}" for c in failed)
+        details = "; ".join(
+            f"{c['name']} is {c['value']:.6g}, must be {c['limit']}" for c in failed
+        )
         raise ValueError(f"zero-init proof failed, training does not start: {details} ({path})")
 
 

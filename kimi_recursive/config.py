@@ -1,4 +1,4 @@
-"""`RecursiveConfig`: every parameter of the recursive refinement loop, in one validated dataclass."""
+"""`RecursiveConfig`: every parameter of the recursive refinement loop, validated in one place."""
 
 from __future__ import annotations
 

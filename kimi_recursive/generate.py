@@ -186,8 +186,7 @@ def _verified(
             tokens = _draft(wrapper, last, tokens, committed, cache, chunk_mask)
             inputs = torch.cat([last, tokens[:, :-1]], dim=1)
             chunk = wrapper.start_chunk(inputs, cache, _extend(chunk_mask, width - 1))
-            for chunk in wrapper.steps(chunk):
-                pass
+            chunk = wrapper.last_step(chunk)
             predicted = chunk.logits.argmax(-1)
             agrees = (predicted == tokens) | (slots < committed[:, None])
             run = agrees.long().cumprod(1).sum(1)

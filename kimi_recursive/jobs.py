@@ -54,4 +54,3 @@ def job(snakemake) -> Iterator[None]:
             except Exception:
                 traceback.print_exc()
                 sys.exit(1)
-

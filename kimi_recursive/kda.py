@@ -285,6 +285,8 @@ def causal_conv1d(
     out = _CausalConv.apply(hidden_states.mT.to(work), weight.to(work))
     out = out if bias is None else out + bias
     out = out if activation is None else kimi.ACT2FN[activation](out)
+    if out.requires_grad:  # the layer's slicing returns the gradient laid out as [B, D, T]: slow
+        out.register_hook(Tensor.contiguous)
     return out.mT.to(hidden_states.dtype)
 
 
@@ -294,7 +296,7 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        taps = weight.mT.flip(0)  # [W, D]: tap j weighs x_{t-j}
+        taps = weight.mT.flip(0).contiguous()  # [W, D]: tap j weighs x_{t-j}
         out = torch.empty_like(x)
         for x_b, out_b in zip(x, out, strict=True):
             torch.mul(x_b, taps[0], out=out_b)
@@ -306,7 +308,7 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        taps = weight.mT.flip(0)
+        taps = weight.mT.flip(0).contiguous()
         d_x, d_taps = torch.empty_like(x), torch.zeros_like(taps)
         for x_b, grad_b, d_b in zip(x, grad, d_x, strict=True):
             torch.mul(grad_b, taps[0], out=d_b)

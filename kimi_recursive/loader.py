@@ -13,14 +13,13 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kimi_recursive.config import (
     CONFIG_NAME,
     RecursiveConfig,
     get_after_surgery_config,
     get_baseline_config,
-    read_json_object,
 )
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.model import ChunkRefineWrapper
@@ -234,7 +233,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
         raise ValueError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         message = _first_line(error)
         raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error

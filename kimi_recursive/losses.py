@@ -147,9 +147,7 @@ class DraftRepair(nn.Module):
         return total, parts | {"corruption_rate": rate, "tokens": draft.targets.numel()}
 
 
-def chunk_losses(
-    wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft
-) -> dict[str, Tensor]:
+def chunk_losses(wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft) -> dict[str, Tensor]:
     """The six losses of DESIGN.md section 3 over the inner steps 1..K, unweighted.
 
     * final: cross-entropy at step K on all targets.

@@ -11,6 +11,7 @@ S state size, V vocabulary, K inner steps.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,9 +88,7 @@ class ChunkRefineWrapper(nn.Module):
         ValueError: invalid config, or layers that the base does not have.
     """
 
-    def __init__(
-        self, base: PreTrainedModel, config: RecursiveConfig | None = None, **legacy: Any
-    ):
+    def __init__(self, base: PreTrainedModel, config: RecursiveConfig | None = None, **legacy: Any):
         super().__init__()
         if config is None:
             config = RecursiveConfig.from_dict({"recursive_enabled": True, **legacy})
@@ -111,8 +110,9 @@ class ChunkRefineWrapper(nn.Module):
         if config.use_latent_token:
             self.latent = LatentToken(d_model)
         self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
+        # A device_map may have spread the layers.
         for index, cell in zip(self.refined_layers, self.refine_cells, strict=True):
-            cell.to(next(self.layers[index].parameters()).device)  # layers may be spread by device_map
+            cell.to(next(self.layers[index].parameters()).device)
         if self.latent is not None:
             self.latent.to(base.get_input_embeddings().weight.device)
         self.boundary.to(next(self.layers[-1].parameters()).device)
@@ -215,7 +215,9 @@ class ChunkRefineWrapper(nn.Module):
             self._run_base(cache, mask, input_ids=input_ids, logits_to_keep=1)
         return cache
 
-    def start_chunk(self, input_ids: Tensor, prefix: Cache, mask: Tensor | None = None) -> ChunkState:
+    def start_chunk(
+        self, input_ids: Tensor, prefix: Cache, mask: Tensor | None = None
+    ) -> ChunkState:
         """Step 0: the base reads the chunk `input_ids` [B, W] after `prefix`.
 
         Raises:
@@ -241,19 +243,21 @@ class ChunkRefineWrapper(nn.Module):
         if self.latent is not None:
             embeds = self.latent(embeds, chunk.h_top)
         states = dict(chunk.states)
-        h_top, logits = self._run_base(
-            fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds
-        )
+        h_top, logits = self._run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
         return ChunkState(
             chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states
         )
 
     def steps(self, chunk: ChunkState, num_steps: int | None = None) -> Iterator[ChunkState]:
-        """The chunk at steps 0..`num_steps` (default K; only step 0 when the loop is not active)."""
+        """The chunk at steps 0..`num_steps`, K by default; only step 0 when not active."""
         yield chunk
         for _ in range(self.resolve_steps(num_steps)):
             chunk = self.refine(chunk)
             yield chunk
+
+    def last_step(self, chunk: ChunkState, num_steps: int | None = None) -> ChunkState:
+        """The last of `steps`."""
+        return deque(self.steps(chunk, num_steps), maxlen=1).pop()
 
     def resolve_steps(self, num_steps: int | None) -> int:
         """The number of inner steps to run. More than `max_inner_steps` is allowed.
@@ -333,7 +337,7 @@ class ChunkRefineWrapper(nn.Module):
             return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         logits = torch.cat(
             [
-                list(self.steps(chunk, num_steps))[-1].logits
+                self.last_step(chunk, num_steps).logits
                 for chunk in self.chunks(input_ids, attention_mask)
             ],
             dim=1,

@@ -21,7 +21,9 @@ def rms(x: Tensor) -> Tensor:
 
 
 class RefineCell(nn.Module):
-    """One layer's refinement: `h + rms(h) * out(silu(inp([n, s'])))`, `n = norm(h)`, `s' = GRU(n, s)`.
+    """One layer's refinement: `h + rms(h) * out(silu(inp([n, s'])))`.
+
+    `n = norm(h)`, and the state `s' = GRU(n, s)` persists over the inner steps of a chunk.
 
     Everything is per position, so the cell is as causal as the layer it follows. `out.weight` is
     zero at the start and `out` has no bias: a fresh cell returns `h` bit for bit.
@@ -68,7 +70,7 @@ class LatentToken(nn.Module):
 
 
 class BoundaryHead(nn.Module):
-    """Reads the right edge of a chunk: commit now, and how many tokens? Never part of the logits."""
+    """Reads the right edge of a chunk: commit now, how many tokens? Never in the logits."""
 
     def __init__(self, d_model: int, gate_hidden: int, max_chunk_len: int):
         super().__init__()

@@ -11,6 +11,12 @@ from typing import Any
 
 from kimi_recursive.files import write_text
 from kimi_recursive.matrix import Evaluation, evaluations, trainings, zero_init_name
+from kimi_recursive.settings import (
+    GENERATION_KEYS,
+    MODEL_KEYS,
+    TRAINING_KEYS,
+    recursive_subset,
+)
 
 COLUMNS = (
     "name", "stage", "status", "seed", "training", "base_kind", "chunk_width", "max_inner_steps",
@@ -27,7 +33,8 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """Write both summaries; a run that is not there is a row that says so.
 
-    Status: `ok`; `failed` when its results or its log show an error; else `missing`.
+    Status: `ok`; `failed` when a file is damaged or its log ends in an error; else `missing`, also
+    when results are there but were made with other settings than the config now has.
 
     Returns: the rows of `summary.csv`.
     """
@@ -48,30 +55,32 @@ def summarize(
 
 
 def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> dict[str, Any]:
-    recursive = config["recursive"]
     row: dict[str, Any] = {
         "name": evaluation.name,
         "stage": evaluation.stage,
         "seed": "" if evaluation.seed is None else evaluation.seed,
         "training": evaluation.training or "",
         "base_kind": config["base"]["kind"],
-        **{k: recursive[k] for k in ("chunk_width", "max_inner_steps", "d_state") if k in recursive},
-        "layers_to_refine": json.dumps(recursive.get("layers_to_refine", "all")),
-        "use_latent_token": recursive.get("use_latent_token", True),
     }
-    if evaluation.training:
-        settings = config["training"][_phase(config, evaluation.training)]
-        row |= {"num_training_steps": settings["num_steps"], "lr": settings["lr"]}
-        trained, problem = _read(results / "runs" / evaluation.training / "train_summary.json")
-        if trained:
-            row |= {k: trained[k] for k in ("training_tokens", "best_step")}
     found, problem = _read(results / "eval" / f"{evaluation.name}_results.json")
-    if found is None:
+    trained: dict[str, Any] | None = {}
+    if evaluation.training and found:
+        trained, problem = _read(results / "runs" / evaluation.training / "train_summary.json")
+    if not (found and trained is not None):
         problem = problem or _logged_error(results, evaluation)
         return row | {"status": "failed" if problem else "missing", "detail": problem}
-    scores = found["perplexity"]
+    if other := _other_settings(config, evaluation, found, trained):
+        return row | {"status": "missing", "detail": f"there with other {', '.join(other)}"}
+    scores, recursive = found["perplexity"], found["config"]
+    if evaluation.seed is not None:
+        row |= {k: recursive[k] for k in ("max_inner_steps", "d_state", "use_latent_token")}
+        row["layers_to_refine"] = json.dumps(recursive["layers_to_refine"])
+    if trained:
+        row |= {k: trained[k] for k in ("training_tokens", "best_step")}
+        row |= {"num_training_steps": trained["num_steps"], "lr": trained["settings"]["lr"]}
     return row | {
         "status": "ok",
+        "chunk_width": recursive["chunk_width"],
         "inner_steps": found["inner_steps"],
         "num_base_parameters": found["num_parameters"]["base"],
         "num_sidecar_parameters": found["num_parameters"]["sidecar"],
@@ -84,12 +93,35 @@ def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> di
     }
 
 
+def _other_settings(
+    config: Mapping[str, Any],
+    evaluation: Evaluation,
+    found: Mapping[str, Any],
+    trained: Mapping[str, Any],
+) -> list[str]:
+    """Keys in which results that are there differ from what the config asks for."""
+    keys = ("chunk_width",)
+    if evaluation.seed is not None:
+        keys = (*MODEL_KEYS, *GENERATION_KEYS, *(TRAINING_KEYS if evaluation.training else ()))
+    want = recursive_subset(config, keys)
+    differ = [f"recursive.{k}" for k in keys if found["config"][k] != want[k]]
+    differ += _changed("evaluation", config["evaluation"], found["evaluation"])
+    if evaluation.training:
+        phase = _phase(config, evaluation.training)
+        differ += _changed(f"training.{phase}", config["training"][phase], trained["settings"])
+    return differ
+
+
+def _changed(where: str, want: Mapping[str, Any], have: Mapping[str, Any]) -> list[str]:
+    return [f"{where}.{k}" for k in want if have.get(k) != want[k]]
+
+
 def _phase(config: Mapping[str, Any], key: str) -> str:
     return next(t.phase for t in trainings(config) if t.key == key)
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object, or what is wrong with the file; ("", None) when there is no file."""
+    """The JSON object, or None and what is wrong with the file ("" when there is none)."""
     if not path.is_file():
         return None, ""
     try:
@@ -115,7 +147,7 @@ def _logged_error(results: Path, evaluation: Evaluation) -> str:
 def _text(config: Mapping[str, Any], results: Path, rows: list[dict[str, Any]]) -> str:
     done = [r for r in rows if r["status"] == "ok"]
     lines = [f"Kimi Recursive: {len(done)} of {len(rows)} expected evaluations are there", ""]
-    lines += _zero_init(config, results) + [""]
+    lines += [*_zero_init(config, results), ""]
     header = f"{'evaluation':<26}{'step':>5}{'perplexity':>12}{'vs baseline':>13}{'accuracy':>10}"
     lines += ["Perplexity on held-out documents, by inner step", header]
     base = next((r for r in done if r["stage"] == "baseline"), None)
@@ -160,10 +192,13 @@ def _zero_init(config: Mapping[str, Any], results: Path) -> list[str]:
         failed = [c for c in found["checks"] if not c["passed"]]
         verdict = "PASSED" if found["passed"] else "FAILED"
         lines.append(
-            f"Zero-init proof (seed {seed}): {verdict}, {len(found['checks'])} checks; perplexity "
-            f"differs by {found['perplexity_difference_percent']:.3g} %, logits of steps 1.."
-            f"{found['inner_steps']} by {found['max_logit_difference']:.3g}, generations "
-            f"{'identical' if found['generations_identical'] else 'DIFFER'}"
+            f"Zero-init proof (seed {seed}): {verdict}, "
+            f"{len(found['checks']) - len(failed)} of {len(found['checks'])} checks"
+        )
+        lines.append(
+            f"  perplexity differs by {found['perplexity_difference_percent']:.3g} %, "
+            f"logits of steps 1..{found['inner_steps']} by {found['max_logit_difference']:.3g}, "
+            f"generations {'identical' if found['generations_identical'] else 'DIFFER'}"
         )
         lines += [f"  failed: {c['name']} = {c['value']:.6g}, must be {c['limit']}" for c in failed]
     return lines

@@ -20,8 +20,8 @@ from kimi_recursive.loader import (
     save_sidecar,
     sidecar_base_path,
 )
-from kimi_recursive.losses import DraftRepair
 from kimi_recursive.loop import LoopSettings, train_loop
+from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import NUMERICS_VERSION
 
 

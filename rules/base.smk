@@ -8,11 +8,11 @@ rule prepare_corpus:
         facts="results/corpus/corpus.json",
     log:
         "results/logs/prepare_corpus.log",
+    conda:
+        "../environment.yml"
     params:
         corpus=config["corpus"],
         numerics=NUMERICS_VERSION,
-    conda:
-        "../environment.yml"
     script:
         "../workflow/scripts/prepare_corpus.py"
 
@@ -28,10 +28,10 @@ rule tokenize_corpus:
         facts="results/tokens/tokens.json",
     log:
         "results/logs/tokenize_corpus.log",
-    params:
-        numerics=NUMERICS_VERSION,
     conda:
         "../environment.yml"
+    params:
+        numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/tokenize_corpus.py"
 
@@ -45,11 +45,11 @@ if SCRATCH:
             tokenizer=directory("results/tokenizer"),
         log:
             "results/logs/train_tokenizer.log",
+        conda:
+            "../environment.yml"
         params:
             vocab_size=config["tokenizer"]["vocab_size"],
             numerics=NUMERICS_VERSION,
-        conda:
-            "../environment.yml"
         script:
             "../workflow/scripts/train_tokenizer.py"
 
@@ -62,11 +62,11 @@ if SCRATCH:
             logs="results/base/train_logs.parquet",
         log:
             "results/logs/train_base.log",
+        conda:
+            "../environment.yml"
         params:
             base={k: config["base"][k] for k in ("seed", "architecture", "training")},
             numerics=NUMERICS_VERSION,
-        conda:
-            "../environment.yml"
         script:
             "../workflow/scripts/train_base.py"
 
@@ -77,12 +77,10 @@ else:
             model=directory("results/base/model"),
         log:
             "results/logs/fetch_base.log",
-        params:
-            base={
-                k: config["base"][k] for k in ("path", "hub_id", "revision", "trust_remote_code")
-            },
         conda:
             "../environment.yml"
+        params:
+            base={k: config["base"][k] for k in ("path", "hub_id", "revision", "trust_remote_code")},
         script:
             "../workflow/scripts/fetch_base.py"
 
@@ -94,11 +92,11 @@ rule insert_cells:
         sidecar=directory("results/surgery/s{seed}"),
     log:
         "results/logs/insert_cells/s{seed}.log",
+    conda:
+        "../environment.yml"
     params:
         recursive=recursive_subset(config, MODEL_KEYS),
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
         numerics=NUMERICS_VERSION,
-    conda:
-        "../environment.yml"
     script:
         "../workflow/scripts/insert_cells.py"

@@ -21,14 +21,13 @@ except ValueError as error:
 
 
 # Scripts find the package of this checkout also in an environment that holds only dependencies.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(workflow.basedir), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
+os.environ.update(PYTHONPATH=os.pathsep.join([str(workflow.basedir), *sys.path[1:]]))
 
 SCRATCH = config["base"]["kind"] == "scratch"
 TOKENIZER = "results/tokenizer" if SCRATCH else "results/base/model"
 TRAININGS = {run.key: run for run in trainings(config)}
 EVALUATIONS = {run.name: run for run in evaluations(config)}
+RUN_FILES = ["sidecar", "train_logs.parquet", "train_summary.json"]
 ZERO_INIT = {zero_init_name(config, seed): seed for seed in config["seeds"]}
 
 
@@ -80,11 +79,26 @@ def existing_results(wildcards):
     )
 
 
-def summarized(wildcards):
-    """Everything that the matrix expects; nothing when the summary itself is asked for, so that a
-    partial matrix is summarized as it is."""
-    if "summarize" in workflow.dag_settings.targets:
-        return []
+def matrix_results():
+    """The results that the summary shows."""
     return expand("results/eval/{name}_results.json", name=EVALUATIONS) + expand(
         "results/compare/{proof}.json", proof=ZERO_INIT
     )
+
+
+def matrix_artefacts():
+    """Every file and folder that the matrix makes, but for the summary."""
+    return (
+        ["results/corpus/corpus.json", "results/tokens/tokens.json", TOKENIZER]
+        + ["results/base/model"]
+        + expand("results/surgery/s{seed}", seed=config["seeds"])
+        + expand("results/runs/{key}/{file}", key=TRAININGS, file=RUN_FILES)
+        + expand("results/eval/{name}_documents.parquet", name=EVALUATIONS)
+        + matrix_results()
+    )
+
+
+def summarized(wildcards):
+    """What the matrix expects; nothing when the summary itself is asked for, so that a partial
+    matrix is summarized as it is."""
+    return [] if "summarize" in workflow.dag_settings.targets else matrix_results()

@@ -8,14 +8,14 @@ rule evaluate:
         documents="results/eval/{name}_documents.parquet",
     log:
         "results/logs/evaluate/{name}.log",
+    conda:
+        "../environment.yml"
     params:
         stage=lambda wildcards: EVALUATIONS[wildcards.name].stage,
         evaluation=config["evaluation"],
         recursive=evaluated_config,
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
         numerics=NUMERICS_VERSION,
-    conda:
-        "../environment.yml"
     script:
         "../workflow/scripts/evaluate.py"
 
@@ -37,11 +37,11 @@ rule compare_zero_init:
         proof="results/compare/{proof}.json",
     log:
         "results/logs/compare_zero_init/{proof}.log",
+    conda:
+        "../environment.yml"
     params:
         evaluation=config["evaluation"],
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
         numerics=NUMERICS_VERSION,
-    conda:
-        "../environment.yml"
     script:
         "../workflow/scripts/compare_zero_init.py"

@@ -6,10 +6,10 @@ rule summarize:
         text="results/summary.txt",
     log:
         "results/logs/summarize.log",
+    conda:
+        "../environment.yml"
     params:
         config=config,
         state=existing_results,
-    conda:
-        "../environment.yml"
     script:
         "../workflow/scripts/summarize.py"

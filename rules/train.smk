@@ -10,6 +10,8 @@ rule train_phase:
         summary="results/runs/{key}/train_summary.json",
     log:
         "results/logs/train_phase/{key}.log",
+    conda:
+        "../environment.yml"
     params:
         phase=lambda wildcards: TRAININGS[wildcards.key].phase,
         seed=lambda wildcards: TRAININGS[wildcards.key].seed,
@@ -17,7 +19,5 @@ rule train_phase:
         recursive=recursive_subset(config, TRAINING_KEYS, ("commit",)),
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
         numerics=NUMERICS_VERSION,
-    conda:
-        "../environment.yml"
     script:
         "../workflow/scripts/train_phase.py"

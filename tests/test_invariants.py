@@ -328,9 +328,7 @@ def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
         batch, max_new_tokens=13, attention_mask=mask, commit=commit, eos_token_id=[]
     )
     for row, alone in enumerate((long, short)):
-        expected = wrapper.generate_chunks(
-            alone, max_new_tokens=13, commit=commit, eos_token_id=[]
-        )
+        expected = wrapper.generate_chunks(alone, max_new_tokens=13, commit=commit, eos_token_id=[])
         assert torch.equal(together[row, 9:], expected[0, alone.shape[1] :])
 
 
@@ -347,7 +345,7 @@ def test_generation_stops_at_eos_and_pads_behind_it():
         eos_token_id=eos, pad_token_id=2,
     )  # fmt: skip
     assert torch.equal(stopped, expected)
-    assert EOS != eos
+    assert eos != EOS
 
 
 @torch.no_grad()

@@ -16,8 +16,13 @@ from safetensors.torch import load_file
 from kimi_recursive.base import ExpertBalancer, train_base
 from kimi_recursive.checkpoint import WorkDirectory
 from kimi_recursive.loader import SIDECAR_NAME, load_base, load_model_with_config
-from kimi_recursive.loop import RESUMABLE_EXIT_CODE, Interrupted, LoopSettings, lr_factor
-from kimi_recursive.loop import train_loop
+from kimi_recursive.loop import (
+    RESUMABLE_EXIT_CODE,
+    Interrupted,
+    LoopSettings,
+    lr_factor,
+    train_loop,
+)
 from kimi_recursive.surgery import insert_cells
 from kimi_recursive.train import train_phase
 

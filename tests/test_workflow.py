@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
+SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 pytestmark = pytest.mark.workflow
 EXPECTED = [
     "prepare_corpus", "train_tokenizer", "tokenize_corpus", "train_base", "insert_cells",
@@ -72,8 +73,7 @@ class Project:
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
         return subprocess.run(
-            [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", "--cores", "2"]
-            + list(arguments),
+            [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", *arguments],
             cwd=self.folder,
             env=environment,
             capture_output=True,
@@ -199,10 +199,23 @@ def test_summarize_takes_what_is_there_without_training(copy):
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
     assert [r["status"] for r in rows] == ["ok", "ok", "missing"]
+    copy.path("results/eval/after_surgery_results.json").write_text('{"stage": ')
+    assert copy.snakemake("summarize").returncode == 0
     text = copy.path("results/summary.txt").read_text()
-    assert "2 of 3 expected" in text and "Zero-init proof (seed 0): missing" in text
+    assert re.search(r"after_surgery +failed +results/eval/.*does not parse", text)
+    assert "1 of 3 expected" in text and "Zero-init proof (seed 0): missing" in text
     assert re.search(r"finetuned_recursive +missing", text)
     assert copy.planned("summarize") == [], "and a second time there is nothing new"
+
+
+def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
+    changed = json.loads(json.dumps(TINY))
+    changed["training"]["a"]["lr"] = 1e-3
+    copy.write(changed)
+    assert copy.snakemake("summarize").returncode == 0
+    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
+    assert [r["status"] for r in rows] == ["ok", "ok", "missing"]
+    assert rows[2]["detail"] == "there with other training.a.lr" and not rows[2]["perplexity"]
 
 
 def test_training_does_not_start_when_the_proof_fails(copy):
@@ -216,6 +229,7 @@ def test_training_does_not_start_when_the_proof_fails(copy):
     tensors["refine_cells.0.out.weight"] += 0.05 * torch.randn(128, 128)[:32, :].contiguous()
     save_file(tensors, sidecar, metadata=metadata)
     shutil.rmtree(copy.path("results/runs"))
+    copy.path("results/eval/after_surgery_results.json").unlink()
     done = copy.snakemake("all")
     assert done.returncode != 0
     error = re.search(r"^error: (zero-init proof failed.*)$", done.stderr, re.MULTILINE).group(1)
@@ -280,7 +294,10 @@ def test_a_pretrained_directory_takes_the_place_of_the_base(copy):
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        ({"recursive": {"chunk_widht": 8}}, "unknown key 'chunk_widht'; did you mean 'chunk_width'"),
+        (
+            {"recursive": {"chunk_widht": 8}},
+            "unknown key 'chunk_widht'; did you mean 'chunk_width'",
+        ),
         ({"trainng": {}}, "unknown key 'trainng'; did you mean 'training'?"),
         ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size: must be at least 1, got 0"),
         ({"corpus": {"source": "docs/none.txt"}}, "docs/none.txt: no such file"),
@@ -296,7 +313,7 @@ def test_a_wrong_config_is_one_line_before_anything_runs(tmp_path, config, error
     project.write(merged)
     done = project.snakemake("all")
     assert done.returncode == 2
-    lines = [x for x in done.stderr.splitlines() if "profile" not in x]
+    lines = [x for x in done.stderr.splitlines() if not x.startswith(("Using", "Config file"))]
     assert len(lines) == 1 and lines[0].startswith("error: ") and error in lines[0], done.stderr
     assert not project.path("results").exists()
 
@@ -326,7 +343,7 @@ def test_a_corpus_that_cannot_be_used(tmp_path, texts, error):
 def test_lint_and_dry_run_of_the_default_config_are_clean():
     for arguments in (["--lint"], ["--dry-run", "all"]):
         done = subprocess.run(
-            [sys.executable, "-m", "snakemake", *arguments],
+            [*SNAKEMAKE, *arguments],
             cwd=ROOT,
             capture_output=True,
             text=True,

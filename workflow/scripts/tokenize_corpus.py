@@ -2,7 +2,7 @@ from pathlib import Path
 
 from kimi_recursive.jobs import job
 
-with job(snakemake):  # noqa: F821
+with job(snakemake):
     from kimi_recursive.data import tokenize_corpus
 
     tokenize_corpus(
