@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from kimi_recursive.files import publishing, write_json
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -42,18 +43,6 @@ def _integer(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
         raise ValueError(f"{name}: must be an integer of at least {low}, not {value!r}")
     return int(value)
-
-
-@contextmanager
-def _replacing(output_dir: Path) -> Iterator[Path]:
-    """A directory to write in, whose files then replace those of `output_dir`, JSON last."""
-    target = Path(output_dir).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as build:
-        yield Path(build)
-        target.mkdir(exist_ok=True)
-        for name in sorted(os.listdir(build), key=lambda name: (name.endswith(".json"), name)):
-            os.replace(Path(build, name), target / name)
 
 
 def _expand(source: Any) -> list[str]:
@@ -179,14 +168,14 @@ def prepare_corpus(corpus: Mapping[str, Any], output_dir: Path) -> dict[str, Any
     summary = {"source": corpus["source"], "package_version": package, **options, **dropped}
     summary |= {"sha256": digest.hexdigest(), "splits": {}}
     documents = documents.with_columns(num_characters=pl.col("text").str.len_chars().cast(pl.Int64))
-    with _replacing(output_dir) as build:
+    with publishing(output_dir) as build:
         for name, ids in split.items():
             part = pl.DataFrame({"document_id": ids})
             part = part.join(documents, on="document_id", maintain_order="left")
             part.write_parquet(build / f"{name}.parquet")
             total = part["num_characters"].sum()
             summary["splits"][name] = {"num_documents": len(part), "num_characters": total}
-        (build / "corpus.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        write_json(build / "corpus.json", summary)
     return summary
 
 
@@ -215,7 +204,7 @@ def train_tokenizer(corpus_dir: Path, output_dir: Path, vocab_size: int) -> dict
     bpe.train_from_iterator(texts, vocab_size=wanted, **options)
     options = {"clean_up_tokenization_spaces": False, **SPECIAL_TOKENS}
     fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), **options)
-    with _replacing(output_dir) as build:
+    with publishing(output_dir) as build:
         fast.save_pretrained(build)
     return {"vocab_size": len(fast), **SPECIAL_TOKENS}
 
@@ -238,7 +227,7 @@ def tokenize_corpus(corpus_dir: Path, tokenizer_dir: Path, output_dir: Path) -> 
         raise ValueError(f"{tokenizer_dir}: the tokenizer has neither a bos nor an eos token")
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     summary = {"vocab_size": len(tokenizer), "bos_token_id": bos, "splits": {}}
-    with _replacing(output_dir) as build:
+    with publishing(output_dir) as build:
         for name, parts in batches.items():
             sizes = []
             with pq.ParquetWriter(build / f"{name}.parquet", _TOKENS_SCHEMA) as writer:
@@ -252,7 +241,7 @@ def tokenize_corpus(corpus_dir: Path, tokenizer_dir: Path, output_dir: Path) -> 
             counts = {"num_documents": n, "num_tokens": tokens, "num_characters": characters}
             counts["characters_per_token"] = characters / (tokens - n)
             summary["splits"][name] = counts
-        (build / "tokens.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(build / "tokens.json", summary)
     return summary
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, make_base, make_wrapper, perturb
 
 from kimi_recursive import RecursiveConfig, cli, data
-from kimi_recursive.loader import save_sidecar
+from kimi_recursive.loader import load_tokenizer, save_sidecar
 
 
 def call(monkeypatch, *arguments) -> int:
@@ -33,7 +33,8 @@ def model_dir(tmp_path_factory) -> Path:
     base.save_pretrained(root / "base")
     corpus = {"source": str(root / "docs"), "validation": 0.2, "test": 0.2, "seed": 0}
     data.prepare_corpus(corpus, root / "corpus")
-    data.train_tokenizer(root / "corpus", root / "base", 280)
+    data.train_tokenizer(root / "corpus", root / "tokenizer", 280)
+    load_tokenizer(root / "tokenizer").save_pretrained(root / "base")
     save_sidecar(perturb(make_wrapper(base)), root / "sidecar", root / "base")
     return root
 

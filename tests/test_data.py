@@ -302,14 +302,6 @@ def write_text(directory: Path) -> Path:
     return directory / "texts"
 
 
-def test_the_summary_is_moved_last(built, tmp_path, monkeypatch):
-    moved = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
-    prepare_corpus({"source": str(write_text(tmp_path))}, tmp_path / "out")
-    assert moved[-1] == "corpus.json" and len(moved) == 4
-
-
 # Tokens
 
 

@@ -8,6 +8,7 @@ from conftest import EOS, make_base, make_wrapper, perturb, random_ids
 from torch import nn
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
+from kimi_recursive.cache import fork
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 DISABLED = RecursiveConfig(recursive_enabled=False, chunk_width=8, max_chunk_len=8)
@@ -131,11 +132,13 @@ def test_a_later_token_changes_no_earlier_logits(base, position):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[1], [2, 3], [4, 11], [1, 2, 3, 5, 8, 13], list(range(1, 20))])
-def test_base_logits_do_not_depend_on_where_a_prefix_is_cut(base, cuts):
+@pytest.mark.parametrize("forked", [False, True])
+def test_base_logits_do_not_depend_on_where_a_prefix_is_cut(base, cuts, forked):
     wrapper = make_wrapper(base)
     ids = random_ids(2, 20)
     cache, parts = wrapper.new_cache(), []
     for start, stop in zip([0, *cuts], [*cuts, 20], strict=True):
+        cache = fork(cache) if forked else cache
         parts.append(wrapper.read(ids[:, start:stop], cache))
     torch.testing.assert_close(torch.cat(parts, 1), base(ids).logits, **CLOSE)
 
