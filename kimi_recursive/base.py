@@ -105,6 +105,21 @@ class LanguageModelling(nn.Module):
         return loss, {"tokens": windows[:, 1:].numel()}
 
 
+def base_optimizer(model: nn.Module, training: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """AdamW in two groups: matrices with weight decay, vectors and scalars without."""
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": decay, "name": "model", "weight_decay": training["weight_decay"]},
+            {"params": rest, "name": "no_decay", "weight_decay": 0.0},
+        ],
+        lr=training["lr"],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+
 def train_base(
     config: Mapping[str, Any],
     tokens_dir: Path,
@@ -141,17 +156,7 @@ def train_base(
             f"(base.training.context_length is {context})"
         )
     validation = torch.from_numpy(np.stack([np.append(w.inputs, w.targets[-1]) for w in windows]))
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decay, "name": "model", "weight_decay": training["weight_decay"]},
-            {"params": rest, "name": "no_decay", "weight_decay": 0.0},
-        ],
-        lr=training["lr"],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimizer = base_optimizer(model, training)
     balancer = ExpertBalancer(model, training["expert_bias_rate"])
     objective, optimizer = accelerator.prepare(LanguageModelling(model), optimizer)
     objective.train()

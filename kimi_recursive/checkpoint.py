@@ -133,7 +133,7 @@ class WorkDirectory:
         return None
 
     def _complete(self) -> list[Path]:
-        return sorted(p for p in self.checkpoints.glob("step_*") if (p / METADATA_NAME).is_file())
+        return sorted(self.checkpoints.glob("step_*"))
 
 
 def _load(path: Path) -> Checkpoint:

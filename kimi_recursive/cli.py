@@ -88,7 +88,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help=f"To continue; repeatable. Default: {', '.join(DEFAULT_PROMPTS)!r}"),
+        typer.Option(help=f"To continue; repeatable. Default: {' | '.join(DEFAULT_PROMPTS)}"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to a prompt.")] = 48,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",

@@ -286,7 +286,7 @@ def causal_conv1d(
     out = out if bias is None else out + bias
     out = out if activation is None else kimi.ACT2FN[activation](out)
     if out.requires_grad:  # the layer's slicing returns the gradient laid out as [B, D, T]: slow
-        out.register_hook(Tensor.contiguous)
+        out.register_hook(lambda grad: None if grad is None else grad.contiguous())
     return out.mT.to(hidden_states.dtype)
 
 

@@ -70,9 +70,12 @@ def zero_init_proof(wildcards):
     return f"results/compare/{zero_init_name(config, seed)}.json"
 
 
+SUMMARIZE_ALONE = "summarize" in workflow.dag_settings.targets
+
+
 def existing_results(wildcards):
     """Changes when a result appears or changes, so that `snakemake summarize` sees it."""
-    return sorted(
+    return SUMMARIZE_ALONE and sorted(
         f"{path} {path.stat().st_mtime_ns}"
         for folder in ("eval", "compare", "runs/*")
         for path in Path("results").glob(f"{folder}/*.json")
@@ -101,4 +104,4 @@ def matrix_artefacts():
 def summarized(wildcards):
     """What the matrix expects; nothing when the summary itself is asked for, so that a partial
     matrix is summarized as it is."""
-    return [] if "summarize" in workflow.dag_settings.targets else matrix_results()
+    return [] if SUMMARIZE_ALONE else matrix_results()

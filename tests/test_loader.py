@@ -10,6 +10,7 @@ from conftest import SMALL, make_base, make_wrapper, perturb, random_ids
 from safetensors import safe_open
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, load_model_with_config
+from kimi_recursive.base import fetch_base
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.loader import SIDECAR_NAME, build_wrapper, load_base, load_sidecar, save_sidecar
 
@@ -166,3 +167,17 @@ def test_a_model_laid_out_like_the_released_checkpoint_loads(tmp_path):
     assert loaded.config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
     ids = random_ids(1, 9)
     torch.testing.assert_close(loaded(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_fetch_base_links_a_directory_and_explains_what_it_cannot_fetch(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "mine")
+    fetch_base({"path": str(tmp_path / "mine")}, tmp_path / "out/model")
+    assert load_base(tmp_path / "out/model").config.model_type == "llama"
+    assert json.loads((tmp_path / "out/model/origin.json").read_text())["path"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no Hugging Face model"):
+        fetch_base({"path": str(tmp_path / "empty")}, tmp_path / "other")
+    hub = {"path": None, "hub_id": "org/model", "revision": "0" * 40}
+    with pytest.raises(ValueError, match=r"base.hub_id: org/model cannot be fetched") as error:
+        fetch_base(hub, tmp_path / "other")
+    assert "\n" not in str(error.value) and not (tmp_path / "other").exists()
