@@ -170,7 +170,7 @@ def chunk_losses(wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft) -
             chunk = _detached(chunk)
         chunk = wrapper.refine(chunk, inputs)
         log_probs = chunk.logits.float().log_softmax(-1)
-        ce = F.nll_loss(log_probs.transpose(1, 2), draft.targets, reduction="none")
+        ce = -log_probs.gather(-1, draft.targets[..., None]).squeeze(-1)
         chunk_ce.append(ce.detach().mean(1))
         if previous is not None:
             change = F.kl_div(log_probs, previous, log_target=True, reduction="none").sum(-1)
