@@ -70,12 +70,14 @@ def zero_init_proof(wildcards):
     return f"results/compare/{zero_init_name(config, seed)}.json"
 
 
-SUMMARIZE_ALONE = "summarize" in workflow.dag_settings.targets
+def summarize_alone():
+    """Whether the summary itself was asked for, of whatever is there."""
+    return "summarize" in workflow.dag_settings.targets
 
 
 def existing_results(wildcards):
     """Changes when a result appears or changes, so that `snakemake summarize` sees it."""
-    return SUMMARIZE_ALONE and sorted(
+    return summarize_alone() and sorted(
         f"{path} {path.stat().st_mtime_ns}"
         for folder in ("eval", "compare", "runs/*")
         for path in Path("results").glob(f"{folder}/*.json")
@@ -102,6 +104,5 @@ def matrix_artefacts():
 
 
 def summarized(wildcards):
-    """What the matrix expects; nothing when the summary itself is asked for, so that a partial
-    matrix is summarized as it is."""
-    return [] if SUMMARIZE_ALONE else matrix_results()
+    """What the matrix expects; for the summary alone nothing, so that nothing is trained for it."""
+    return [] if summarize_alone() else matrix_results()
