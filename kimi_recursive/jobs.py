@@ -51,6 +51,8 @@ def job(snakemake) -> Iterator[None]:
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(USER_ERROR_EXIT_CODE)
+            except KeyboardInterrupt:
+                sys.exit("interrupted")
             except Exception:
                 traceback.print_exc()
                 sys.exit(1)

@@ -28,7 +28,7 @@ LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or SIGUSR1 arrived; a checkpoint is written and a further run continues from it."""
+    """A signal to stop arrived; a checkpoint is written and a further run continues from it."""
 
     def __init__(self, step: int):
         super().__init__(RESUMABLE_EXIT_CODE)
@@ -116,7 +116,7 @@ def train_loop(
 
     Raises:
         ValueError: loss or gradient is not finite (names the step; the last checkpoint is kept).
-        Interrupted: after SIGTERM or SIGUSR1, with a checkpoint written.
+        Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written.
     """
     held: dict[str, Tensor] = {**trainable, **(buffers or {})}
     rows: list[dict[str, Any]] = []
@@ -201,6 +201,7 @@ def train_loop(
             if last or arrived or step % settings.save_interval == 0:
                 save()
             if arrived and not last:
+                tqdm.write(f"{description}: stopped at step {step}, to be resumed", sys.stderr)
                 raise Interrupted(step)
     _copy_into(held, best)
     logs = pl.DataFrame(rows, infer_schema_length=None)
@@ -215,9 +216,9 @@ def _copy_into(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 in a list instead of dying of them."""
+    """Collect the signals to stop in a list instead of dying of them."""
     arrived: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {s: signal.signal(s, lambda number, _frame: arrived.append(number)) for s in signals}
     try:
         yield arrived

@@ -166,6 +166,10 @@ def _text(config: Mapping[str, Any], results: Path, rows: list[dict[str, Any]]) 
             f"({done[0]['num_tokens']:,} tokens of {done[0]['num_documents']} documents; lower "
             "perplexity is better)"
         )
+    if any(r["training"] for r in done):
+        lines.append(
+            "(no control arm yet: a difference may be that of more parameters and more training)"
+        )
     lines += ["", "Cost"]
     lines.append(f"{'evaluation':<26}{'mean steps':>11}{'scored tok/s':>14}{'generated tok/s':>17}")
     for row in done:
