@@ -3,6 +3,7 @@
 # make env      the environment alone, in .venv
 # make lint     ruff, snakefmt, snakemake --lint
 # make summarize   results/summary.* from what is there, without training
+# make unlock   after a kill -9 or a power loss: remove the lock that Snakemake left
 # make clean    remove results and Snakemake's records of them; the environment stays
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(CORES)
 
-.PHONY: all test env lint summarize dry-run clean
+.PHONY: all test env lint dry-run summarize unlock clean
 
 all: env
 	$(SNAKEMAKE) all
@@ -42,6 +43,9 @@ dry-run: env
 summarize: env
 	$(SNAKEMAKE) summarize
 	@cat results/summary.txt
+
+unlock: env
+	$(SNAKEMAKE) --unlock
 
 clean:
 	rm -rf .snakemake
