@@ -94,8 +94,8 @@ def matrix_results():
 def matrix_artefacts():
     """Every file and folder that the matrix makes, but for the summary."""
     return (
-        ["results/corpus/corpus.json", "results/tokens/tokens.json", TOKENIZER]
-        + ["results/base/model"]
+        [*rules.prepare_corpus.output, *rules.tokenize_corpus.output, TOKENIZER]
+        + (rules.train_base.output if SCRATCH else rules.fetch_base.output)
         + expand("results/surgery/s{seed}", seed=config["seeds"])
         + expand("results/runs/{key}/{file}", key=TRAININGS, file=RUN_FILES)
         + expand("results/eval/{name}_documents.parquet", name=EVALUATIONS)

@@ -1,6 +1,7 @@
 """`kimi-recursive`: what a user types, and what a user gets wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,10 +82,15 @@ def test_user_errors_are_one_line_with_exit_code_2_and_write_nothing(
     RecursiveConfig(recursive_enabled=True, d_state=0).save(tmp_path / "range.json")
     RecursiveConfig(**SMALL, layers_to_refine=[7]).save(tmp_path / "layers.json")
     (tmp_path / "empty.txt").write_text("")
+    shutil.copytree(model_dir / "base", tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes(b"\x10")
+    save_sidecar(make_wrapper(make_base("qwen")), tmp_path / "other", model_dir / "base")
     cases = [
         ({"--stage": "before"}, "--stage: must be one of baseline, after_surgery"),
         ({"--split": "dev"}, "--split: must be train, validation or test, got 'dev'"),
         ({"--model_path": tmp_path / "none"}, "no such model directory"),
+        ({"--model_path": tmp_path / "cut"}, "truncated or not a safetensors file"),
+        ({"--model_path": tmp_path / "other"}, "does not fit this base"),
         ({"--recursive-config": tmp_path / "none.json"}, "cannot be read"),
         ({"--recursive-config": tmp_path / "bad.json"}, "is not valid JSON"),
         ({"--recursive-config": tmp_path / "typo.json"}, "did you mean 'chunk_width'?"),

@@ -151,6 +151,8 @@ def test_a_second_run_does_nothing(project):
         ("results/base/model", [r for r in EXPECTED if r not in (
             "prepare_corpus", "train_tokenizer", "tokenize_corpus")]),
         ("results/summary.txt", ["summarize"]),
+        ("results/tokens/train.parquet", [r for r in EXPECTED if r not in (
+            "prepare_corpus", "train_tokenizer")]),
     ],
 )  # fmt: skip
 def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefact, reruns):
