@@ -23,3 +23,4 @@ rule all:
         # Every artefact, so that one that was deleted is made again.
         matrix_artefacts(),
         rules.summarize.output,
+        rules.plot_perplexity_by_step.output,

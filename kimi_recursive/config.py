@@ -61,6 +61,8 @@ class RecursiveConfig:
         commit_threshold: `commit="learned"` stops refining a chunk at this commit probability.
         min_commit_threshold: After K steps, commit the predicted length at or above this
             probability; below it commit one token, so that generation never deadlocks.
+        single_pass: Control arm: the cells act as adapters in one pass over the chunk, with neither
+            feedback from a step before nor a state to carry; needs `max_inner_steps` 1.
         commit: How drafted tokens are committed, `verified` (exact) or `learned` (boundary head).
         layers_to_refine: `"all"` or a list of decoder layer indices, each with one `RefineCell`.
         use_latent_token: Feed the top hidden state of one step into the embeddings of the next.
@@ -86,6 +88,7 @@ class RecursiveConfig:
     max_inner_steps: int = 4
     commit_threshold: float = 0.7
     min_commit_threshold: float = 0.3
+    single_pass: bool = False
     commit: str = "verified"
     layers_to_refine: str | list[int] = "all"
     use_latent_token: bool = True
@@ -119,7 +122,7 @@ class RecursiveConfig:
         def is_number(value: Any) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool)
 
-        for name in ("recursive_enabled", "use_latent_token"):
+        for name in ("recursive_enabled", "use_latent_token", "single_pass"):
             check(name, isinstance(getattr(self, name), bool), "true or false")
         counts = ("chunk_width", "max_inner_steps", "d_state", "gate_hidden", "max_chunk_len")
         counts_ok = [
@@ -163,6 +166,8 @@ class RecursiveConfig:
                 f"max_chunk_len must be at least chunk_width ({self.chunk_width}), "
                 f"got {self.max_chunk_len}"
             )
+        if self.single_pass is True and self.max_inner_steps != 1:
+            errors.append(f"max_inner_steps must be 1 with single_pass, got {self.max_inner_steps}")
         low, high = self.min_commit_threshold, self.commit_threshold
         if is_number(low) and is_number(high) and low > high:
             errors.append(

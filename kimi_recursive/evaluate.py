@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
 from kimi_recursive.files import versions, write_json, write_parquet
+from kimi_recursive.flops import forward_flops_per_token
 from kimi_recursive.loader import load_model_with_config
 from kimi_recursive.model import ChunkRefineWrapper
 
@@ -43,20 +44,17 @@ def score_windows(
 
     Returns:
         One row per window, chunk and inner step: document (int), start, chunk, step, num_tokens,
-        loss_sum (nats), num_correct, p_commit (null at step 0 and when the loop is not active).
+        loss_sum (nats), num_correct, p_commit (null at step 0 and when the loop is not active),
+        seconds (this row's share of its batch).
     """
-    rows: dict[str, list] = {
-        k: []
-        for k in (
-            "document", "start", "chunk", "step",
-            "num_tokens", "loss_sum", "num_correct", "p_commit",
-        )
-    }  # fmt: skip
+    columns = ("document", "start", "chunk", "step", "num_tokens", "loss_sum", "num_correct",
+               "p_commit", "seconds")  # fmt: skip
+    rows: dict[str, list] = {name: [] for name in columns}
     bar = tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress)
     for batch in batches(windows, batch_size):
         inputs = torch.from_numpy(np.stack([w.inputs for w in batch])).to(wrapper.device)
         targets = torch.from_numpy(np.stack([w.targets for w in batch])).to(wrapper.device)
-        offset = 0
+        offset, clock = 0, time.perf_counter()
         for number, chunk in enumerate(wrapper.chunks(inputs)):
             width = chunk.input_ids.shape[1]
             gold = targets[:, offset : offset + width]
@@ -77,6 +75,8 @@ def score_windows(
                 rows["loss_sum"] += ce.sum(1).tolist()
                 rows["num_correct"] += correct.tolist()
                 rows["p_commit"] += p_commit
+                before, clock = clock, time.perf_counter()
+                rows["seconds"] += [(clock - before) / len(batch)] * len(batch)
         bar.update(len(batch))
     bar.close()
     return pl.DataFrame(rows, schema_overrides={"p_commit": pl.Float64})
@@ -164,16 +164,18 @@ def evaluate_model(
     tokenizer,
     split: TokenSplit,
     settings: Mapping[str, Any],
+    depths: Sequence[int] = (),
 ) -> tuple[dict[str, Any], pl.DataFrame]:
     """Evaluate one model on held-out documents.
 
     Args:
         settings: The `evaluation` subtree of the workflow config: context_length, batch_size,
             max_windows_per_document, prompts, max_new_tokens.
+        depths: Numbers of inner steps to score beside 0..K; they do not count in the throughput.
 
     Returns:
         Results as JSON types, and `document_scores`. `perplexity.perplexity` and
-        `perplexity.token_accuracy` are those of the last inner step; `by_step` has all.
+        `perplexity.token_accuracy` are those of step K; `by_step` has all.
 
     Raises:
         ValueError: no document with two tokens, or prompts without a tokenizer.
@@ -185,26 +187,32 @@ def evaluate_model(
     )
     if not windows:
         raise ValueError("the evaluation split has no document of at least two tokens")
-    started = time.perf_counter()
-    scores = score_windows(wrapper, windows, settings["batch_size"], progress=True)
-    seconds = time.perf_counter() - started
+    last = wrapper.resolve_steps(None)
+    deepest = max([last, *depths]) if wrapper.active else 0
+    scores = score_windows(wrapper, windows, settings["batch_size"], deepest, progress=True)
+    within = scores.filter(pl.col("step") <= last)
+    scores = scores.filter((pl.col("step") <= last) | pl.col("step").is_in(list(depths)))
     documents = document_scores(scores, split)
     by_step = summarize_scores(documents)
+    at_last = next(row for row in by_step if row["step"] == last)
+    first = next(batches(windows, settings["batch_size"]))
+    input_ids = torch.from_numpy(np.stack([w.inputs for w in first])).to(wrapper.device)
     num_tokens = sum(len(w.targets) for w in windows)
     samples, generated_per_second = generate_samples(
         wrapper, tokenizer, settings["prompts"], settings["max_new_tokens"]
     )
     results = {
         "perplexity": {
-            **{k: by_step[-1][k] for k in ("perplexity", "token_accuracy", "loss")},
+            **{k: at_last[k] for k in ("perplexity", "token_accuracy", "loss")},
             "num_tokens": num_tokens,
             "num_documents": documents["document_id"].n_unique(),
             "by_step": by_step,
         },
-        "inner_steps": wrapper.resolve_steps(None),
-        "mean_inner_steps": mean_inner_steps(scores, wrapper.config.commit_threshold),
+        "inner_steps": last,
+        "mean_inner_steps": mean_inner_steps(within, wrapper.config.commit_threshold),
+        "forward_flops_per_token": forward_flops_per_token(wrapper, input_ids),
         "throughput": {
-            "evaluated_tokens_per_second": num_tokens / seconds,
+            "evaluated_tokens_per_second": num_tokens / within["seconds"].sum(),
             "generated_tokens_per_second": generated_per_second,
         },
         "generations": samples,
@@ -221,6 +229,7 @@ def evaluate_stage(
     documents_path: str | Path,
     config: RecursiveConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
+    depths: Sequence[int] = (),
     split: str = "test",
     **load_options: Any,
 ) -> dict[str, Any]:
@@ -229,6 +238,7 @@ def evaluate_stage(
     Args:
         config: By default the sidecar's own, or recursion disabled for a base.
         overrides: Parameters to change in that config.
+        depths: As in `evaluate_model`.
         load_options: Passed on to `load_model_with_config`.
 
     Raises:
@@ -238,7 +248,7 @@ def evaluate_stage(
         model_path, config=config, overrides=overrides, **load_options
     )
     results, documents = evaluate_model(
-        wrapper, tokenizer, load_tokens(Path(tokens_dir), split), settings
+        wrapper, tokenizer, load_tokens(Path(tokens_dir), split), settings, depths
     )
     results = {
         "stage": stage,
@@ -250,7 +260,7 @@ def evaluate_stage(
             "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
         },
         "config": config.to_dict(),
-        "evaluation": dict(settings),
+        "evaluation": {**settings, "depths": list(depths)},
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

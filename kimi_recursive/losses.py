@@ -109,18 +109,23 @@ class DraftRepair(nn.Module):
         self.own_share = own_share
         self.seed = seed
 
+    def draw(self, length: int, step: int) -> tuple[int, float, torch.Generator]:
+        """What a step does with windows of `length` inputs: where its chunk starts, the corruption
+        rate, and the generator that decides the corruption."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        width = self.wrapper.config.chunk_width
+        start = width * int(torch.randint(length // width, (), generator=generator))
+        progress = step / max(1, self.num_steps - 1)
+        return start, corruption_rate_at(self.wrapper.config, progress), generator
+
     def forward(self, windows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Args: gold windows [B, T + 1] with T a multiple of the chunk width; the step from 0.
 
         Returns: the weighted sum, and each loss by name, with the corruption rate and `tokens`.
         """
         config, wrapper = self.wrapper.config, self.wrapper
-        width = config.chunk_width
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        num_chunks = (windows.shape[1] - 1) // width
-        start = width * int(torch.randint(num_chunks, (), generator=generator))
-        rate = corruption_rate_at(config, step / max(1, self.num_steps - 1))
-        gold = windows[:, start : start + width + 1]
+        start, rate, generator = self.draw(windows.shape[1] - 1, step)
+        gold = windows[:, start : start + config.chunk_width + 1]
         with torch.no_grad():
             prefix = wrapper.encode(windows[:, :start], wrapper.new_cache())
             base = wrapper.start_chunk(gold[:, :-1], prefix)

@@ -15,6 +15,15 @@ from typing import Any
 NUMERICS_VERSION = 1
 
 
+# Arms and the parameters of `RecursiveConfig` that make them what they are.
+SINGLE_PASS = {"single_pass": True, "max_inner_steps": 1}
+ARMS: dict[str, dict[str, Any]] = {
+    "recursive": {},
+    "vanilla": SINGLE_PASS,  # the same cells, tokens and data order, in one pass
+    "vanilla_flops": SINGLE_PASS,  # the same, trained for the FLOPs of the recursive arm
+}
+
+
 @dataclass(frozen=True)
 class Training:
     """One training run; `parent` is the key of the run it starts from, None for fresh cells."""
@@ -36,7 +45,7 @@ class Evaluation:
     Attributes:
         name: File stem in `results/eval`; the stage, with `_s<seed>` behind it for every seed but
             the first of the list.
-        stage: `baseline`, `after_surgery`, `finetuned_recursive`.
+        stage: `baseline`, `after_surgery`, or `finetuned_<arm>`.
         seed: Of the cells and the training; None for the baseline.
         training: Key of the training evaluated, None before training.
     """
@@ -49,7 +58,7 @@ class Evaluation:
 
 def trainings(config: Mapping[str, Any]) -> list[Training]:
     """All training runs of the matrix, parents first."""
-    return [Training("recursive", "a", seed, None) for seed in config["seeds"]]
+    return [Training(arm, "a", seed, None) for arm in ARMS for seed in config["seeds"]]
 
 
 def evaluations(config: Mapping[str, Any]) -> list[Evaluation]:
@@ -62,7 +71,7 @@ def evaluations(config: Mapping[str, Any]) -> list[Evaluation]:
     rows = [Evaluation("baseline", "baseline", None, None)]
     rows += [Evaluation(name("after_surgery", s), "after_surgery", s, None) for s in seeds]
     rows += [
-        Evaluation(name("finetuned_recursive", t.seed), "finetuned_recursive", t.seed, t.key)
+        Evaluation(name(f"finetuned_{t.arm}", t.seed), f"finetuned_{t.arm}", t.seed, t.key)
         for t in trainings(config)
     ]
     return rows

@@ -240,9 +240,11 @@ class ChunkRefineWrapper(nn.Module):
         """
         ids = chunk.input_ids if input_ids is None else input_ids
         embeds = self.base.get_input_embeddings()(ids)
+        single = self.config.single_pass
         if self.latent is not None:
-            embeds = self.latent(embeds, chunk.h_top)
-        states = dict(chunk.states)
+            feedback = torch.zeros_like(chunk.h_top) if single else chunk.h_top
+            embeds = self.latent(embeds, feedback)
+        states = {} if single else dict(chunk.states)
         h_top, logits = self._run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
         return ChunkState(
             chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states

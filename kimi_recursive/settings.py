@@ -19,10 +19,11 @@ MODEL_KEYS = (
     "gate_hidden", "max_chunk_len",
 )  # fmt: skip
 GENERATION_KEYS = ("commit", "commit_threshold", "min_commit_threshold")
+STAGE_KEYS = ("recursive_enabled", "single_pass")
 TRAINING_KEYS = tuple(
     f.name
     for f in dataclasses.fields(RecursiveConfig)
-    if f.name not in (*MODEL_KEYS, *GENERATION_KEYS, "recursive_enabled")
+    if f.name not in (*MODEL_KEYS, *GENERATION_KEYS, *STAGE_KEYS)
 )
 
 
@@ -58,6 +59,8 @@ def _check_recursive(values: Mapping[str, Any]) -> list[str]:
         config = RecursiveConfig.from_dict({**values, "recursive_enabled": True}, "recursive")
     except ValueError as error:
         return str(error).split("; recursive: ")
+    if fixed := [key for key in STAGE_KEYS if key in values]:
+        return [f"recursive: {key} is set by the stage, leave it out" for key in fixed]
     return [f"recursive: {error}" for error in config.validate()]
 
 

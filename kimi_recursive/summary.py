@@ -1,4 +1,4 @@
-"""`summary.csv` and `summary.txt`, from whatever part of the matrix is there."""
+"""The rows of `summary.csv`, from whatever part of the matrix is there."""
 
 from __future__ import annotations
 
@@ -9,29 +9,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.files import write_text
-from kimi_recursive.matrix import Evaluation, evaluations, trainings, zero_init_name
+from kimi_recursive.files import write_json, write_text
+from kimi_recursive.matrix import (
+    ARMS,
+    Evaluation,
+    Training,
+    evaluations,
+    trainings,
+    zero_init_name,
+)
 from kimi_recursive.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
     TRAINING_KEYS,
     recursive_subset,
 )
+from kimi_recursive.summary_text import summary_text
+from kimi_recursive.verdict import compare_documents
 
 COLUMNS = (
-    "name", "stage", "status", "seed", "training", "base_kind", "chunk_width", "max_inner_steps",
-    "inner_steps", "layers_to_refine", "use_latent_token", "d_state", "num_base_parameters",
-    "num_sidecar_parameters", "num_training_steps", "training_tokens", "lr", "best_step",
-    "num_documents", "num_tokens", "loss", "perplexity", "perplexity_step_0",
+    "name", "stage", "status", "seed", "arm", "training", "base_kind", "chunk_width",
+    "max_inner_steps", "inner_steps", "layers_to_refine", "use_latent_token", "d_state",
+    "num_base_parameters", "num_trainable_parameters", "num_training_steps", "training_tokens",
+    "training_flops", "lr", "best_step", "forward_flops_per_token", "num_documents",
+    "num_tokens", "loss", "perplexity", "perplexity_step_0",
     "difference_percent", "token_accuracy", "mean_inner_steps",
     "evaluated_tokens_per_second", "generated_tokens_per_second", "detail",
 )  # fmt: skip
 
 
 def summarize(
-    config: Mapping[str, Any], results_dir: str | Path, csv_path: str | Path, txt_path: str | Path
+    config: Mapping[str, Any],
+    results_dir: str | Path,
+    csv_path: str | Path,
+    txt_path: str | Path,
+    verdicts_path: str | Path,
 ) -> list[dict[str, Any]]:
-    """Write both summaries; a run that is not there is a row that says so.
+    """Write the summaries; a run that is not there is a row that says so.
 
     Status: `ok`; `failed` when a file is damaged or its log ends in an error; else `missing`, also
     when results are there but were made with other settings than the config now has.
@@ -50,7 +64,13 @@ def summarize(
     writer.writeheader()
     writer.writerows(rows)
     write_text(csv_path, table.getvalue())
-    write_text(txt_path, _text(config, results_dir, rows))
+    proofs = {}
+    for seed in config["seeds"]:
+        path = results_dir / "compare" / f"{zero_init_name(config, seed)}.json"
+        proofs[seed] = _read(path)
+    comparisons = compare_arms(results_dir, rows)
+    write_json(verdicts_path, comparisons)
+    write_text(txt_path, summary_text(rows, proofs, comparisons))
     return rows
 
 
@@ -76,14 +96,16 @@ def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> di
         row |= {k: recursive[k] for k in ("max_inner_steps", "d_state", "use_latent_token")}
         row["layers_to_refine"] = json.dumps(recursive["layers_to_refine"])
     if trained:
-        row |= {k: trained[k] for k in ("training_tokens", "best_step")}
+        copied = ("arm", "training_tokens", "training_flops", "best_step",
+                  "num_trainable_parameters")  # fmt: skip
+        row |= {k: trained[k] for k in copied}
         row |= {"num_training_steps": trained["num_steps"], "lr": trained["settings"]["lr"]}
     return row | {
         "status": "ok",
         "chunk_width": recursive["chunk_width"],
         "inner_steps": found["inner_steps"],
         "num_base_parameters": found["num_parameters"]["base"],
-        "num_sidecar_parameters": found["num_parameters"]["sidecar"],
+        "forward_flops_per_token": found["forward_flops_per_token"],
         **{k: scores[k] for k in ("num_documents", "num_tokens", "loss", "perplexity")},
         "perplexity_step_0": scores["by_step"][0]["perplexity"],
         "token_accuracy": scores["token_accuracy"],
@@ -104,10 +126,12 @@ def _other_settings(
     if evaluation.seed is not None:
         keys = (*MODEL_KEYS, *GENERATION_KEYS, *(TRAINING_KEYS if evaluation.training else ()))
     want = recursive_subset(config, keys)
+    if evaluation.training:
+        want |= ARMS[_training(config, evaluation.training).arm]
     differ = [f"recursive.{k}" for k in keys if found["config"][k] != want[k]]
     differ += _changed("evaluation", config["evaluation"], found["evaluation"])
     if evaluation.training:
-        phase = _phase(config, evaluation.training)
+        phase = _training(config, evaluation.training).phase
         differ += _changed(f"training.{phase}", config["training"][phase], trained["settings"])
     return differ
 
@@ -116,8 +140,8 @@ def _changed(where: str, want: Mapping[str, Any], have: Mapping[str, Any]) -> li
     return [f"{where}.{k}" for k in want if have.get(k) != want[k]]
 
 
-def _phase(config: Mapping[str, Any], key: str) -> str:
-    return next(t.phase for t in trainings(config) if t.key == key)
+def _training(config: Mapping[str, Any], key: str) -> Training:
+    return next(t for t in trainings(config) if t.key == key)
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -144,65 +168,53 @@ def _logged_error(results: Path, evaluation: Evaluation) -> str:
     return ""
 
 
-def _text(config: Mapping[str, Any], results: Path, rows: list[dict[str, Any]]) -> str:
-    done = [r for r in rows if r["status"] == "ok"]
-    lines = [f"Kimi Recursive: {len(done)} of {len(rows)} expected evaluations are there", ""]
-    lines += [*_zero_init(config, results), ""]
-    header = f"{'evaluation':<26}{'step':>5}{'perplexity':>12}{'vs baseline':>13}{'accuracy':>10}"
-    lines += ["Perplexity on held-out documents, by inner step", header]
-    base = next((r for r in done if r["stage"] == "baseline"), None)
-    for row in done:
-        for step in row["by_step"]:
-            change = ""
-            if base:
-                change = f"{100 * (step['perplexity'] / base['perplexity'] - 1):+.3f} %"
-            label = row["name"] if step["step"] == 0 else ""
-            lines.append(
-                f"{label:<26}{step['step']:>5}{step['perplexity']:>12.4f}{change:>13}"
-                f"{100 * step['token_accuracy']:>8.2f} %"
-            )
-    if done:
-        lines.append(
-            f"({done[0]['num_tokens']:,} tokens of {done[0]['num_documents']} documents; lower "
-            "perplexity is better)"
-        )
-    if any(r["training"] for r in done):
-        lines.append(
-            "(no control arm yet: a difference may be that of more parameters and more training)"
-        )
-    lines += ["", "Cost"]
-    lines.append(f"{'evaluation':<26}{'mean steps':>11}{'scored tok/s':>14}{'generated tok/s':>17}")
-    for row in done:
-        lines.append(
-            f"{row['name']:<26}{row['mean_inner_steps']:>11.2f}"
-            f"{row['evaluated_tokens_per_second']:>14.0f}"
-            f"{row['generated_tokens_per_second']:>17.1f}"
-        )
-    absent = [r for r in rows if r["status"] != "ok"]
-    if absent:
-        lines += ["", "Not there"]
-        lines += [f"{r['name']:<26}{r['status']}  {r['detail']}".rstrip() for r in absent]
-    return "\n".join(lines) + "\n"
+def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The recursive arm against the baseline, each control arm, and its own first step.
 
+    Over the seeds that both have; a pair without any is left out.
 
-def _zero_init(config: Mapping[str, Any], results: Path) -> list[str]:
-    lines = []
-    for seed in config["seeds"]:
-        name = zero_init_name(config, seed)
-        found, problem = _read(results / "compare" / f"{name}.json")
-        if found is None:
-            lines.append(f"Zero-init proof (seed {seed}): {problem or 'missing'}")
+    Returns: arm, reference, steps, seeds, difference in nats per token with its 95 % interval, the
+    same as percent of the reference's perplexity, verdict.
+    """
+    by_stage: dict[str, dict[Any, dict[str, Any]]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            by_stage.setdefault(row["stage"], {})[row["seed"]] = row
+    arm = by_stage.get("finetuned_recursive", {})
+    references = ["baseline", *(f"finetuned_{name}" for name in ARMS if name != "recursive")]
+    pairs = [(stage, by_stage.get(stage, {}), None) for stage in references]
+    if arm and next(iter(arm.values()))["inner_steps"] > 1:
+        pairs.append(("its own step 1", arm, 1))
+    found = []
+    for name, reference, step in pairs:
+        shared = name == "baseline"  # one run for all seeds
+        seeds = [s for s in arm if reference and (shared or s in reference)]
+        if not seeds:
             continue
-        failed = [c for c in found["checks"] if not c["passed"]]
-        verdict = "PASSED" if found["passed"] else "FAILED"
-        lines.append(
-            f"Zero-init proof (seed {seed}): {verdict}, "
-            f"{len(found['checks']) - len(failed)} of {len(found['checks'])} checks"
+        mine = [arm[s] for s in seeds]
+        others = list(reference.values()) if shared else [reference[s] for s in seeds]
+        reference_step = others[0]["inner_steps"] if step is None else step
+        difference = compare_documents(
+            [_documents(results, row) for row in mine],
+            [_documents(results, row) for row in others],
+            mine[0]["inner_steps"],
+            reference_step,
         )
-        lines.append(
-            f"  perplexity differs by {found['perplexity_difference_percent']:.3g} %, "
-            f"logits of steps 1..{found['inner_steps']} by {found['max_logit_difference']:.3g}, "
-            f"generations {'identical' if found['generations_identical'] else 'DIFFER'}"
+        found.append(
+            {
+                "arm": "finetuned_recursive",
+                "reference": name,
+                "arm_step": mine[0]["inner_steps"],
+                "reference_step": reference_step,
+                "seeds": seeds,
+                "num_documents": difference.num_documents,
+                "nats_per_token": [difference.mean, difference.low, difference.high],
+                "perplexity_percent": list(difference.percent),
+                "verdict": difference.verdict,
+            }
         )
-        lines += [f"  failed: {c['name']} = {c['value']:.6g}, must be {c['limit']}" for c in failed]
-    return lines
+    return found
+
+
+def _documents(results: Path, row: Mapping[str, Any]) -> Path:
+    return results / "eval" / f"{row['name']}_documents.parquet"

@@ -60,6 +60,14 @@ def evaluated_config(wildcards):
     return recursive_subset(config, keys)
 
 
+def evaluated_depths(wildcards):
+    """More inner steps than trained, for the recursive arm: does the loop do anything with them?"""
+    if EVALUATIONS[wildcards.name].stage != "finetuned_recursive":
+        return []
+    trained = recursive_subset(config, MODEL_KEYS)["max_inner_steps"]
+    return sorted({0, 1, 2, 4, 2 * trained})
+
+
 def parent_sidecar(wildcards):
     run = TRAININGS[wildcards.key]
     return f"results/runs/{run.parent}/sidecar" if run.parent else f"results/surgery/s{run.seed}"

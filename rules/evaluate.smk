@@ -14,6 +14,7 @@ rule evaluate:
         stage=lambda wildcards: EVALUATIONS[wildcards.name].stage,
         evaluation=config["evaluation"],
         recursive=evaluated_config,
+        depths=evaluated_depths,
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
         numerics=NUMERICS_VERSION,
     script:

@@ -4,6 +4,7 @@ rule summarize:
     output:
         table="results/summary.csv",
         text="results/summary.txt",
+        verdicts="results/verdicts.json",
     log:
         "results/logs/summarize.log",
     conda:
@@ -13,3 +14,16 @@ rule summarize:
         state=existing_results,
     script:
         "../workflow/scripts/summarize.py"
+
+
+rule plot_perplexity_by_step:
+    input:
+        expand("results/eval/{name}_results.json", name=EVALUATIONS),
+    output:
+        figure="results/figures/perplexity_by_step.png",
+    log:
+        "results/logs/plot_perplexity_by_step.log",
+    conda:
+        "../environment.yml"
+    script:
+        "../workflow/scripts/plot_perplexity_by_step.py"

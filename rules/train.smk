@@ -13,6 +13,7 @@ rule train_phase:
     conda:
         "../environment.yml"
     params:
+        arm=lambda wildcards: TRAININGS[wildcards.key].arm,
         phase=lambda wildcards: TRAININGS[wildcards.key].phase,
         seed=lambda wildcards: TRAININGS[wildcards.key].seed,
         settings=lambda wildcards: config["training"][TRAININGS[wildcards.key].phase],

@@ -76,6 +76,7 @@ def test_validate_returns_every_error():
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
+        ({"single_pass": True}, "max_inner_steps must be 1 with single_pass, got 4"),
         ({"max_chunk_len": 64}, "max_chunk_len must be at least chunk_width (128), got 64"),
         ({"min_commit_threshold": 0.9}, "min_commit_threshold must be at most commit_threshold"),
         ({"layers_to_refine": [1, 1]}, "distinct"),
@@ -159,6 +160,7 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ("recursive.chunk_widht", 64, "did you mean 'chunk_width'?"),
         ("recursive.max_inner_steps", 0, "recursive: max_inner_steps must be an integer of at"),
         ("recursive.layers_to_refine", [4], "recursive.layers_to_refine: [4] out of range; the"),
+        ("recursive.single_pass", True, "recursive: single_pass is set by the stage"),
         ("training.a.context_length", 100, "must be a multiple of recursive.chunk_width (64)"),
         ("base.architecture.num_experts", 1, "num_experts_per_token must be at most num_experts"),
         ("corpus.test", 0.95, "validation and test together must be below 1"),
@@ -184,9 +186,9 @@ def test_a_hub_base_must_be_pinned(settings):
 
 
 def test_the_groups_of_recursive_cover_every_parameter_once(settings):
-    from kimi_recursive.settings import GENERATION_KEYS, MODEL_KEYS, TRAINING_KEYS
+    from kimi_recursive.settings import GENERATION_KEYS, MODEL_KEYS, STAGE_KEYS, TRAINING_KEYS
 
-    keys = [*MODEL_KEYS, *GENERATION_KEYS, *TRAINING_KEYS, "recursive_enabled"]
+    keys = [*MODEL_KEYS, *GENERATION_KEYS, *TRAINING_KEYS, *STAGE_KEYS]
     assert sorted(keys) == sorted(RecursiveConfig().to_dict())
     assert recursive_subset({"recursive": {}}, ("d_state",)) == {"d_state": 512}
 

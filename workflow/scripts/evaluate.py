@@ -13,5 +13,6 @@ with job(snakemake):
         results_path=Path(snakemake.output.results),
         documents_path=Path(snakemake.output.documents),
         overrides=snakemake.params.recursive,
+        depths=snakemake.params.depths,
         **snakemake.params.load,
     )

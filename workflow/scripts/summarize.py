@@ -10,4 +10,5 @@ with job(snakemake):
         results_dir=Path(snakemake.output.table).parent,
         csv_path=Path(snakemake.output.table),
         txt_path=Path(snakemake.output.text),
+        verdicts_path=Path(snakemake.output.verdicts),
     )

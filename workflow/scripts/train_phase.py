@@ -11,6 +11,7 @@ with job(snakemake):
         snakemake.params.phase,
         snakemake.params.settings,
         snakemake.params.seed,
+        arm=snakemake.params.arm,
         overrides=snakemake.params.recursive,
         parent_dir=Path(snakemake.input.parent),
         tokens_dir=Path(snakemake.input.tokens[0]).parent,

@@ -1,0 +1,65 @@
+"""FLOPs, counted by torch on real passes: matrix products, convolutions and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kimi_recursive.losses import DraftRepair
+from kimi_recursive.model import ChunkRefineWrapper
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """FLOPs of what `call` runs, 2 for each multiply-add; elementwise work is not counted."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def cumulative_training_flops(
+    objective: DraftRepair, windows: torch.Tensor, num_steps: int
+) -> list[int]:
+    """FLOPs after each of `num_steps` optimizer steps, forward and backward.
+
+    Steps differ only in the length of the prefix before their chunk and in whether the draft is
+    corrupted; each kind is run and counted once.
+
+    Args:
+        windows: A batch as in training [B, T + 1].
+    """
+    per_kind: dict[tuple[int, bool], int] = {}
+    total, cumulative = 0, []
+    for step in range(num_steps):
+        start, rate, _ = objective.draw(windows.shape[1] - 1, step)
+        kind = (start, rate > 0)
+        if kind not in per_kind:
+            per_kind[kind] = count_flops(lambda s=step: objective(windows, s)[0].backward())
+        total += per_kind[kind]
+        cumulative.append(total)
+    objective.zero_grad(set_to_none=True)
+    return cumulative
+
+
+def steps_for_flops(cumulative: list[int], budget: int) -> int:
+    """Optimizer steps whose FLOPs are nearest to `budget`; `cumulative` must reach it."""
+    assert cumulative[-1] >= budget, "count more steps"
+    return 1 + min(range(len(cumulative)), key=lambda i: abs(cumulative[i] - budget))
+
+
+@torch.no_grad()
+def forward_flops_per_token(wrapper: ChunkRefineWrapper, input_ids: torch.Tensor) -> float:
+    """FLOPs per token of the logits that are scored: of all passes over each chunk up to step K.
+
+    For a single-pass arm that is the one pass through the cells; the base's own pass, which only
+    makes the states that later chunks attend to, is left out, in the arm's favour.
+
+    Args:
+        input_ids: [B, T], cut on the chunk grid.
+    """
+    flops = count_flops(lambda: [wrapper.last_step(chunk) for chunk in wrapper.chunks(input_ids)])
+    if wrapper.active and wrapper.config.single_pass:
+        flops -= count_flops(lambda: list(wrapper.chunks(input_ids)))
+    return flops / input_ids.numel()

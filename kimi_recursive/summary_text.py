@@ -1,0 +1,122 @@
+"""`summary.txt`: the questions of the matrix, answered in at most 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TARGET_INNER_STEPS = (1.0, 2.0)
+
+
+def summary_text(
+    rows: list[dict[str, Any]],
+    proofs: Mapping[int, tuple[dict[str, Any] | None, str]],
+    comparisons: list[dict[str, Any]],
+) -> str:
+    """Args: rows of `summary.csv`; by seed the zero-init proof, or None and what is wrong with it;
+    the comparisons of `summary.compare_arms`."""
+    done = [row for row in rows if row["status"] == "ok"]
+    lines = [f"Kimi Recursive: {len(done)} of {len(rows)} expected evaluations are there"]
+    lines += ["", "Does zero-init preserve the base?", *_zero_init(proofs)]
+    lines += ["", "Does recursion help?", *_help(comparisons)]
+    lines += ["", "At what cost?", *_cost(done)]
+    lines += ["", "Perplexity on held-out documents, by inner step", *_perplexity(done)]
+    absent = [row for row in rows if row["status"] != "ok"]
+    if absent:
+        lines += ["", "Not there"]
+        lines += [f"{r['name']:<27}{r['status']}  {r['detail']}".rstrip() for r in absent]
+    return "\n".join(lines) + "\n"
+
+
+def _zero_init(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[str]:
+    lines = []
+    for seed, (proof, problem) in proofs.items():
+        if proof is None:
+            lines.append(f"Zero-init proof (seed {seed}): {problem or 'missing'}")
+            continue
+        checks = proof["checks"]
+        failed = [check for check in checks if not check["passed"]]
+        lines.append(
+            f"Zero-init proof (seed {seed}): {'PASSED' if proof['passed'] else 'FAILED'}, "
+            f"{len(checks) - len(failed)} of {len(checks)} checks"
+        )
+        lines.append(
+            f"  perplexity differs by {proof['perplexity_difference_percent']:.3g} %, "
+            f"logits of steps 1..{proof['inner_steps']} by {proof['max_logit_difference']:.3g}, "
+            f"generations {'identical' if proof['generations_identical'] else 'DIFFER'}"
+        )
+        lines += [f"  failed: {c['name']} = {c['value']:.6g}, must be {c['limit']}" for c in failed]
+    return lines
+
+
+def _help(comparisons: list[dict[str, Any]]) -> list[str]:
+    if not comparisons:
+        return ["(no trained recursive arm, or nothing to compare it with)"]
+    lines = [f"{'finetuned_recursive against':<33}{'perplexity':>11}{'95 % interval':>22}  verdict"]
+    for c in comparisons:
+        mean, low, high = c["perplexity_percent"]
+        interval = f"[{low:+.3f}, {high:+.3f}] %"
+        lines.append(f"{c['reference']:<33}{mean:>+9.3f} %{interval:>22}  {c['verdict']}")
+    first = comparisons[0]
+    over = f"{first['num_documents']} documents"
+    if len(first["seeds"]) > 1:
+        over += f" and {len(first['seeds'])} seeds"
+    else:
+        over += "; one seed, so it says nothing of the spread over seeds"
+    lines.append(f"(step {first['arm_step']}; paired bootstrap over {over})")
+    return lines
+
+
+def _cost(done: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"{'evaluation':<27}{'trained':>9}{'tokens':>9}{'training':>10}{'forward':>11}"
+        f"{'mean':>7}{'scored':>9}{'generated':>11}",
+        f"{'':<27}{'params':>9}{'':>9}{'PFLOP':>10}{'MFLOP/tok':>11}{'steps':>7}{'tok/s':>9}"
+        f"{'tok/s':>11}",
+    ]
+    for row in done:
+        trained = row["training"]
+        lines.append(
+            f"{row['name']:<27}"
+            + (f"{row['num_trainable_parameters'] / 1e6:>8.2f}M" if trained else f"{'-':>9}")
+            + (f"{row['training_tokens'] / 1e3:>8.0f}k" if trained else f"{'-':>9}")
+            + (f"{row['training_flops'] / 1e15:>10.4f}" if trained else f"{'-':>10}")
+            + f"{row['forward_flops_per_token'] / 1e6:>11.2f}"
+            + f"{row['mean_inner_steps']:>7.2f}"
+            + f"{row['evaluated_tokens_per_second']:>9.0f}"
+            + f"{row['generated_tokens_per_second']:>11.1f}"
+        )
+    recursive = [row for row in done if row["stage"] == "finetuned_recursive"]
+    base = next((row for row in done if row["stage"] == "baseline"), None)
+    if recursive and base:
+        steps = sum(row["mean_inner_steps"] for row in recursive) / len(recursive)
+        speed = sum(row["generated_tokens_per_second"] for row in recursive) / len(recursive)
+        low, high = TARGET_INNER_STEPS
+        lines.append(
+            f"(mean inner steps {steps:.2f}, {'within' if low <= steps <= high else 'outside'} the "
+            f"target of {low:.0f} to {high:.0f}; generation at "
+            f"{speed / base['generated_tokens_per_second']:.2f} of the baseline's speed)"
+        )
+    return lines
+
+
+def _perplexity(done: list[dict[str, Any]]) -> list[str]:
+    base = next((row for row in done if row["stage"] == "baseline"), None)
+    lines = [f"{'evaluation':<27}{'step':>5}{'perplexity':>12}{'vs baseline':>13}{'accuracy':>10}"]
+    for row in done:
+        for step in row["by_step"]:
+            change = ""
+            if base:
+                change = f"{100 * (step['perplexity'] / base['perplexity'] - 1):+.3f} %"
+            label = row["name"] if step["step"] == 0 else ""
+            untrained = "  beyond the trained depth" if step["step"] > row["inner_steps"] else ""
+            lines.append(
+                f"{label:<27}{step['step']:>5}{step['perplexity']:>12.4f}{change:>13}"
+                f"{100 * step['token_accuracy']:>8.2f} %{untrained}"
+            )
+    if done:
+        lines.append(
+            f"({done[0]['num_tokens']:,} tokens of {done[0]['num_documents']} documents; lower "
+            "perplexity is better)"
+        )
+    return lines

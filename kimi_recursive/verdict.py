@@ -1,0 +1,100 @@
+"""Does one arm beat another? Paired bootstrap over documents, seeds as the outer level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95
+VERDICTS = {-1: "helps", 0: "not distinguishable", 1: "hurts"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Loss of an arm minus that of its reference, in nats per token; negative is better.
+
+    Attributes:
+        mean: Over seeds, of the difference over all tokens.
+        low, high: Bounds of the 95 % interval.
+        verdict: `helps`, `hurts`, or `not distinguishable` when the interval holds 0.
+    """
+
+    mean: float
+    low: float
+    high: float
+    num_documents: int
+    num_seeds: int
+
+    @property
+    def verdict(self) -> str:
+        return VERDICTS[-1 if self.high < 0 else 1 if self.low > 0 else 0]
+
+    @property
+    def percent(self) -> tuple[float, float, float]:
+        """Mean and bounds as percent of the reference's perplexity."""
+        mean, low, high = (100 * np.expm1(x) for x in (self.mean, self.low, self.high))
+        return float(mean), float(low), float(high)
+
+
+def paired_bootstrap(
+    differences: np.ndarray, num_tokens: np.ndarray, seed: int = 0, resamples: int = NUM_RESAMPLES
+) -> Difference:
+    """Percentile interval of the mean difference per token (Efron and Tibshirani, 1993, ch. 13).
+
+    Each resample draws seeds with replacement, and documents with replacement, the same documents
+    for each seed drawn: documents are paired across arms and across seeds. With one seed only the
+    documents vary, and the interval says nothing of the spread over seeds.
+
+    Args:
+        differences: Summed loss of the arm minus that of the reference, [seeds, documents], nats.
+        num_tokens: Scored tokens of each document [documents].
+    """
+    num_seeds, num_documents = differences.shape
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(num_documents, size=(resamples, num_documents))
+    weights = np.zeros((resamples, num_documents))
+    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1.0)
+    per_seed = (weights @ differences.T) / (weights @ num_tokens)[:, None]  # [resamples, seeds]
+    seeds = generator.integers(num_seeds, size=(resamples, num_seeds))
+    means = np.take_along_axis(per_seed, seeds, axis=1).mean(1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    mean = differences.sum(1).mean() / num_tokens.sum()
+    return Difference(float(mean), float(low), float(high), num_documents, num_seeds)
+
+
+def compare_documents(
+    arm: Sequence[Path], reference: Sequence[Path], arm_step: int, reference_step: int
+) -> Difference:
+    """Difference of two arms from their `<name>_documents.parquet`, one file a seed, in order.
+
+    A reference of one file (the baseline) stands for all seeds.
+
+    Raises:
+        ValueError: the two did not score the same tokens of the same documents.
+    """
+    reference = list(reference) * (len(arm) if len(reference) == 1 else 1)
+    rows, tokens = [], None
+    for mine, other in zip(arm, reference, strict=True):
+        joined = _losses(mine, arm_step).join(
+            _losses(other, reference_step),
+            on=["document_id", "num_tokens"],
+            how="full",
+            coalesce=True,
+            suffix="_reference",
+        )
+        if joined["loss_sum"].null_count() or joined["loss_sum_reference"].null_count():
+            raise ValueError(f"{mine} and {other} did not score the same tokens")
+        joined = joined.sort("document_id")
+        rows.append((joined["loss_sum"] - joined["loss_sum_reference"]).to_numpy())
+        tokens = joined["num_tokens"].to_numpy()
+    return paired_bootstrap(np.stack(rows), tokens)
+
+
+def _losses(path: Path, step: int) -> pl.DataFrame:
+    return pl.read_parquet(path).filter(pl.col("step") == step).drop("step", "num_correct")

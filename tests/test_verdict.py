@@ -1,0 +1,219 @@
+"""Control arms: what makes them comparable, their FLOPs, and the verdict."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import make_base, make_wrapper, perturb, random_ids
+from transformers import AutoModelForCausalLM
+
+from kimi_recursive.figures import plot_perplexity_by_step
+from kimi_recursive.flops import (
+    count_flops,
+    cumulative_training_flops,
+    forward_flops_per_token,
+    steps_for_flops,
+)
+from kimi_recursive.losses import DraftRepair
+from kimi_recursive.matrix import ARMS, SINGLE_PASS
+from kimi_recursive.refine import RefineCell
+from kimi_recursive.verdict import compare_documents, paired_bootstrap
+
+# ---- the single-pass arm ------------------------------------------------------------------------
+
+
+def test_the_single_pass_arm_has_the_same_parameters_and_starts_as_the_base():
+    recursive = make_wrapper(make_base("kimi"))
+    vanilla = make_wrapper(make_base("kimi"), **SINGLE_PASS)
+    mine, other = (w.sidecar_state_dict() for w in (recursive, vanilla))
+    assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
+    logits = vanilla.step_logits(random_ids(2, 8))
+    assert logits.shape[0] == 2 and torch.equal(logits[0], logits[1])
+
+
+@torch.no_grad()
+def test_the_single_pass_arm_gets_nothing_from_another_pass():
+    """Its pass is the same whatever step 0 or an earlier step left behind."""
+    wrapper = perturb(make_wrapper(make_base("kimi"), **SINGLE_PASS))
+    chunk = next(wrapper.chunks(random_ids(2, 8)))
+    first = wrapper.refine(chunk)
+    assert (first.logits - chunk.logits).abs().max() > 1e-2
+    assert torch.equal(wrapper.refine(first).logits, first.logits)
+    chunk.h_top = torch.randn_like(chunk.h_top)
+    assert torch.equal(wrapper.refine(chunk).logits, first.logits)
+
+
+def test_arms_of_a_seed_see_the_same_chunks_and_corruption():
+    seen = {}
+    for arm, changes in ARMS.items():
+        wrapper = make_wrapper(make_base("kimi"), **changes)
+        start_chunk, seen[arm] = wrapper.start_chunk, []
+
+        def record(ids, prefix, mask=None, arm=arm, call=start_chunk):
+            seen[arm].append(ids)
+            return call(ids, prefix, mask)
+
+        wrapper.start_chunk = record
+        objective = DraftRepair(wrapper, 10, 0.5, seed=5)
+        for step in range(4):
+            objective(random_ids(2, 33, step), step)
+    assert len(seen["recursive"]) == 8
+    for arm in ("vanilla", "vanilla_flops"):
+        assert all(torch.equal(a, b) for a, b in zip(seen["recursive"], seen[arm], strict=True))
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------
+
+
+def linear_flops(num_tokens: int, *sizes: tuple[int, int]) -> int:
+    return sum(2 * num_tokens * a * b for a, b in sizes)
+
+
+def test_flops_of_a_cell_equal_a_hand_count():
+    cell, d, s = RefineCell(32, 8), 32, 8
+    cell.out.weight.requires_grad_(True)
+    h = torch.randn(2, 5, d)
+    expected = linear_flops(10, (d, 3 * s), (s, 3 * s), (d + s, 4 * d), (4 * d, d))
+    with torch.no_grad():
+        assert count_flops(lambda: cell(h, torch.zeros(2, 5, s))) == expected
+
+
+def test_flops_of_a_refine_pass_equal_a_hand_count():
+    """A Llama with eager attention: every product is a plain one."""
+    config = make_base("llama").config
+    config._attn_implementation = "eager"
+    wrapper = make_wrapper(AutoModelForCausalLM.from_config(config).eval())
+    b, p, w, d, f, v, s, heads, layers = 2, 5, 8, 32, 64, 97, 8, 2, 3
+    layer = linear_flops(b * w, (d, d), (d, d), (d, d), (d, d), (d, f), (d, f), (f, d))
+    attention = 2 * 2 * b * heads * w * (p + w) * (d // heads)
+    cell = linear_flops(b * w, (d, 3 * s), (s, 3 * s), (d + s, 4 * d), (4 * d, d))
+    head = linear_flops(b * w, (d, v))
+    latent = linear_flops(b * w, (d, d))
+    with torch.no_grad():
+        chunk = next(wrapper.chunks(random_ids(b, p + w), chunk_start=p))
+        counted = count_flops(lambda: wrapper.refine(wrapper.refine(chunk)))
+        rotary = count_flops(lambda: wrapper.base.model.rotary_emb(chunk.h_top, positions(b, w)))
+    # The first step starts from no state: torch multiplies a state of zeros all the same.
+    assert counted - 2 * rotary == 2 * (layers * (layer + attention + cell) + head + latent)
+
+
+def positions(batch: int, width: int) -> torch.Tensor:
+    return torch.arange(width).expand(1, width)
+
+
+def test_training_flops_add_up_over_the_steps_that_are_taken():
+    base = make_base("kimi").requires_grad_(False)
+    objective = DraftRepair(make_wrapper(base), 12, 0.5, seed=1)
+    windows = random_ids(2, 33)
+    cumulative = cumulative_training_flops(objective, windows, 12)
+    assert all(p.grad is None for p in objective.parameters()), "counting leaves no gradients"
+    one_by_one = [
+        count_flops(lambda s=step: objective(windows, s)[0].backward()) for step in range(12)
+    ]
+    assert np.diff([0, *cumulative]).tolist() == one_by_one
+    assert len(set(one_by_one)) > 1, "chunks after longer prefixes cost more"
+
+
+def test_the_flops_matched_arm_gets_the_steps_that_come_nearest():
+    assert steps_for_flops([10, 20, 30, 40], 30) == 3
+    assert steps_for_flops([10, 20, 30, 40], 24) == 2
+    assert steps_for_flops([10, 20, 30, 40], 26) == 3
+    assert steps_for_flops([10, 20], 3) == 1
+    with pytest.raises(AssertionError, match="count more steps"):
+        steps_for_flops([10, 20], 30)
+
+
+def test_forward_flops_grow_with_the_steps_and_leave_the_base_out_of_one_pass():
+    ids = random_ids(2, 16)
+    base = forward_flops_per_token(make_wrapper(make_base("kimi"), recursive_enabled=False), ids)
+    one, three = (
+        forward_flops_per_token(make_wrapper(make_base("kimi"), max_inner_steps=k), ids)
+        for k in (1, 3)
+    )
+    single = forward_flops_per_token(make_wrapper(make_base("kimi"), **SINGLE_PASS), ids)
+    assert three - base == pytest.approx(3 * (one - base))
+    assert single == pytest.approx(one - base) and single > base
+
+
+# ---- the verdict --------------------------------------------------------------------------------
+
+
+def test_the_mean_is_over_tokens_and_seeds_and_the_verdict_follows_the_interval():
+    tokens = np.array([100, 300])
+    differences = np.array([[-10.0, -30.0], [-20.0, -60.0]])
+    found = paired_bootstrap(differences, tokens)
+    assert found.mean == pytest.approx((-40 / 400 - 80 / 400) / 2)
+    assert (found.num_seeds, found.num_documents) == (2, 2)
+    # Every document differs by the same amount per token: only the seeds vary.
+    assert (found.low, found.high) == (pytest.approx(-0.2), pytest.approx(-0.1))
+    assert found.verdict == "helps"
+    assert paired_bootstrap(-differences, tokens).verdict == "hurts"
+    mixed = paired_bootstrap(np.array([[-10.0, 30.0]]), tokens)
+    assert mixed.verdict == "not distinguishable" and mixed.low < 0 < mixed.high
+    percent = found.percent
+    assert percent[0] == pytest.approx(100 * (np.exp(-0.15) - 1)) and percent[1] < percent[2]
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """Simulated documents with a known mean difference: about 95 % of the intervals hold it."""
+    generator = np.random.default_rng(0)
+    tokens = np.full(40, 100)
+    held = 0
+    for trial in range(200):
+        differences = generator.normal(-2.0, 10.0, size=(1, 40))
+        found = paired_bootstrap(differences, tokens, seed=trial, resamples=500)
+        held += found.low <= -0.02 <= found.high
+    assert 178 <= held <= 199
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    generator = np.random.default_rng(1)
+    noise = generator.normal(0, 1.0, size=(1, 30))
+    tokens = np.full(30, 10)
+    agree = paired_bootstrap(np.concatenate([noise - 3] * 3), tokens)
+    apart = paired_bootstrap(np.concatenate([noise - 9, noise - 3, noise + 3]), tokens)
+    assert agree.mean == pytest.approx(apart.mean)
+    assert agree.verdict == "helps" and apart.verdict == "not distinguishable"
+
+
+def documents(path: Path, losses: list[float], step: int = 1) -> Path:
+    names = [f"d{i}" for i in range(len(losses))]
+    table = {"document_id": names, "step": step, "num_tokens": 10, "loss_sum": losses,
+             "num_correct": 0}  # fmt: skip
+    pl.DataFrame(table).write_parquet(path)
+    return path
+
+
+def test_documents_are_paired_by_name_and_must_be_the_same(tmp_path):
+    arm = [documents(tmp_path / f"a{i}", [10.0 + i, 20.0 + i]) for i in (0, 1)]
+    base = [documents(tmp_path / "b", [12.0, 22.0], step=0)]
+    found = compare_documents(arm, base, 1, 0)
+    assert found.mean == pytest.approx((-0.2 - 0.1) / 2) and found.num_seeds == 2
+    with pytest.raises(ValueError, match="did not score the same tokens"):
+        compare_documents(arm[:1], [documents(tmp_path / "c", [1.0, 2.0, 3.0], 0)], 1, 0)
+
+
+def test_the_figure_shows_every_stage(tmp_path, monkeypatch):
+    from matplotlib import axes
+
+    labels = []
+    plot = axes.Axes.plot
+    monkeypatch.setattr(
+        axes.Axes, "plot", lambda self, *a, **k: labels.append(k["label"]) or plot(self, *a, **k)
+    )
+    paths = []
+    for stage, steps in (("baseline", 1), ("after_surgery", 3), ("finetuned_recursive", 5)):
+        by_step = [{"step": t, "perplexity": 50.0 - t} for t in range(steps)]
+        found = {
+            "stage": stage,
+            "inner_steps": 2,
+            "perplexity": {"by_step": by_step},
+        }
+        paths.append(tmp_path / f"{stage}.json")
+        paths[-1].write_text(json.dumps(found))
+    plot_perplexity_by_step(paths, tmp_path / "figures/p.png")
+    assert labels == ["after_surgery", "finetuned_recursive"]
+    assert (tmp_path / "figures/p.png").read_bytes()[:4] == b"\x89PNG"
