@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from kimi_recursive.config import (
     get_baseline_config,
     get_phase_a_config,
 )
+from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -161,19 +161,10 @@ def _tokenize(corpus: list[str], model_path: str, revision: str | None, scratch:
     return scratch / "tokens"
 
 
-def quiet_libraries() -> None:
-    """Keep transformers' advice on kernels out of progress bars and logs; one BLAS thread here."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def main() -> None:
     """Entry point: a user error is one line and exit code 2."""
     try:
         app(standalone_mode=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None

@@ -32,6 +32,14 @@ class _Tee:
         return self.terminal.isatty()
 
 
+def quiet_libraries() -> None:
+    """Keep transformers' advice on kernels and its loading bars out of the way, unless the user has
+    set these variables. Call it before transformers is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 @contextmanager
 def job(snakemake) -> Iterator[None]:
     """Run the body of a workflow script.
@@ -41,7 +49,7 @@ def job(snakemake) -> Iterator[None]:
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(snakemake.threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    quiet_libraries()
     os.environ["POLARS_MAX_THREADS"] = str(snakemake.threads)
     with open(snakemake.log[0], "w", encoding="utf-8") as log:
         tee = _Tee(sys.stderr, log)

@@ -20,8 +20,10 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 pytestmark = pytest.mark.workflow
 EXPECTED = [
     "prepare_corpus", "train_tokenizer", "tokenize_corpus", "train_base", "insert_cells",
-    "evaluate", "compare_zero_init", "train_phase", "summarize",
+    "evaluate", "compare_zero_init", "train_phase", "plot_perplexity_by_step", "summarize",
 ]  # fmt: skip
+STAGES = ["baseline", "after_surgery", "finetuned_recursive", "finetuned_vanilla",
+          "finetuned_vanilla_flops"]  # fmt: skip
 TINY = {
     "corpus": {"source": "docs/*.txt", "validation": 0.2, "test": 0.2},
     "tokenizer": {"vocab_size": 320},
@@ -113,7 +115,7 @@ def copy(project, tmp_path) -> Project:
 
 
 def test_all_makes_what_the_readme_says(project):
-    for name in ("baseline", "after_surgery", "finetuned_recursive"):
+    for name in STAGES:
         results = json.loads(project.path(f"results/eval/{name}_results.json").read_text())
         assert results["perplexity"]["perplexity"] > 1
         assert project.path(f"results/eval/{name}_documents.parquet").is_file()
@@ -121,12 +123,10 @@ def test_all_makes_what_the_readme_says(project):
     logs = pl.read_parquet(project.path("results/runs/recursive_a_s0/train_logs.parquet"))
     assert logs["step"].max() == 6
     rows = list(csv.DictReader(project.path("results/summary.csv").open()))
-    assert [(r["name"], r["status"]) for r in rows] == [
-        ("baseline", "ok"), ("after_surgery", "ok"), ("finetuned_recursive", "ok"),
-    ]  # fmt: skip
+    assert [(r["name"], r["status"]) for r in rows] == [(stage, "ok") for stage in STAGES]
     assert rows[0]["perplexity"] == rows[1]["perplexity"] and rows[1]["difference_percent"] == "0.0"
     text = project.path("results/summary.txt").read_text()
-    assert "3 of 3 expected" in text and "Zero-init proof (seed 0): PASSED" in text
+    assert "5 of 5 expected" in text and "Zero-init proof (seed 0): PASSED" in text
     assert max(map(len, text.splitlines())) <= 100
     splits = [
         set(pl.read_parquet(project.path(f"results/corpus/{s}.parquet"))["document_id"])
@@ -137,17 +137,47 @@ def test_all_makes_what_the_readme_says(project):
     )
 
 
+def test_the_arms_are_comparable_and_the_verdict_names_each(project):
+    rows = {r["name"]: r for r in csv.DictReader(project.path("results/summary.csv").open())}
+    recursive, vanilla, flops = (rows[name] for name in STAGES[2:])
+    assert recursive["num_trainable_parameters"] == vanilla["num_trainable_parameters"]
+    assert recursive["training_tokens"] == vanilla["training_tokens"]
+    assert int(vanilla["training_flops"]) < int(recursive["training_flops"])
+    ratio = int(flops["training_flops"]) / int(recursive["training_flops"])
+    one_step = int(flops["training_flops"]) / int(flops["num_training_steps"])
+    assert abs(ratio - 1) <= one_step / int(recursive["training_flops"])
+    assert int(flops["num_training_steps"]) > int(recursive["num_training_steps"])
+    assert float(recursive["forward_flops_per_token"]) > float(vanilla["forward_flops_per_token"])
+    verdicts = json.loads(project.path("results/verdicts.json").read_text())
+    assert [v["reference"] for v in verdicts] == [
+        "baseline", "finetuned_vanilla", "finetuned_vanilla_flops", "its own step 1",
+    ]  # fmt: skip
+    for verdict in verdicts:
+        mean, low, high = verdict["nats_per_token"]
+        assert low <= mean <= high
+        expected = "helps" if high < 0 else "hurts" if low > 0 else "not distinguishable"
+        assert verdict["verdict"] == expected
+    results = json.loads(project.path("results/eval/finetuned_recursive_results.json").read_text())
+    steps = [row["step"] for row in results["perplexity"]["by_step"]]
+    assert steps == [0, 1, 2, 4] and results["inner_steps"] == 2
+    assert results["perplexity"]["perplexity"] == results["perplexity"]["by_step"][2]["perplexity"]
+
+
 def test_a_second_run_does_nothing(project):
     assert project.planned() == []
     assert "Nothing to be done" in project.snakemake("all").stderr
 
 
+TRAINING_ON = ["evaluate", "plot_perplexity_by_step", "summarize", "train_phase"]
+SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
+
+
 @pytest.mark.parametrize(
     ("artefact", "reruns"),
     [
-        ("results/runs/recursive_a_s0/sidecar", ["evaluate", "summarize", "train_phase"]),
-        ("results/compare/zero_init.json", ["compare_zero_init", "evaluate", "summarize",
-                                            "train_phase"]),
+        ("results/runs/recursive_a_s0/sidecar", TRAINING_ON),
+        ("results/figures/perplexity_by_step.png", ["plot_perplexity_by_step"]),
+        ("results/compare/zero_init.json", ["compare_zero_init", *TRAINING_ON]),
         ("results/base/model", [r for r in EXPECTED if r not in (
             "prepare_corpus", "train_tokenizer", "tokenize_corpus")]),
         ("results/summary.txt", ["summarize"]),
@@ -159,10 +189,6 @@ def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefact, reruns)
     path = copy.path(artefact)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert copy.planned() == sorted(reruns)
-
-
-TRAINING_ON = ["evaluate", "summarize", "train_phase"]
-SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
 
 
 @pytest.mark.parametrize(
@@ -200,12 +226,12 @@ def test_summarize_takes_what_is_there_without_training(copy):
     assert copy.planned("summarize") == ["summarize"]
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok", "missing"]
+    assert [r["status"] for r in rows] == ["ok", "ok", "missing", "missing", "missing"]
     copy.path("results/eval/after_surgery_results.json").write_text('{"stage": ')
     assert copy.snakemake("summarize").returncode == 0
     text = copy.path("results/summary.txt").read_text()
     assert re.search(r"after_surgery +failed +results/eval/.*does not parse", text)
-    assert "1 of 3 expected" in text and "Zero-init proof (seed 0): missing" in text
+    assert "1 of 5 expected" in text and "Zero-init proof (seed 0): missing" in text
     assert re.search(r"finetuned_recursive +missing", text)
     assert copy.planned("summarize") == [], "and a second time there is nothing new"
 
@@ -216,8 +242,9 @@ def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
     copy.write(changed)
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok", "missing"]
+    assert [r["status"] for r in rows] == ["ok", "ok", "missing", "missing", "missing"]
     assert rows[2]["detail"] == "there with other training.a.lr" and not rows[2]["perplexity"]
+    assert json.loads(copy.path("results/verdicts.json").read_text()) == []
 
 
 def test_training_does_not_start_when_the_proof_fails(copy):
@@ -255,7 +282,7 @@ def test_a_killed_training_is_resumed_and_ends_in_the_same_artefacts(copy):
     shutil.rmtree(run / "work/checkpoints/step_000006")
     done = copy.snakemake("all")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "train_phase a seed 0: resumed at step 4" in done.stderr
+    assert "train recursive a seed 0: resumed at step 4" in done.stderr
     after = load_file(run / "sidecar/sidecar.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert pl.read_parquet(run / "train_logs.parquet").drop("tokens_per_second").equals(logs)
@@ -267,9 +294,10 @@ def test_seeds_multiply_the_rows_and_share_the_base(copy):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
     assert [r["name"] for r in rows] == [
-        "baseline", "after_surgery", "after_surgery_s3", "finetuned_recursive",
-        "finetuned_recursive_s3",
+        "baseline", *(f"{stage}{seed}" for stage in STAGES[1:] for seed in ("", "_s3")),
     ]  # fmt: skip
+    verdicts = json.loads(copy.path("results/verdicts.json").read_text())
+    assert {tuple(v["seeds"]) for v in verdicts} == {(0, 3)}
     assert copy.path("results/compare/zero_init_s3.json").is_file()
     ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stderr, re.MULTILINE))
     assert "train_base" not in ran and "train_phase" in ran
