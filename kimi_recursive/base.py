@@ -16,7 +16,7 @@ from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedMode
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearTopkRouter
 
 from kimi_recursive.checkpoint import WorkDirectory, file_digest
-from kimi_recursive.data import WindowSampler, document_windows, load_tokens
+from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
 from kimi_recursive.files import publishing, write_parquet
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.loader import load_tokenizer
@@ -146,15 +146,9 @@ def train_base(
     model = KimiLinearForCausalLM(kimi_config(config["architecture"], tokenizer))
     install_fast_kda(model)
     context, batch_size = training["context_length"], training["batch_size"]
-    train, held_out = load_tokens(tokens_dir, "train"), load_tokens(tokens_dir, "validation")
+    train = load_tokens(tokens_dir, "train")
     sampler = WindowSampler(train, context + 1, batch_size, config["seed"])
-    windows = [w for w in document_windows(held_out, context, 2) if len(w.inputs) == context]
-    windows = windows[: training["num_validation_windows"]]
-    if not windows:
-        raise ValueError(
-            f"{tokens_dir}/validation.parquet: no document has {context + 1} tokens "
-            f"(base.training.context_length is {context})"
-        )
+    windows = validation_windows(tokens_dir, context, training["num_validation_windows"])
     validation = torch.from_numpy(np.stack([np.append(w.inputs, w.targets[-1]) for w in windows]))
     optimizer = base_optimizer(model, training)
     balancer = ExpertBalancer(model, training["expert_bias_rate"])

@@ -25,6 +25,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,9 +100,26 @@ class WorkDirectory:
         _write_synced(path, json.dumps(self.fingerprint, indent=2).encode())
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint under a temporary name, sync it, rename it, drop the oldest."""
+        """Write a checkpoint under a temporary name, sync it, rename it, drop the oldest.
+
+        Raises:
+            ValueError: it cannot be written (a full disk); the checkpoints before it are kept.
+        """
+        try:
+            return self._save(checkpoint)
+        except (OSError, SafetensorError, RuntimeError, pl.exceptions.PolarsError) as error:
+            shutil.rmtree(self._temporary(checkpoint.step), ignore_errors=True)
+            raise ValueError(
+                f"{self.checkpoints}: the checkpoint of step {checkpoint.step} cannot be written: "
+                f"{str(error).splitlines()[0]}; those before it are kept"
+            ) from error
+
+    def _temporary(self, step: int) -> Path:
+        return self.checkpoints / f".step_{step:06d}.tmp"
+
+    def _save(self, checkpoint: Checkpoint) -> Path:
         target = self.checkpoints / f"step_{checkpoint.step:06d}"
-        temporary = self.checkpoints / f".{target.name}.tmp"
+        temporary = self._temporary(checkpoint.step)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_file(checkpoint.tensors, temporary / "model.safetensors")

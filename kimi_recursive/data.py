@@ -273,6 +273,21 @@ def load_tokens(tokens_dir: Path, split: str) -> TokenSplit:
     return TokenSplit(table["document_id"].to_pylist(), tokens, offsets)
 
 
+def validation_windows(tokens_dir: Path, context_length: int, num_windows: int) -> list["Window"]:
+    """The first windows of the validation split that are whole: at most two of a document.
+
+    Raises ValueError if no document is long enough.
+    """
+    windows = document_windows(load_tokens(tokens_dir, "validation"), context_length, 2)
+    whole = [window for window in windows if len(window.inputs) == context_length]
+    if not whole:
+        path = Path(tokens_dir, "validation.parquet")
+        raise ValueError(
+            f"{path}: no document has {context_length + 1} tokens (context_length {context_length})"
+        )
+    return whole[:num_windows]
+
+
 class WindowSampler:
     """Random windows inside documents, each start as likely; ValueError if all are too short."""
 

@@ -36,9 +36,10 @@ def plot_perplexity_by_step(results: Sequence[Path], output_path: Path) -> None:
         style = stages.setdefault(stage, len(stages) + 1)
         x = [row["step"] for row in steps]
         y = [row["perplexity"] for row in steps]
-        fills = [COLOURS[style] if t <= found["inner_steps"] else "white" for t in x]
-        axes.plot(x, y, color=COLOURS[style], label=stage if new else None, zorder=2)
-        axes.scatter(x, y, c=fills, edgecolors=COLOURS[style], marker=MARKERS[style], zorder=3)
+        look = {"color": COLOURS[style], "marker": MARKERS[style]}
+        axes.plot(x, y, **look, label=stage if new else None)
+        beyond = [i for i, t in enumerate(x) if t > found["inner_steps"]]
+        axes.plot([x[i] for i in beyond], [y[i] for i in beyond], **look, linestyle="", mfc="white")
     axes.set_xlabel("inner steps (0 is the base; open markers: beyond the trained depth)")
     axes.set_ylabel("perplexity on held-out documents")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 
 from kimi_recursive.checkpoint import WorkDirectory, file_digest
 from kimi_recursive.config import CONFIG_NAME, RecursiveConfig
-from kimi_recursive.data import WindowSampler, document_windows, load_tokens
+from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
 from kimi_recursive.evaluate import losses_by_step
 from kimi_recursive.files import publishing, versions, write_json, write_parquet
 from kimi_recursive.flops import cumulative_training_flops, steps_for_flops
@@ -26,6 +27,7 @@ from kimi_recursive.loader import (
 from kimi_recursive.loop import LoopSettings, train_loop
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import ARMS, NUMERICS_VERSION
+from kimi_recursive.model import ChunkRefineWrapper
 
 
 def train_phase(
@@ -66,54 +68,44 @@ def train_phase(
     if arm not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
     accelerator = Accelerator(mixed_precision=settings["mixed_precision"])
+    parent = RecursiveConfig.from_file(parent_dir / CONFIG_NAME)
+    reference = RecursiveConfig.from_dict({**parent.to_dict(), **(overrides or {})})
     wrapper, _, config = load_model_with_config(
         parent_dir,
-        overrides={**(overrides or {}), **ARMS[arm]},
+        config=dataclasses.replace(reference, **ARMS[arm]),
         device=accelerator.device,
         **load_options,
     )
     wrapper.base.requires_grad_(False)
     trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
-    heads = [p for k, p in trainable.items() if k.startswith("boundary.")]
-    cells = [p for k, p in trainable.items() if not k.startswith("boundary.")]
-    groups = {"sidecar": (cells, settings["lr"]), "heads": (heads, settings["lr_heads"])}
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "name": name, "lr": lr} for name, (params, lr) in groups.items()],
-        betas=(0.9, 0.95),
-        weight_decay=settings["weight_decay"],
-        fused=True,
-    )
+    rates, optimizer = _optimizer(trainable, settings)
     context, width = settings["context_length"], config.chunk_width
     if context % width:
         raise ValueError(
             f"training.{phase}.context_length ({context}) must be a multiple of "
             f"recursive.chunk_width ({width})"
         )
-    sampler = WindowSampler(
-        load_tokens(tokens_dir, "train"), context + 1, settings["batch_size"], seed
-    )
-    held_out = load_tokens(tokens_dir, "validation")
-    windows = [w for w in document_windows(held_out, context, 2) if len(w.inputs) == context]
-    windows = windows[: settings["num_validation_windows"]]
-    if not windows:
-        raise ValueError(f"{tokens_dir}: no validation document has {context + 1} tokens")
+    train = load_tokens(tokens_dir, "train")
+    sampler = WindowSampler(train, context + 1, settings["batch_size"], seed)
+    windows = validation_windows(tokens_dir, context, settings["num_validation_windows"])
 
     def batch(step: int) -> torch.Tensor:
         return torch.from_numpy(sampler.batch(step)).to(accelerator.device)
 
-    own_share, num_steps = settings["own_draft_share"], settings["num_steps"]
+    def objective_of(model: ChunkRefineWrapper, num_steps: int) -> DraftRepair:
+        return DraftRepair(model, num_steps, settings["own_draft_share"], seed)
+
+    num_steps = settings["num_steps"]
     if arm == "vanilla_flops":
-        parent = RecursiveConfig.from_file(parent_dir / CONFIG_NAME).to_dict()
-        recursive = build_wrapper(
-            wrapper.base, RecursiveConfig.from_dict({**parent, **(overrides or {})})
-        )
-        reference = DraftRepair(recursive, num_steps, own_share, seed)
-        budget = cumulative_training_flops(reference, batch(0), num_steps)[-1]
-        longest = DraftRepair(wrapper, num_steps, own_share, seed)
-        # A pass of the recursive arm costs at least as much as one of this arm.
-        most = num_steps * (2 + recursive.config.max_inner_steps)
-        num_steps = steps_for_flops(cumulative_training_flops(longest, batch(0), most), budget)
-    objective = DraftRepair(wrapper, num_steps, own_share, seed)
+        recursive = build_wrapper(wrapper.base, reference)
+        budget = cumulative_training_flops(objective_of(recursive, num_steps), batch(0), num_steps)[
+            -1
+        ]
+        # One pass of this arm costs no less than one of the recursive arm's.
+        most = num_steps * (2 + reference.max_inner_steps)
+        own = cumulative_training_flops(objective_of(wrapper, num_steps), batch(0), most)
+        num_steps = steps_for_flops(own, budget)
+    objective = objective_of(wrapper, num_steps)
     training_flops = cumulative_training_flops(objective, batch(0), num_steps)[-1]
     objective, optimizer = accelerator.prepare(objective, optimizer)
 
@@ -141,7 +133,7 @@ def train_phase(
             optimizer=optimizer,
             settings=LoopSettings(
                 num_steps=num_steps,
-                lr={name: lr for name, (_, lr) in groups.items()},
+                lr=rates,
                 warmup_steps=settings["warmup_steps"],
                 lr_schedule=settings["lr_schedule"],
                 max_grad_norm=settings["max_grad_norm"],
@@ -177,3 +169,21 @@ def train_phase(
         }
         write_json(summary_path, summary)
     return summary
+
+
+def _optimizer(
+    trainable: Mapping[str, torch.nn.Parameter], settings: Mapping[str, Any]
+) -> tuple[dict[str, float], torch.optim.Optimizer]:
+    """Peak learning rates by group, and AdamW with a group for the boundary head and one for the
+    rest of the sidecar."""
+    rates = {"sidecar": settings["lr"], "heads": settings["lr_heads"]}
+    members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in trainable.items():
+        members["heads" if name.startswith("boundary.") else "sidecar"].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": members[name], "name": name, "lr": lr} for name, lr in rates.items()],
+        betas=(0.9, 0.95),
+        weight_decay=settings["weight_decay"],
+        fused=True,
+    )
+    return rates, optimizer

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Regression(torch.nn.Module):
         return loss, {"loss_mse": loss.detach(), "tokens": len(x)}
 
 
-def run(work_dir, num_steps=12, until=None, fail_at=None, send=None, fingerprint=None):
+def run(work_dir, num_steps=12, until=None, fail_at=None, send=None, fingerprint=None, before=None):
     objective = Regression()
     objective.fail_at = fail_at
     groups = [
@@ -71,6 +72,8 @@ def run(work_dir, num_steps=12, until=None, fail_at=None, send=None, fingerprint
     used = []
 
     def batch(step):
+        if before is not None:
+            before(step)
         if step == until:
             raise KeyboardInterrupt  # stands in for SIGKILL: nothing is written on the way out
         if step == send:
@@ -167,6 +170,26 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd):
     newest.write_bytes(content)
     again = run(tmp_path / "cut")
     assert "optimizer.pt does not match its checksum" in capfd.readouterr().err
+    assert len(again[3]) == 8
+    assert same(run(tmp_path / "straight")[0].logs, again[0].logs)
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+
+    try:
+        with pytest.raises(ValueError, match=r"step 6 cannot be written: .+ kept"):
+            run(tmp_path / "cut", before=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = sorted(p.name for p in (tmp_path / "cut/checkpoints").iterdir())
+    assert kept == ["step_000002", "step_000004"]
+    again = run(tmp_path / "cut")
     assert len(again[3]) == 8
     assert same(run(tmp_path / "straight")[0].logs, again[0].logs)
 

@@ -3,10 +3,13 @@
 import csv
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -286,6 +289,49 @@ def test_a_killed_training_is_resumed_and_ends_in_the_same_artefacts(copy):
     after = load_file(run / "sidecar/sidecar.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert pl.read_parquet(run / "train_logs.parquet").drop("tokens_per_second").equals(logs)
+
+
+def test_sigkill_of_everything_at_a_random_moment_changes_no_artefact(copy):
+    """Snakemake and its training are killed; `--unlock` and a rerun end in the same files."""
+    longer = json.loads(json.dumps(TINY))
+    longer["training"]["a"] |= {"num_steps": 60, "eval_interval": 20, "save_interval": 5}
+    copy.write(longer)
+    run = copy.path("results/runs/recursive_a_s0")
+    target = "results/runs/recursive_a_s0/train_summary.json"
+    assert copy.snakemake(target).returncode == 0
+    expected = artefacts(run)
+    shutil.rmtree(run)
+    killed = subprocess.Popen(
+        [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", target],
+        cwd=copy.folder,
+        env={**os.environ, "PYTHONPATH": str(copy.folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(run.glob("work/checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.random())
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (run / "train_summary.json").exists(), "it was not killed in training"
+    assert copy.snakemake("--unlock").returncode == 0
+    done = copy.snakemake(target)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"train recursive a seed 0: resumed at step \d+", done.stderr)
+    assert artefacts(run) == expected
+
+
+def artefacts(run: Path) -> dict:
+    """What a finished training leaves, without the times in its log."""
+    logs = pl.read_parquet(run / "train_logs.parquet").drop("tokens_per_second")
+    return {
+        "sidecar": (run / "sidecar/sidecar.safetensors").read_bytes(),
+        "config": (run / "sidecar/recursive_config.json").read_bytes(),
+        "summary": (run / "train_summary.json").read_bytes(),
+        "logs": logs.to_dicts(),
+    }
 
 
 def test_seeds_multiply_the_rows_and_share_the_base(copy):
