@@ -115,7 +115,8 @@ def train_loop(
         after_step: Runs after each optimizer step.
 
     Raises:
-        ValueError: loss or gradient is not finite (names the step; the last checkpoint is kept).
+        ValueError: loss, gradient or the watched metric is not finite (names the step; the last
+            checkpoint is kept).
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written.
     """
     held: dict[str, Tensor] = {**trainable, **(buffers or {})}
@@ -127,6 +128,8 @@ def train_loop(
         nonlocal best_metric, best_step, best
         measured = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         tqdm.write(f"{description}: step {step}: {measured}", file=sys.stderr)
+        if not math.isfinite(metrics[watch]):
+            raise ValueError(f"{description}: {watch} is {metrics[watch]} at step {step}")
         if metrics[watch] < best_metric:
             best_metric, best_step = metrics[watch], step
             best = {k: v.detach().clone() for k, v in held.items()}

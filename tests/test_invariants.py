@@ -286,6 +286,23 @@ def test_step_logits_refuses_what_is_not_one_chunk():
     assert wrapper.step_logits(ids, 8, num_steps=6).shape[0] == 7
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_and_causality_on_a_gpu(base, dtype):
+    wrapper = make_wrapper(base.to("cuda", dtype))
+    ids = random_ids(2, 12).cuda()
+    fresh = wrapper.step_logits(ids, 4)
+    assert all(torch.equal(fresh[t], fresh[0]) for t in (1, 2, 3))
+    perturb(wrapper)
+    before = wrapper.step_logits(ids, 4)
+    assert (before[1] - before[0]).abs().max() > 1e-2
+    if dtype == torch.float32:
+        ids[:, 10] = (ids[:, 10] - 3 + 1) % 94 + 3
+        torch.testing.assert_close(wrapper.step_logits(ids, 4)[:, :, :6], before[:, :, :6], **CLOSE)
+
+
 # ---- generation ---------------------------------------------------------------------------------
 
 
