@@ -30,13 +30,9 @@ def kimi_config(architecture: Mapping[str, Any], tokenizer) -> KimiLinearConfig:
     Every fourth layer is MLA, the others KDA; the first layer is dense, the others MoE with one
     shared expert (Kimi Linear, arXiv 2510.26692, section 4).
 
-    Raises:
-        ValueError: sizes that do not fit together.
     """
     a = dict(architecture)
     num_layers = a.pop("num_hidden_layers")
-    if a["num_experts_per_token"] > a["num_experts"]:
-        raise ValueError("base.architecture: num_experts_per_token is more than num_experts")
     full = [i for i in range(1, num_layers + 1) if i % 4 == 0] or [num_layers]
     return KimiLinearConfig(
         vocab_size=len(tokenizer),
@@ -167,7 +163,8 @@ def train_base(
 
     fingerprint = {
         "config": config,
-        "tokens": file_digest(Path(tokens_dir) / "train.parquet"),
+        "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
+        "tokenizer": file_digest(tokenizer_dir / "tokenizer.json"),
         "numerics": NUMERICS_VERSION,
     }
     with WorkDirectory(work_dir, fingerprint) as work:

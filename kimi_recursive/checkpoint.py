@@ -151,7 +151,7 @@ class WorkDirectory:
         return None
 
     def _complete(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step_*"))
+        return sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
 def _load(path: Path) -> Checkpoint:
@@ -172,6 +172,21 @@ def file_digest(path: str | Path) -> str:
     """sha256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(directory: str | Path) -> str:
+    """Digest of a model directory's config and weights: name, size, and up to 64 MiB of each file,
+    from its start and its end."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(directory).iterdir()):
+        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
+            size, part = path.stat().st_size, 32 << 20
+            digest.update(f"{path.name} {size}\n".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(part))
+                file.seek(max(part, size - part))
+                digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

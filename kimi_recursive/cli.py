@@ -13,9 +13,9 @@ from kimi_recursive.config import (
     RecursiveConfig,
     get_after_surgery_config,
     get_baseline_config,
-    get_phase_a_config,
 )
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
+from kimi_recursive.matrix import ARMS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,12 +25,7 @@ app = typer.Typer(
     help="Give a pretrained decoder a recursive refinement loop and measure what it does.",
 )
 
-STAGE_CONFIGS = {
-    "baseline": get_baseline_config,
-    "after_surgery": get_after_surgery_config,
-    "finetuned_vanilla": get_baseline_config,
-    "finetuned_recursive": get_phase_a_config,
-}
+STAGES = ("baseline", "after_surgery", *(f"finetuned_{arm}" for arm in ARMS))
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 
 
@@ -51,20 +46,20 @@ def evaluate(
     ],
     stage: Annotated[
         str,
-        typer.Option(help=f"Names the results; one of {', '.join(STAGE_CONFIGS)}."),
+        typer.Option(help=f"Names the results; one of {', '.join(STAGES)}."),
     ],
     recursive_config: Annotated[
         Path | None,
         typer.Option(
             "--recursive-config",
             "--recursive_config",
-            help="RecursiveConfig as JSON. Default: the sidecar's own, else by stage "
-            "(baseline: recursion off; after_surgery: on, untrained).",
+            help="RecursiveConfig as JSON. Default: recursion off for baseline; else the "
+            "sidecar's own; after_surgery of a base alone: on, with untrained cells.",
         ),
     ] = None,
     use_recursive: Annotated[
         bool,
-        typer.Option("--use_recursive", help="Legacy: recursion on, with the default config."),
+        typer.Option("--use_recursive", help="Legacy: recursion on, also for --stage baseline."),
     ] = False,
     output_dir: Annotated[
         Path, typer.Option("--output_dir", "--output-dir", help="Where the two files go.")
@@ -94,13 +89,16 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
 ) -> None:
     """Perplexity and token accuracy by inner step, generations, throughput.
 
     Writes <stage>_results.json and <stage>_documents.parquet to --output_dir.
     """
-    if stage not in STAGE_CONFIGS:
-        raise ValueError(f"--stage: must be one of {', '.join(STAGE_CONFIGS)}, got '{stage}'")
+    if stage not in STAGES:
+        raise ValueError(f"--stage: must be one of {', '.join(STAGES)}, got '{stage}'")
     if split not in ("train", "validation", "test"):
         raise ValueError(f"--split: must be train, validation or test, got '{split}'")
     if recursive_config is not None and use_recursive:
@@ -112,8 +110,13 @@ def evaluate(
     from kimi_recursive.evaluate import evaluate_stage
     from kimi_recursive.loader import SIDECAR_NAME
 
-    if config is None and not (Path(model_path) / SIDECAR_NAME).is_file():
-        config = get_after_surgery_config() if use_recursive else STAGE_CONFIGS[stage]()
+    has_sidecar = (Path(model_path) / SIDECAR_NAME).is_file()
+    if stage.startswith("finetuned_") and not has_sidecar:
+        raise ValueError(f"--stage {stage}: {model_path} holds no trained sidecar ({SIDECAR_NAME})")
+    if config is None and stage == "baseline" and not use_recursive:
+        config = get_baseline_config()
+    elif config is None and not has_sidecar:
+        config = get_after_surgery_config()
     settings = {
         "context_length": context_length,
         "batch_size": batch_size,
@@ -123,7 +126,8 @@ def evaluate(
     }
     with tempfile.TemporaryDirectory() as scratch:
         if tokens_dir is None:
-            tokens_dir = _tokenize(corpus or ["sotu"], model_path, revision, Path(scratch))
+            options = {"revision": revision, "trust_remote_code": trust_remote_code}
+            tokens_dir = _tokenize(corpus or ["sotu"], model_path, Path(scratch), **options)
         results = evaluate_stage(
             stage,
             model_path,
@@ -136,6 +140,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             revision=revision,
+            trust_remote_code=trust_remote_code,
         )
     for row in results["perplexity"]["by_step"]:
         typer.echo(
@@ -145,7 +150,9 @@ def evaluate(
     typer.echo(f"wrote {output_dir}/{stage}_results.json")
 
 
-def _tokenize(corpus: list[str], model_path: str, revision: str | None, scratch: Path) -> Path:
+def _tokenize(
+    corpus: list[str], model_path: str, scratch: Path, revision: str | None, trust_remote_code: bool
+) -> Path:
     from kimi_recursive import data
     from kimi_recursive.loader import base_of, load_tokenizer
 
@@ -153,11 +160,14 @@ def _tokenize(corpus: list[str], model_path: str, revision: str | None, scratch:
     data.prepare_corpus(
         {"source": source, "validation": 0.1, "test": 0.1, "seed": 0}, scratch / "corpus"
     )
-    tokenizer = load_tokenizer(base_of(model_path), revision=revision)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(base_of(model_path), **options)
     if tokenizer is None:
         raise ValueError(f"{model_path}: has no tokenizer; give --tokens-dir")
     tokenizer.save_pretrained(scratch / "tokenizer")
-    data.tokenize_corpus(scratch / "corpus", scratch / "tokenizer", scratch / "tokens")
+    data.tokenize_corpus(
+        scratch / "corpus", scratch / "tokenizer", scratch / "tokens", trust_remote_code
+    )
     return scratch / "tokens"
 
 

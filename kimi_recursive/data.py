@@ -62,6 +62,11 @@ def _expand(source: Any) -> list[str]:
     return list(dict.fromkeys(files))
 
 
+def base_files(path: str) -> list[str]:
+    """The files of a local model directory, in order."""
+    return [str(file) for file in sorted(Path(path).iterdir()) if file.is_file()]
+
+
 def source_files(corpus: Mapping[str, Any]) -> list[str]:
     """The local files of a corpus, none for a package or a `datasets` name. Raises ValueError."""
     source = corpus["source"]
@@ -209,7 +214,9 @@ def train_tokenizer(corpus_dir: Path, output_dir: Path, vocab_size: int) -> dict
     return {"vocab_size": len(fast), **SPECIAL_TOKENS}
 
 
-def tokenize_corpus(corpus_dir: Path, tokenizer_dir: Path, output_dir: Path) -> dict[str, Any]:
+def tokenize_corpus(
+    corpus_dir: Path, tokenizer_dir: Path, output_dir: Path, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Encode each document as `[bos] + ids` (eos where there is no bos), all or nothing.
 
     Writes `{train,validation,test}.parquet` (document_id, tokens list<int32>, num_tokens) and
@@ -221,7 +228,9 @@ def tokenize_corpus(corpus_dir: Path, tokenizer_dir: Path, output_dir: Path) -> 
     from transformers import AutoTokenizer
 
     with _located(f"{tokenizer_dir}: no tokenizer loads"):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_dir, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
         raise ValueError(f"{tokenizer_dir}: the tokenizer has neither a bos nor an eos token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,12 +15,13 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
 from kimi_recursive.files import versions, write_json, write_parquet
 from kimi_recursive.flops import forward_flops_per_token
-from kimi_recursive.loader import load_model_with_config
+from kimi_recursive.loader import check_context, load_model_with_config
 from kimi_recursive.model import ChunkRefineWrapper
 
 
@@ -121,42 +123,69 @@ def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
     return table.to_dicts()
 
 
-def mean_inner_steps(scores: pl.DataFrame, threshold: float) -> float:
-    """Inner steps a chunk takes when it stops at the first step with p_commit >= `threshold`, or at
-    the last step; mean over chunks. 0 when the loop is not active."""
+def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, float] | None:
+    """What stopping early would give: each chunk at its first step with p_commit >= `threshold`, or
+    at its last step. None when the loop is not active.
+
+    Returns: `mean_inner_steps` over chunks, and the `perplexity` of all tokens at those steps.
+    """
     refined = scores.filter(pl.col("step") > 0)
     if refined.is_empty():
-        return 0.0
+        return None
     last = refined["step"].max()
     stop = pl.when(pl.col("p_commit") >= threshold).then(pl.col("step")).otherwise(last).min()
-    per_chunk = refined.group_by("document", "start", "chunk").agg(stop.alias("stop"))
-    return float(per_chunk["stop"].mean())
+    stopped = refined.filter(pl.col("step") == stop.over("document", "start", "chunk"))
+    loss = stopped["loss_sum"].sum() / stopped["num_tokens"].sum()
+    return {"mean_inner_steps": float(stopped["step"].mean()), "perplexity": math.exp(loss)}
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, behind the tokenizer's bos where it has one."""
+    ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def generate_samples(
     wrapper: ChunkRefineWrapper, tokenizer, prompts: Sequence[str], max_new_tokens: int
-) -> tuple[list[dict[str, Any]], float]:
-    """Greedy continuations, one prompt at a time; and tokens per second over all of them."""
-    samples, num_tokens = [], 0
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Greedy continuations, one prompt at a time.
+
+    The base generates with nothing but greedy decoding: a repetition penalty in its generation
+    config would make it another model than the one that is compared.
+
+    Returns: prompt, completion and token_ids of each; over all of them tokens per second (None
+    without prompts), and inner steps per round of drafting and refining (0 for the base).
+    """
+    samples, inner_steps, num_tokens = [], [], 0
+    defaults = wrapper.base.generation_config
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=defaults.eos_token_id,
+        pad_token_id=defaults.pad_token_id,
+    )
     started = time.perf_counter()
     for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        if not ids or ids[0] != tokenizer.bos_token_id:
-            first = tokenizer.bos_token_id
-            ids = ([first] if first is not None else []) + ids
-        input_ids = torch.tensor([ids], device=wrapper.device)
-        options = {} if wrapper.active else {"do_sample": False, "num_beams": 1}
-        output = wrapper.generate_chunks(
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            attention_mask=torch.ones_like(input_ids),
-            **options,
-        )
-        new = output[0, len(ids) :].tolist()
+        input_ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=wrapper.device)
+        mask = torch.ones_like(input_ids)
+        if wrapper.active:
+            output, stats = wrapper.generate_chunks(
+                input_ids, max_new_tokens=max_new_tokens, attention_mask=mask, return_stats=True
+            )
+            inner_steps += stats.inner_steps
+        else:
+            output = wrapper.generate_chunks(
+                input_ids, attention_mask=mask, generation_config=greedy
+            )
+        new = output[0, input_ids.shape[1] :].tolist()
         num_tokens += len(new)
         text = tokenizer.decode(new, skip_special_tokens=True)
         samples.append({"prompt": prompt, "completion": text, "token_ids": new})
-    return samples, num_tokens / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return samples, {
+        "tokens_per_second": num_tokens / seconds if prompts else None,
+        "mean_inner_steps": sum(inner_steps) / max(1, len(inner_steps)),
+    }
 
 
 def evaluate_model(
@@ -180,6 +209,11 @@ def evaluate_model(
     Raises:
         ValueError: no document with two tokens, or prompts without a tokenizer.
     """
+    check_context(
+        wrapper.base,
+        max(settings["context_length"], settings["max_new_tokens"]),
+        "evaluation.context_length, evaluation.max_new_tokens",
+    )
     if tokenizer is None and settings["prompts"]:
         raise ValueError("evaluation.prompts need a tokenizer, and the model has none")
     windows = document_windows(
@@ -198,7 +232,7 @@ def evaluate_model(
     first = next(batches(windows, settings["batch_size"]))
     input_ids = torch.from_numpy(np.stack([w.inputs for w in first])).to(wrapper.device)
     num_tokens = sum(len(w.targets) for w in windows)
-    samples, generated_per_second = generate_samples(
+    samples, generation = generate_samples(
         wrapper, tokenizer, settings["prompts"], settings["max_new_tokens"]
     )
     results = {
@@ -209,11 +243,12 @@ def evaluate_model(
             "by_step": by_step,
         },
         "inner_steps": last,
-        "mean_inner_steps": mean_inner_steps(within, wrapper.config.commit_threshold),
+        "mean_inner_steps": generation["mean_inner_steps"],
+        "halting": halting_scores(within, wrapper.config.commit_threshold),
         "forward_flops_per_token": forward_flops_per_token(wrapper, input_ids),
         "throughput": {
             "evaluated_tokens_per_second": num_tokens / within["seconds"].sum(),
-            "generated_tokens_per_second": generated_per_second,
+            "generated_tokens_per_second": generation["tokens_per_second"],
         },
         "generations": samples,
     }
@@ -230,6 +265,7 @@ def evaluate_stage(
     config: RecursiveConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     depths: Sequence[int] = (),
+    upstream: Mapping[str, Any] | None = None,
     split: str = "test",
     **load_options: Any,
 ) -> dict[str, Any]:
@@ -239,6 +275,7 @@ def evaluate_stage(
         config: By default the sidecar's own, or recursion disabled for a base.
         overrides: Parameters to change in that config.
         depths: As in `evaluate_model`.
+        upstream: What made base and tokens, recorded with the results.
         load_options: Passed on to `load_model_with_config`.
 
     Raises:
@@ -261,6 +298,8 @@ def evaluate_stage(
         },
         "config": config.to_dict(),
         "evaluation": {**settings, "depths": list(depths)},
+        "dtype": str(wrapper.base.dtype).removeprefix("torch."),
+        "upstream": upstream,
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

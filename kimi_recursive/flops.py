@@ -7,15 +7,27 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.model import ChunkRefineWrapper
 
 
-def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of what `call` runs, 2 for each multiply-add; elementwise work is not counted."""
-    with FlopCounterMode(display=False) as counter:
-        call()
+def count_flops(base: PreTrainedModel, call: Callable[[], Any]) -> int:
+    """FLOPs of what `call` runs, 2 for each multiply-add; elementwise work is not counted.
+
+    Experts run one by one meanwhile: torch counts nothing for the grouped product that transformers
+    uses otherwise.
+    """
+    before = getattr(base.config, "_experts_implementation", None)
+    if before is not None:
+        base.set_experts_implementation("eager")
+    try:
+        with FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        if before is not None:
+            base.set_experts_implementation(before)
     return counter.get_total_flops()
 
 
@@ -36,7 +48,9 @@ def cumulative_training_flops(
         start, rate, _ = objective.draw(windows.shape[1] - 1, step)
         kind = (start, rate > 0)
         if kind not in per_kind:
-            per_kind[kind] = count_flops(lambda s=step: objective(windows, s)[0].backward())
+            per_kind[kind] = count_flops(
+                objective.wrapper.base, lambda s=step: objective(windows, s)[0].backward()
+            )
         total += per_kind[kind]
         cumulative.append(total)
     objective.zero_grad(set_to_none=True)
@@ -59,7 +73,12 @@ def forward_flops_per_token(wrapper: ChunkRefineWrapper, input_ids: torch.Tensor
     Args:
         input_ids: [B, T], cut on the chunk grid.
     """
-    flops = count_flops(lambda: [wrapper.last_step(chunk) for chunk in wrapper.chunks(input_ids)])
+
+    def refine_all() -> None:
+        for chunk in wrapper.chunks(input_ids):
+            wrapper.last_step(chunk)
+
+    flops = count_flops(wrapper.base, refine_all)
     if wrapper.active and wrapper.config.single_pass:
-        flops -= count_flops(lambda: list(wrapper.chunks(input_ids)))
+        flops -= count_flops(wrapper.base, lambda: list(wrapper.chunks(input_ids)))
     return flops / input_ids.numel()

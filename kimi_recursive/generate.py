@@ -51,6 +51,7 @@ def generate_chunks(
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
     commit: str | None = None,
+    num_steps: int | None = None,
     do_sample: bool = False,
     return_stats: bool = False,
 ):
@@ -63,6 +64,8 @@ def generate_chunks(
         commit: `verified` (a token is committed only if the refined model, given the committed
             prefix, predicts it: the output equals token-by-token decoding of the refined model on
             the same grid) or `learned` (the boundary head decides); the config's by default.
+        num_steps: Inner steps of `verified`, K by default; 0 generates with the base alone, through
+            the same passes.
         do_sample: Sampling is not available with the loop yet.
         return_stats: Also return `GenerationStats`.
 
@@ -96,7 +99,7 @@ def generate_chunks(
 
     stats = GenerationStats()
     if commit == "verified":
-        new = _verified(wrapper, input_ids, attention_mask, max_new_tokens, end, stats)
+        new = _verified(wrapper, input_ids, attention_mask, max_new_tokens, num_steps, end, stats)
     else:  # rows commit different lengths, so each row has a grid of its own
         rows = []
         for i, row in enumerate(input_ids):
@@ -163,6 +166,7 @@ def _verified(
     input_ids: Tensor,
     mask: Tensor | None,
     max_new_tokens: int,
+    num_steps: int | None,
     end: _End,
     stats: GenerationStats,
 ) -> Tensor:
@@ -186,7 +190,7 @@ def _verified(
             tokens = _draft(wrapper, last, tokens, committed, cache, chunk_mask)
             inputs = torch.cat([last, tokens[:, :-1]], dim=1)
             chunk = wrapper.start_chunk(inputs, cache, _extend(chunk_mask, width - 1))
-            chunk = wrapper.last_step(chunk)
+            chunk = wrapper.last_step(chunk, num_steps)
             predicted = chunk.logits.argmax(-1)
             agrees = (predicted == tokens) | (slots < committed[:, None])
             run = agrees.long().cumprod(1).sum(1)

@@ -61,6 +61,8 @@ def job(snakemake) -> Iterator[None]:
                 sys.exit(USER_ERROR_EXIT_CODE)
             except KeyboardInterrupt:
                 sys.exit("interrupted")
-            except Exception:
+            except Exception as error:
                 traceback.print_exc()
+                first = (str(error).splitlines() or [""])[0]
+                print(f"error: {type(error).__name__}: {first}", file=sys.stderr)
                 sys.exit(1)

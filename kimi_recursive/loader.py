@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kimi_recursive.model import ChunkRefineWrapper
 
 SIDECAR_NAME = "sidecar.safetensors"
 SIDECAR_INIT_SEED = 0
+METADATA_KEY = "kimi_recursive"
 
 
 def base_identity(base: PreTrainedModel) -> dict[str, Any]:
@@ -71,10 +73,20 @@ def load_base(
     except (OSError, ValueError, SafetensorError, HfHubHTTPError) as error:
         raise ValueError(f"{where}: cannot be loaded as a decoder: {_first_line(error)}") from error
     if device is not None:
-        model.to(device)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device}: {_first_line(error)}") from error
     model.eval()
     install_fast_kda(model)
     return model
+
+
+def check_context(base: PreTrainedModel, length: int, where: str) -> None:
+    """Raises ValueError when `length` tokens are more than the base has positions for."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"{where}: {length} tokens are more than the base's {limit} positions")
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code=False):
@@ -106,11 +118,13 @@ def save_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path, base_path: 
     base_path = str(base_path)
     if Path(base_path).is_dir():  # relative to the sidecar, so that the two can move together
         base_path = os.path.relpath(Path(base_path).resolve(), directory.resolve())
-    metadata = {
-        "format": "pt",
+    facts = {
         "base_model_name_or_path": base_path,
-        "base": json.dumps(base_identity(wrapper.base)),
+        "base": base_identity(wrapper.base),
+        "refined_layers": wrapper.refined_layers,
     }
+    # One key: safetensors writes several in no fixed order, and equal sidecars must be equal files.
+    metadata = {METADATA_KEY: json.dumps(facts, sort_keys=True)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in wrapper.sidecar_state_dict().items()}
     temporary = directory / f".{SIDECAR_NAME}.tmp"
     save_file(tensors, temporary, metadata=metadata)
@@ -125,12 +139,17 @@ def load_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path) -> None:
         ValueError: missing or damaged file, another base, or other shapes.
     """
     path = Path(directory) / SIDECAR_NAME
-    metadata, tensors = _read_safetensors(path)
-    made_for, here = json.loads(metadata.get("base", "{}")), base_identity(wrapper.base)
+    facts, tensors = _read_sidecar(path)
+    made_for, here = facts["base"], base_identity(wrapper.base)
     differs = [key for key, value in made_for.items() if here.get(key) != value]
     if differs:
         detail = ", ".join(f"{k} {made_for[k]} (this base: {here.get(k)})" for k in differs)
         raise ValueError(f"{path}: does not fit this base; it was made for {detail}")
+    if facts["refined_layers"] != wrapper.refined_layers:
+        raise ValueError(
+            f"{path}: does not fit this config: its cells are of layers "
+            f"{facts['refined_layers']}, layers_to_refine asks for {wrapper.refined_layers}"
+        )
     expected = wrapper.sidecar_state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         have = tuple(tensors[name].shape) if name in tensors else "missing"
@@ -218,37 +237,42 @@ def sidecar_base_path(sidecar: Path) -> str:
     """Where a sidecar says its base is: a local directory, or a Hub id.
 
     Raises:
-        ValueError: damaged file, or one that names no base.
+        ValueError: damaged file, or none of ours.
     """
-    metadata, _ = _read_safetensors(sidecar)
-    name = metadata.get("base_model_name_or_path")
-    if not name:
-        raise ValueError(f"{sidecar}: names no base model; give base_path")
+    name = _read_sidecar(sidecar, weights=False)[0]["base_model_name_or_path"]
     local = sidecar.parent / name
     return str(Path(os.path.normpath(local))) if local.is_dir() or _is_local(name) else name
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _read_sidecar(
+    path: Path, weights: bool = True
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a sidecar says of its base and layers, and its tensors when asked for."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        message = _first_line(error)
-        raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error
+    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        names = list(file.keys()) if weights else []
+        tensors = {name: file.get_tensor(name) for name in names}
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path}: is no sidecar (it does not name its base)")
+    return json.loads(metadata[METADATA_KEY]), tensors
 
 
 def _check_safetensors(directory: Path) -> None:
     """Name a damaged weights file before transformers fails on it with less to say."""
     for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            message = _first_line(error)
-            raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error
+        with _safetensors_errors(path), safe_open(path, framework="pt"):
+            pass
+
+
+@contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        message = _first_line(error)
+        raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error
 
 
 def _is_local(name: str) -> bool:

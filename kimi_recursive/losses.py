@@ -137,7 +137,9 @@ class DraftRepair(nn.Module):
                 base.logits.shape[-1],
                 generator,
             )
-            chunk = wrapper.start_chunk(draft.inputs, prefix) if rate else base
+            # A single pass reads nothing of step 0, so the draft's is not run for it.
+            same = config.single_pass or not rate
+            chunk = base if same else wrapper.start_chunk(draft.inputs, prefix)
         losses = chunk_losses(wrapper, chunk, draft)
         weights = {
             "final": config.lambda_final,

@@ -108,6 +108,12 @@ class ChunkRefineWrapper(nn.Module):
             RefineCell(d_model, config.d_state) for _ in self.refined_layers
         )
         if config.use_latent_token:
+            width = base.get_input_embeddings().weight.shape[1]
+            if width != d_model:
+                raise ValueError(
+                    f"use_latent_token needs embeddings as wide as the hidden states, {width} is "
+                    f"not {d_model}; set it to false for this base"
+                )
             self.latent = LatentToken(d_model)
         self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
         # A device_map may have spread the layers.

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError
 
 from kimi_recursive.config import RecursiveConfig, unknown_key_message
+
+# JSON Schema takes 16.0 for an integer; Python's range does not.
+_Validator = validators.extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _checker, value: type(value) is int
+    ),
+)
 
 # Which part of the `recursive` subtree decides what; a rule is given only the part it reads.
 MODEL_KEYS = (
@@ -37,12 +45,11 @@ def validate_settings(config: Mapping[str, Any], schema_path: str | Path) -> dic
     schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
     errors = [
         line
-        for error in sorted(Draft202012Validator(schema).iter_errors(config), key=_where)
+        for error in sorted(_Validator(schema).iter_errors(config), key=_where)
         for line in _explain(error)
     ]
-    if not errors:
-        errors += _check_recursive(config["recursive"])
-        errors += _check_together(config)
+    errors = errors or _check_recursive(config["recursive"])
+    errors = errors or list(_check_together(config))
     if errors:
         raise ValueError("\n".join(errors))
     return dict(config)
@@ -54,11 +61,22 @@ def recursive_subset(config: Mapping[str, Any], *groups: tuple[str, ...]) -> dic
     return {key: full[key] for group in groups for key in group}
 
 
+def upstream_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the config that decide base and tokens, and with them every result."""
+    base, scratch = config["base"], config["base"]["kind"] == "scratch"
+    made_by = ("seed", "architecture", "training") if scratch else ("path", "hub_id", "revision")
+    return {
+        "corpus": dict(config["corpus"]),
+        "tokenizer": dict(config["tokenizer"]) if scratch else None,
+        "base": {key: base[key] for key in ("kind", "dtype", *made_by)},
+    }
+
+
 def _check_recursive(values: Mapping[str, Any]) -> list[str]:
-    try:
-        config = RecursiveConfig.from_dict({**values, "recursive_enabled": True}, "recursive")
-    except ValueError as error:
-        return str(error).split("; recursive: ")
+    allowed = RecursiveConfig().to_dict()
+    if unknown := [key for key in values if key not in allowed]:
+        return [unknown_key_message(key, allowed, "recursive") for key in unknown]
+    config = RecursiveConfig(**{**values, "recursive_enabled": True})
     if fixed := [key for key in STAGE_KEYS if key in values]:
         return [f"recursive: {key} is set by the stage, leave it out" for key in fixed]
     return [f"recursive: {error}" for error in config.validate()]
@@ -83,6 +101,8 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
         except ValueError as error:
             yield f"recursive.{error}"
     for phase, settings in config["training"].items():
+        if settings["warmup_steps"] > settings["num_steps"]:
+            yield f"training.{phase}.warmup_steps: must be at most num_steps"
         if settings["context_length"] % width:
             yield (
                 f"training.{phase}.context_length: must be a multiple of recursive.chunk_width "

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from kimi_recursive.files import write_json, write_text
 from kimi_recursive.matrix import (
     ARMS,
@@ -23,6 +25,7 @@ from kimi_recursive.settings import (
     MODEL_KEYS,
     TRAINING_KEYS,
     recursive_subset,
+    upstream_settings,
 )
 from kimi_recursive.summary_text import summary_text
 from kimi_recursive.verdict import compare_documents
@@ -34,6 +37,7 @@ COLUMNS = (
     "training_flops", "lr", "best_step", "forward_flops_per_token", "num_documents",
     "num_tokens", "loss", "perplexity", "perplexity_step_0",
     "difference_percent", "token_accuracy", "mean_inner_steps",
+    "halting_mean_inner_steps", "halting_perplexity",
     "evaluated_tokens_per_second", "generated_tokens_per_second", "detail",
 )  # fmt: skip
 
@@ -59,18 +63,19 @@ def summarize(
         if base and row["status"] == "ok":
             change = row["perplexity"] / base["perplexity"] - 1
             row["difference_percent"] = 100 * change
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(csv_path, table.getvalue())
     proofs = {}
     for seed in config["seeds"]:
         path = results_dir / "compare" / f"{zero_init_name(config, seed)}.json"
         proofs[seed] = _read(path)
     comparisons = compare_arms(results_dir, rows)
+    text = summary_text(rows, proofs, comparisons)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(csv_path, table.getvalue())
     write_json(verdicts_path, comparisons)
-    write_text(txt_path, summary_text(rows, proofs, comparisons))
+    write_text(txt_path, text)
     return rows
 
 
@@ -110,6 +115,7 @@ def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> di
         "perplexity_step_0": scores["by_step"][0]["perplexity"],
         "token_accuracy": scores["token_accuracy"],
         "mean_inner_steps": found["mean_inner_steps"],
+        **{f"halting_{k}": v for k, v in (found["halting"] or {}).items()},
         **found["throughput"],
         "by_step": scores["by_step"],
     }
@@ -129,6 +135,9 @@ def _other_settings(
     if evaluation.training:
         want |= ARMS[_training(config, evaluation.training).arm]
     differ = [f"recursive.{k}" for k in keys if found["config"][k] != want[k]]
+    have = found["upstream"] or {}
+    for part, settings in upstream_settings(config).items():
+        differ += [part] if have.get(part) != settings else []
     differ += _changed("evaluation", config["evaluation"], found["evaluation"])
     if evaluation.training:
         phase = _training(config, evaluation.training).phase
@@ -174,7 +183,7 @@ def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, An
     Over the seeds that both have; a pair without any is left out.
 
     Returns: arm, reference, steps, seeds, difference in nats per token with its 95 % interval, the
-    same as percent of the reference's perplexity, verdict.
+    same as percent of the reference's perplexity, verdict; or `problem` with the verdict None.
     """
     by_stage: dict[str, dict[Any, dict[str, Any]]] = {}
     for row in rows:
@@ -194,19 +203,26 @@ def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, An
         mine = [arm[s] for s in seeds]
         others = list(reference.values()) if shared else [reference[s] for s in seeds]
         reference_step = others[0]["inner_steps"] if step is None else step
-        difference = compare_documents(
-            [_documents(results, row) for row in mine],
-            [_documents(results, row) for row in others],
-            mine[0]["inner_steps"],
-            reference_step,
-        )
+        pair = {
+            "arm": "finetuned_recursive",
+            "reference": name,
+            "arm_step": mine[0]["inner_steps"],
+            "reference_step": reference_step,
+            "seeds": seeds,
+        }
+        try:
+            difference = compare_documents(
+                [_documents(results, row) for row in mine],
+                [_documents(results, row) for row in others],
+                mine[0]["inner_steps"],
+                reference_step,
+            )
+        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+            found.append(pair | {"verdict": None, "problem": str(error).splitlines()[0]})
+            continue
         found.append(
-            {
-                "arm": "finetuned_recursive",
-                "reference": name,
-                "arm_step": mine[0]["inner_steps"],
-                "reference_step": reference_step,
-                "seeds": seeds,
+            pair
+            | {
                 "num_documents": difference.num_documents,
                 "nats_per_token": [difference.mean, difference.low, difference.high],
                 "perplexity_percent": list(difference.percent),

@@ -54,10 +54,15 @@ def _help(comparisons: list[dict[str, Any]]) -> list[str]:
         return ["(no trained recursive arm, or nothing to compare it with)"]
     lines = [f"{'finetuned_recursive against':<33}{'perplexity':>11}{'95 % interval':>22}  verdict"]
     for c in comparisons:
+        if c["verdict"] is None:
+            lines.append(f"{c['reference']:<33}{c['problem']}")
+            continue
         mean, low, high = c["perplexity_percent"]
         interval = f"[{low:+.3f}, {high:+.3f}] %"
         lines.append(f"{c['reference']:<33}{mean:>+9.3f} %{interval:>22}  {c['verdict']}")
-    first = comparisons[0]
+    first = next((c for c in comparisons if c["verdict"]), None)
+    if first is None:
+        return lines
     over = f"{first['num_documents']} documents"
     if len(first["seeds"]) > 1:
         over += f" and {len(first['seeds'])} seeds"
@@ -84,20 +89,26 @@ def _cost(done: list[dict[str, Any]]) -> list[str]:
             + f"{row['forward_flops_per_token'] / 1e6:>11.2f}"
             + f"{row['mean_inner_steps']:>7.2f}"
             + f"{row['evaluated_tokens_per_second']:>9.0f}"
-            + f"{row['generated_tokens_per_second']:>11.1f}"
+            + f"{row['generated_tokens_per_second'] or 0:>11.1f}"
         )
     recursive = [row for row in done if row["stage"] == "finetuned_recursive"]
-    base = next((row for row in done if row["stage"] == "baseline"), None)
-    if recursive and base:
-        steps = sum(row["mean_inner_steps"] for row in recursive) / len(recursive)
-        speed = sum(row["generated_tokens_per_second"] for row in recursive) / len(recursive)
+    if recursive:
+        steps = _mean(recursive, "mean_inner_steps")
         low, high = TARGET_INNER_STEPS
         lines.append(
-            f"(mean inner steps {steps:.2f}, {'within' if low <= steps <= high else 'outside'} the "
-            f"target of {low:.0f} to {high:.0f}; generation at "
-            f"{speed / base['generated_tokens_per_second']:.2f} of the baseline's speed)"
+            f"(mean steps: of a round of generation; {steps:.2f} for the recursive arm, "
+            f"{'within' if low <= steps <= high else 'outside'} the target of {low:.0f}-{high:.0f})"
+        )
+        lines.append(
+            f"(stopping each chunk where the boundary head says so would take "
+            f"{_mean(recursive, 'halting_mean_inner_steps'):.2f} steps, at perplexity "
+            f"{_mean(recursive, 'halting_perplexity'):.4f})"
         )
     return lines
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
 
 
 def _perplexity(done: list[dict[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ import polars as pl
 import torch
 from accelerate import Accelerator
 
-from kimi_recursive.checkpoint import WorkDirectory, file_digest
+from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
 from kimi_recursive.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
 from kimi_recursive.evaluate import losses_by_step
@@ -19,10 +19,11 @@ from kimi_recursive.files import publishing, versions, write_json, write_parquet
 from kimi_recursive.flops import cumulative_training_flops, steps_for_flops
 from kimi_recursive.loader import (
     SIDECAR_NAME,
+    base_of,
     build_wrapper,
+    check_context,
     load_model_with_config,
     save_sidecar,
-    sidecar_base_path,
 )
 from kimi_recursive.loop import LoopSettings, train_loop
 from kimi_recursive.losses import DraftRepair
@@ -46,8 +47,9 @@ def train_phase(
 ) -> dict[str, Any]:
     """Train one phase from the sidecar in `parent_dir` and publish the best one.
 
-    All arms see the same batches, chunks and corruption of a seed. The arm `vanilla_flops` takes as
-    many more steps as bring it to the training FLOPs of the recursive arm.
+    All arms of a seed see the same batches and chunks in the same order. The arm `vanilla_flops`
+    takes as many more steps as bring it to the training FLOPs of the recursive arm, with its
+    learning rate and corruption scheduled over all of them; `vanilla` also shares the corruption.
 
     Args:
         phase: `a`.
@@ -85,6 +87,7 @@ def train_phase(
             f"training.{phase}.context_length ({context}) must be a multiple of "
             f"recursive.chunk_width ({width})"
         )
+    check_context(wrapper.base, context, f"training.{phase}.context_length")
     train = load_tokens(tokens_dir, "train")
     sampler = WindowSampler(train, context + 1, settings["batch_size"], seed)
     windows = validation_windows(tokens_dir, context, settings["num_validation_windows"])
@@ -120,9 +123,12 @@ def train_phase(
         "arm": arm,
         "settings": settings,
         "seed": seed,
+        "num_steps": num_steps,
         "config": config.to_dict(),
+        "load": load_options,
+        "base": model_digest(base_of(parent_dir)),
         "parent": file_digest(parent_dir / SIDECAR_NAME),
-        "tokens": file_digest(tokens_dir / "train.parquet"),
+        "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
         "numerics": NUMERICS_VERSION,
     }
     wrapper.train()
@@ -148,7 +154,7 @@ def train_phase(
             description=f"train {arm} {phase} seed {seed}",
         )
         with publishing(output_dir) as folder:
-            save_sidecar(wrapper, folder, sidecar_base_path(parent_dir / SIDECAR_NAME))
+            save_sidecar(wrapper, folder, base_of(parent_dir))
         write_parquet(logs_path, result.logs)
         summary = {
             "arm": arm,

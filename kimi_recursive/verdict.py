@@ -1,4 +1,4 @@
-"""Does one arm beat another? Paired bootstrap over documents, seeds as the outer level."""
+"""Does one arm beat another? Paired bootstrap over documents, with seeds as the outer level."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 NUM_RESAMPLES = 10_000
+BLOCK = 500
 CONFIDENCE = 0.95
 VERDICTS = {-1: "helps", 0: "not distinguishable", 1: "hurts"}
 
@@ -46,9 +47,10 @@ def paired_bootstrap(
 ) -> Difference:
     """Percentile interval of the mean difference per token (Efron and Tibshirani, 1993, ch. 13).
 
-    Each resample draws seeds with replacement, and documents with replacement, the same documents
-    for each seed drawn: documents are paired across arms and across seeds. With one seed only the
-    documents vary, and the interval says nothing of the spread over seeds.
+    Each resample draws documents with replacement, the same ones for every seed, since documents
+    are paired across arms and seeds. The outer level, seeds, adds their standard error times a draw
+    from Student's t: resampling three seeds would be far too narrow (docs/log.md). With one seed
+    the interval says nothing of the spread over seeds.
 
     Args:
         differences: Summed loss of the arm minus that of the reference, [seeds, documents], nats.
@@ -56,15 +58,20 @@ def paired_bootstrap(
     """
     num_seeds, num_documents = differences.shape
     generator = np.random.default_rng(seed)
-    drawn = generator.integers(num_documents, size=(resamples, num_documents))
-    weights = np.zeros((resamples, num_documents))
-    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1.0)
-    per_seed = (weights @ differences.T) / (weights @ num_tokens)[:, None]  # [resamples, seeds]
-    seeds = generator.integers(num_seeds, size=(resamples, num_seeds))
-    means = np.take_along_axis(per_seed, seeds, axis=1).mean(1)
+    over_seeds = differences.mean(0)
+    share = np.full(num_documents, 1 / num_documents)
+    means = np.empty(resamples)
+    for start in range(0, resamples, BLOCK):  # bounds the memory of the weights
+        block = means[start : start + BLOCK]
+        weights = generator.multinomial(num_documents, share, size=len(block))
+        block[:] = (weights @ over_seeds) / (weights @ num_tokens)
+    if num_seeds > 1:
+        per_seed = differences.sum(1) / num_tokens.sum()
+        error = per_seed.std(ddof=1) / np.sqrt(num_seeds)
+        means += error * generator.standard_t(num_seeds - 1, size=resamples)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    mean = differences.sum(1).mean() / num_tokens.sum()
+    mean = over_seeds.sum() / num_tokens.sum()
     return Difference(float(mean), float(low), float(high), num_documents, num_seeds)
 
 

@@ -31,6 +31,7 @@ rule tokenize_corpus:
     conda:
         "../environment.yml"
     params:
+        trust_remote_code=config["base"]["trust_remote_code"],
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/tokenize_corpus.py"
@@ -73,6 +74,8 @@ if SCRATCH:
 else:
 
     rule fetch_base:
+        input:
+            LOCAL_BASE,
         output:
             model=directory("results/base/model"),
         log:

@@ -2,13 +2,14 @@ import os
 import sys
 from pathlib import Path
 
-from kimi_recursive.data import source_files
+from kimi_recursive.data import base_files, source_files
 from kimi_recursive.matrix import NUMERICS_VERSION, evaluations, trainings, zero_init_name
 from kimi_recursive.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
     TRAINING_KEYS,
     recursive_subset,
+    upstream_settings,
     validate_settings,
 )
 
@@ -21,9 +22,11 @@ except ValueError as error:
 
 
 # Scripts find the package of this checkout also in an environment that holds only dependencies.
-os.environ.update(PYTHONPATH=os.pathsep.join([str(workflow.basedir), *sys.path[1:]]))
+os.environ.update(PYTHONPATH=f"{workflow.basedir}{os.pathsep}{os.getenv('PYTHONPATH', '')}")
 
 SCRATCH = config["base"]["kind"] == "scratch"
+# Files of a local pretrained base, so that an edit of it reruns what reads it.
+LOCAL_BASE = [] if SCRATCH or not config["base"]["path"] else base_files(config["base"]["path"])
 TOKENIZER = "results/tokenizer" if SCRATCH else "results/base/model"
 TRAININGS = {run.key: run for run in trainings(config)}
 EVALUATIONS = {run.name: run for run in evaluations(config)}

@@ -15,6 +15,7 @@ rule evaluate:
         evaluation=config["evaluation"],
         recursive=evaluated_config,
         depths=evaluated_depths,
+        upstream=upstream_settings(config),
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
         numerics=NUMERICS_VERSION,
     script:

@@ -70,6 +70,11 @@ def test_the_stages_of_the_seed_from_the_command_line(model_dir, monkeypatch, ca
     assert after == pytest.approx(base, rel=1e-5) and abs(tuned / base - 1) > 1e-3
     assert found["after_surgery"]["inner_steps"] == 2
     assert found["finetuned_recursive"]["inner_steps"] == 3, "the sidecar's own config"
+    disabled = {"--model_path": model_dir / "sidecar", "--output_dir": model_dir / "again"}
+    assert call(monkeypatch, *options(model_dir, **disabled)) == 0
+    again = json.loads((model_dir / "again/baseline_results.json").read_text())
+    assert not again["config"]["recursive_enabled"]
+    assert again["perplexity"]["perplexity"] == pytest.approx(base, rel=1e-5)
     documents = pl.read_parquet(model_dir / "out/finetuned_recursive_documents.parquet")
     assert set(documents["step"]) == {0, 1, 2, 3}
 
@@ -87,10 +92,15 @@ def test_user_errors_are_one_line_with_exit_code_2_and_write_nothing(
     save_sidecar(make_wrapper(make_base("qwen")), tmp_path / "other", model_dir / "base")
     cases = [
         ({"--stage": "before"}, "--stage: must be one of baseline, after_surgery"),
+        ({"--stage": "finetuned_recursive"}, "holds no trained sidecar"),
+        ({"--device": "cuda:9"}, "device cuda:9: "),
         ({"--split": "dev"}, "--split: must be train, validation or test, got 'dev'"),
         ({"--model_path": tmp_path / "none"}, "no such model directory"),
         ({"--model_path": tmp_path / "cut"}, "truncated or not a safetensors file"),
-        ({"--model_path": tmp_path / "other"}, "does not fit this base"),
+        (
+            {"--model_path": tmp_path / "other", "--stage": "after_surgery"},
+            "does not fit this base",
+        ),
         ({"--recursive-config": tmp_path / "none.json"}, "cannot be read"),
         ({"--recursive-config": tmp_path / "bad.json"}, "is not valid JSON"),
         ({"--recursive-config": tmp_path / "typo.json"}, "did you mean 'chunk_width'?"),

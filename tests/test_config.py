@@ -165,6 +165,8 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ("base.architecture.num_experts", 1, "num_experts_per_token must be at most num_experts"),
         ("corpus.test", 0.95, "validation and test together must be below 1"),
         ("evaluation.batch_size", "16", "must be of type integer, got '16'"),
+        ("evaluation.batch_size", 16.0, "must be of type integer, got 16.0"),
+        ("training.a.warmup_steps", 121, "training.a.warmup_steps: must be at most num_steps"),
         ("base.kind", "pretrained", "needs either path (a local directory) or hub_id"),
     ],
 )
@@ -176,6 +178,12 @@ def test_single_errors_of_the_workflow_config(settings, path, value, error):
     node[key] = value
     lines = errors_of(settings)
     assert len(lines) == 1 and error in lines[0], lines
+
+
+def test_every_unknown_recursive_key_is_named(settings):
+    settings["recursive"] |= {"chunk_widht": 1, "dstate": 2}
+    lines = errors_of(settings)
+    assert len(lines) == 2 and all(line.startswith("recursive: unknown key") for line in lines)
 
 
 def test_a_hub_base_must_be_pinned(settings):
@@ -206,6 +214,18 @@ def test_the_schema_describes_every_key_and_the_readme_names_it(settings):
                 walk(child, f"{path}{key}.")
 
     walk(schema, "")
+    section: list[str] = []  # the tables show the defaults of config.yaml
+    for line in readme.splitlines():
+        if heading := re.match(r"## `([\w.]+)`", line):
+            section = heading[1].split(".")
+        row = re.match(r"\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", line)
+        if row and section:
+            node = settings
+            for key in section:
+                node = node[key]
+            shown = (row[2] if section == ["recursive"] else row[3]).strip()
+            if row[1] in node and shown.startswith("`"):
+                assert yaml.safe_load(shown.strip("`")) == node[row[1]], line
     for key in RecursiveConfig().to_dict():
         assert f"`{key}`" in readme, f"config/README.md does not name `{key}`"
 

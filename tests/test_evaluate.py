@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from kimi_recursive.evaluate import (
     document_scores,
     evaluate_model,
     evaluate_stage,
-    mean_inner_steps,
+    halting_scores,
     score_windows,
 )
 from kimi_recursive.loader import SIDECAR_NAME, load_model_with_config, save_sidecar
@@ -83,20 +84,23 @@ def test_summary_numbers_by_hand():
     assert results["perplexity"]["token_accuracy"] == pytest.approx(accuracy)
     assert (results["perplexity"]["num_tokens"], results["perplexity"]["num_documents"]) == (68, 4)
     assert [row["step"] for row in results["perplexity"]["by_step"]] == [0, 1, 2, 3]
-    assert results["inner_steps"] == 3 and 1 <= results["mean_inner_steps"] <= 3
+    assert results["inner_steps"] == 3 and 1 <= results["halting"]["mean_inner_steps"] <= 3
     assert results["throughput"]["evaluated_tokens_per_second"] > 0
     json.dumps(results, allow_nan=False)
 
 
-def test_mean_inner_steps_stops_at_the_first_step_above_the_threshold():
+def test_halting_stops_at_the_first_step_above_the_threshold():
     chunks = [[0.1, 0.8, 0.1], [0.9, 0.1, 0.1], [0.1, 0.2, 0.3], [0.1, 0.2, 0.9]]
     rows = [
-        {"document": d, "start": 0, "chunk": 0, "step": t, "p_commit": p}
+        {"document": d, "start": 0, "chunk": 0, "step": t, "p_commit": p, "num_tokens": 10,
+         "loss_sum": 10.0 * t + d}
         for d, commits in enumerate(chunks)
         for t, p in enumerate([None, *commits])
-    ]
-    assert mean_inner_steps(pl.DataFrame(rows), 0.7) == (2 + 1 + 3 + 3) / 4
-    assert mean_inner_steps(pl.DataFrame(rows).filter(pl.col("step") == 0), 0.7) == 0
+    ]  # fmt: skip
+    found = halting_scores(pl.DataFrame(rows), 0.7)
+    assert found["mean_inner_steps"] == (2 + 1 + 3 + 3) / 4
+    assert found["perplexity"] == pytest.approx(np.exp((20 + 11 + 32 + 33) / 40))
+    assert halting_scores(pl.DataFrame(rows).filter(pl.col("step") == 0), 0.7) is None
 
 
 def test_prompts_need_a_tokenizer_and_documents_need_two_tokens():
@@ -252,6 +256,43 @@ def test_a_chunked_path_that_differs_from_the_base_fails(stages, monkeypatch):
 
     monkeypatch.setattr(ChunkRefineWrapper, "start_chunk", off_by_a_token)
     assert "logit_difference_to_base_forward" in failed(proof(stages))
+
+
+def test_a_bf16_base_passes_and_its_broken_cells_fail(stages, tmp_path):
+    """Decoding by token and by chunk round apart; the gate must not take that for a fault."""
+    (tmp_path / "tokens").symlink_to(stages / "tokens")
+    base, tokenizer, _ = load_model_with_config(stages / "base")
+    base.base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    insert_cells(tmp_path / "base", SMALL, 0, tmp_path / "surgery")
+    evaluate(tmp_path, "baseline", tmp_path / "base", chunk_width=8)
+    evaluate(tmp_path, "after_surgery", tmp_path / "surgery")
+    result = proof(tmp_path)
+    assert failed(result) == set() and result["max_logit_difference"] == 0
+    model, _, _ = load_model_with_config(tmp_path / "surgery")
+    with torch.no_grad():
+        model.refine_cells[2].out.weight[0, 0] = 5.0
+    save_sidecar(model, tmp_path / "bad", tmp_path / "base")
+    evaluate(tmp_path, "after_surgery", tmp_path / "bad", name="bad")
+    assert "document_loss_difference" in failed(proof(tmp_path, "bad", tmp_path / "bad"))
+
+
+def test_a_repetition_penalty_in_the_generation_config_does_not_make_another_baseline(
+    stages, tmp_path
+):
+    shutil.copytree(stages / "base", tmp_path / "base")
+    path = tmp_path / "base/generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.8}))
+    (tmp_path / "tokens").symlink_to(stages / "tokens")
+    results = evaluate(tmp_path, "baseline", tmp_path / "base", chunk_width=8)
+    plain = json.loads((stages / "eval/baseline_results.json").read_text())
+    assert results["generations"] == plain["generations"]
+
+
+def test_a_context_beyond_the_positions_of_the_base_is_refused():
+    wrapper = make_wrapper(make_base("gpt2"))
+    with pytest.raises(ValueError, match="500 tokens are more than the base's 128 positions"):
+        evaluate_model(wrapper, None, make_split(), {**SETTINGS, "context_length": 500})
 
 
 def test_insert_cells_refuses_layers_that_the_base_does_not_have(stages, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, make_base, make_wrapper, perturb, random_ids
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, load_model_with_config
 from kimi_recursive.base import fetch_base
@@ -104,8 +105,20 @@ def test_same_shape_other_weights_and_other_sizes_are_refused(tmp_path):
         load_sidecar(make_wrapper(make_base("llama", seed=1)), tmp_path)
     with pytest.raises(ValueError, match=r"gru.bias_hh is \(24,\), needs \(48,\)"):
         load_sidecar(make_wrapper(make_base("llama"), d_state=16), tmp_path)
-    with pytest.raises(ValueError, match=r"refine_cells.2\S* is \(.*needs no such weight"):
-        load_sidecar(make_wrapper(make_base("llama"), layers_to_refine=[0, 1]), tmp_path)
+    with pytest.raises(ValueError, match=r"latent.norm.weight is \(32,\), needs no such weight"):
+        load_sidecar(make_wrapper(make_base("llama"), use_latent_token=False), tmp_path)
+
+
+def test_cells_of_other_layers_are_refused_and_equal_sidecars_are_equal_files(tmp_path):
+    wrapper = make_wrapper(make_base("llama"), layers_to_refine=[0])
+    for i in range(8):
+        save_sidecar(wrapper, tmp_path / str(i), tmp_path)
+    assert len({(tmp_path / str(i) / SIDECAR_NAME).read_bytes() for i in range(8)}) == 1
+    with pytest.raises(ValueError, match=r"of layers \[0\], layers_to_refine asks for \[2\]"):
+        load_sidecar(make_wrapper(make_base("llama"), layers_to_refine=[2]), tmp_path / "0")
+    save_file({"x": torch.zeros(1)}, tmp_path / SIDECAR_NAME)
+    with pytest.raises(ValueError, match="is no sidecar"):
+        load_sidecar(wrapper, tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200])

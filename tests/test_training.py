@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -315,6 +316,49 @@ def test_phase_a_is_reproducible_and_resumes_bit_for_bit(tmp_path, surgery_dir, 
         assert same(logs[0], logs[i])
     assert first == second == third
     assert not same(logs[0], logs[2]) and other != first
+
+
+@pytest.fixture
+def world(tmp_path, surgery_dir, tokens_dir) -> Path:
+    """A copy of base, surgery and tokens that a test may change."""
+    shutil.copytree(surgery_dir.parent, tmp_path / "models")
+    shutil.copytree(tokens_dir, tmp_path / "tokens")
+    return tmp_path
+
+
+def train_in(world: Path, arm: str, **overrides) -> dict:
+    return train_phase(
+        "a", PHASE, 0, arm=arm, parent_dir=world / "models/surgery", tokens_dir=world / "tokens",
+        output_dir=world / "sidecar", logs_path=world / "l.parquet",
+        summary_path=world / "s.json", work_dir=world / "work", overrides=overrides,
+    )  # fmt: skip
+
+
+def test_a_finished_run_of_another_base_is_not_taken_for_this_one(world, capfd):
+    """Same embeddings and shapes, other weights inside."""
+    before = train_in(world, "recursive")
+    base = load_base(world / "models/base")
+    with torch.no_grad():
+        base.model.layers[0].mlp.down_proj.weight.mul_(2)
+    base.save_pretrained(world / "models/base")
+    after = train_in(world, "recursive")
+    assert "starting afresh, base changed" in capfd.readouterr().err
+    assert after["best_validation_loss"] != before["best_validation_loss"]
+
+
+def test_other_validation_documents_select_anew(world, capfd):
+    train_in(world, "recursive")
+    shutil.copy(world / "tokens/test.parquet", world / "tokens/validation.parquet")
+    train_in(world, "recursive")
+    assert "starting afresh, tokens changed" in capfd.readouterr().err
+
+
+def test_the_flops_matched_arm_starts_afresh_when_its_budget_changes(world, capfd):
+    short = train_in(world, "vanilla_flops")
+    long = train_in(world, "vanilla_flops", max_inner_steps=4)
+    assert long["num_steps"] > short["num_steps"] > PHASE["num_steps"]
+    assert "num_steps" in capfd.readouterr().err.split("starting afresh, ")[1]
+    assert long["training_flops"] > short["training_flops"]
 
 
 def test_phase_a_can_fit(tmp_path, surgery_dir, tokens_dir):

@@ -14,5 +14,6 @@ with job(snakemake):
         documents_path=Path(snakemake.output.documents),
         overrides=snakemake.params.recursive,
         depths=snakemake.params.depths,
+        upstream=snakemake.params.upstream,
         **snakemake.params.load,
     )

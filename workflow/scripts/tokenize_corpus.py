@@ -9,4 +9,5 @@ with job(snakemake):
         Path(snakemake.input.corpus[0]).parent,
         Path(snakemake.input.tokenizer),
         Path(snakemake.output.facts).parent,
+        trust_remote_code=snakemake.params.trust_remote_code,
     )
