@@ -91,7 +91,7 @@ def existing_results(wildcards):
     return summarize_alone() and sorted(
         f"{path} {path.stat().st_mtime_ns}"
         for folder in ("eval", "compare", "runs/*")
-        for path in Path("results").glob(f"{folder}/*.json")
+        for path in Path("results").glob(f"{folder}/*.*")
     )
 
 

@@ -239,6 +239,25 @@ def test_summarize_takes_what_is_there_without_training(copy):
     assert copy.planned("summarize") == [], "and a second time there is nothing new"
 
 
+def test_a_summary_survives_damaged_documents(copy):
+    copy.path("results/eval/finetuned_vanilla_documents.parquet").unlink()
+    copy.path("results/eval/finetuned_vanilla_flops_documents.parquet").write_bytes(b"PAR1")
+    assert copy.snakemake("summarize").returncode == 0
+    verdicts = json.loads(copy.path("results/verdicts.json").read_text())
+    assert [v["verdict"] is None for v in verdicts] == [False, True, True, False]
+    assert "finetuned_vanilla_documents.parquet" in verdicts[1]["problem"]
+    assert verdicts[1]["problem"] in copy.path("results/summary.txt").read_text()
+
+
+def test_results_of_another_base_are_not_shown_as_those_of_this_config(copy):
+    changed = json.loads(json.dumps(TINY))
+    changed["base"]["seed"] = 5
+    copy.write(changed)
+    assert copy.snakemake("summarize").returncode == 0
+    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
+    assert {(r["status"], r["detail"]) for r in rows} == {("missing", "there with other base")}
+
+
 def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
     changed = json.loads(json.dumps(TINY))
     changed["training"]["a"]["lr"] = 1e-3
