@@ -24,7 +24,6 @@ from tqdm import tqdm
 from kimi_recursive.checkpoint import Checkpoint, WorkDirectory
 
 RESUMABLE_EXIT_CODE = 75  # EX_TEMPFAIL: run again to continue
-LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
 class Interrupted(SystemExit):
