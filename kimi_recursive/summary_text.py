@@ -76,7 +76,7 @@ def _cost(done: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"{'evaluation':<27}{'trained':>9}{'tokens':>9}{'training':>10}{'forward':>11}"
         f"{'mean':>7}{'scored':>9}{'generated':>11}",
-        f"{'':<27}{'params':>9}{'':>9}{'PFLOP':>10}{'MFLOP/tok':>11}{'steps':>7}{'tok/s':>9}"
+        f"{'':<27}{'params':>9}{'':>9}{'FLOP':>10}{'MFLOP/tok':>11}{'steps':>7}{'tok/s':>9}"
         f"{'tok/s':>11}",
     ]
     for row in done:
@@ -85,7 +85,7 @@ def _cost(done: list[dict[str, Any]]) -> list[str]:
             f"{row['name']:<27}"
             + (f"{row['num_trainable_parameters'] / 1e6:>8.2f}M" if trained else f"{'-':>9}")
             + (f"{row['training_tokens'] / 1e3:>8.0f}k" if trained else f"{'-':>9}")
-            + (f"{row['training_flops'] / 1e15:>10.4f}" if trained else f"{'-':>10}")
+            + (f"{row['training_flops']:>10.2e}" if trained else f"{'-':>10}")
             + f"{row['forward_flops_per_token'] / 1e6:>11.2f}"
             + f"{row['mean_inner_steps']:>7.2f}"
             + f"{row['evaluated_tokens_per_second']:>9.0f}"
