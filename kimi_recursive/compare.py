@@ -109,9 +109,8 @@ def compare_zero_init(
     document_loss = _document_difference(baseline_documents, surgery_documents)
     tokens = [[s["token_ids"] for s in results["generations"]] for results in (before, after)]
     precision = torch.finfo(wrapper.base.dtype).eps
-    if (
-        precision > 1e-6
-    ):  # decoding token by token and in chunks round apart: compare like with like
+    # Below float32, decoding by token and by chunk round apart: compare like with like.
+    if precision > 1e-6:
         tokens[0] = [
             _chunked_base_generation(wrapper, prompt_ids(tokenizer, s["prompt"]), settings)
             for s in after["generations"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,7 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
@@ -145,6 +146,20 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
+@contextmanager
+def _plain_generation(base: PreTrainedModel) -> Iterator[None]:
+    """Greedy decoding and nothing else. The base's own generation config is put aside, since what
+    an argument of `generate` leaves unset is taken from there."""
+    own = base.generation_config
+    base.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
 def generate_samples(
     wrapper: ChunkRefineWrapper, tokenizer, prompts: Sequence[str], max_new_tokens: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -157,13 +172,6 @@ def generate_samples(
     without prompts), and inner steps per round of drafting and refining (0 for the base).
     """
     samples, inner_steps, num_tokens = [], [], 0
-    defaults = wrapper.base.generation_config
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=defaults.eos_token_id,
-        pad_token_id=defaults.pad_token_id,
-    )
     started = time.perf_counter()
     for prompt in prompts:
         input_ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=wrapper.device)
@@ -174,9 +182,10 @@ def generate_samples(
             )
             inner_steps += stats.inner_steps
         else:
-            output = wrapper.generate_chunks(
-                input_ids, attention_mask=mask, generation_config=greedy
-            )
+            with _plain_generation(wrapper.base):
+                output = wrapper.generate_chunks(
+                    input_ids, attention_mask=mask, max_new_tokens=max_new_tokens
+                )
         new = output[0, input_ids.shape[1] :].tolist()
         num_tokens += len(new)
         text = tokenizer.decode(new, skip_special_tokens=True)

@@ -20,6 +20,7 @@ from kimi_recursive.evaluate import (
     document_scores,
     evaluate_model,
     evaluate_stage,
+    generate_samples,
     halting_scores,
     score_windows,
 )
@@ -146,19 +147,23 @@ def word_tokenizer(words):
     return tokenizer
 
 
-def evaluate(root: Path, stage: str, model: Path, name: str | None = None, **overrides) -> dict:
+def evaluate(
+    root: Path, stage: str, model: Path, name: str | None = None, settings=None, **overrides
+) -> dict:
     return evaluate_stage(
         stage,
         model,
         root / "tokens",
-        {**SETTINGS, "prompts": ["w1 w2", "w5"]},
+        {**SETTINGS, "prompts": ["w1 w2", "w5"], **(settings or {})},
         root / f"eval/{name or stage}_results.json",
         root / f"eval/{name or stage}_documents.parquet",
         overrides=overrides,
     )
 
 
-def proof(root: Path, surgery: str = "after_surgery", model: Path | None = None) -> dict:
+def proof(
+    root: Path, surgery: str = "after_surgery", model: Path | None = None, settings=None
+) -> dict:
     result = compare_zero_init(
         root / "eval/baseline_results.json",
         root / f"eval/{surgery}_results.json",
@@ -166,7 +171,7 @@ def proof(root: Path, surgery: str = "after_surgery", model: Path | None = None)
         root / f"eval/{surgery}_documents.parquet",
         model or root / "surgery",
         root / "tokens",
-        SETTINGS,
+        {**SETTINGS, **(settings or {})},
         root / "zero_init.json",
     )
     assert result == json.loads((root / "zero_init.json").read_text())
@@ -265,16 +270,19 @@ def test_a_bf16_base_passes_and_its_broken_cells_fail(stages, tmp_path):
     base.base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     insert_cells(tmp_path / "base", SMALL, 0, tmp_path / "surgery")
-    evaluate(tmp_path, "baseline", tmp_path / "base", chunk_width=8)
-    evaluate(tmp_path, "after_surgery", tmp_path / "surgery")
-    result = proof(tmp_path)
+    more = {"prompts": [f"w{i} w{i + 7}" for i in range(16)], "max_new_tokens": 24}
+    before = evaluate(tmp_path, "baseline", tmp_path / "base", settings=more, chunk_width=8)
+    after = evaluate(tmp_path, "after_surgery", tmp_path / "surgery", settings=more)
+    assert before["generations"] != after["generations"], "some do round apart"
+    result = proof(tmp_path, settings=more)
     assert failed(result) == set() and result["max_logit_difference"] == 0
     model, _, _ = load_model_with_config(tmp_path / "surgery")
     with torch.no_grad():
         model.refine_cells[2].out.weight[0, 0] = 5.0
     save_sidecar(model, tmp_path / "bad", tmp_path / "base")
-    evaluate(tmp_path, "after_surgery", tmp_path / "bad", name="bad")
-    assert "document_loss_difference" in failed(proof(tmp_path, "bad", tmp_path / "bad"))
+    evaluate(tmp_path, "after_surgery", tmp_path / "bad", name="bad", settings=more)
+    broken = proof(tmp_path, "bad", tmp_path / "bad", more)
+    assert {"document_loss_difference", "generations_differing"} <= failed(broken)
 
 
 def test_a_repetition_penalty_in_the_generation_config_does_not_make_another_baseline(
@@ -282,11 +290,15 @@ def test_a_repetition_penalty_in_the_generation_config_does_not_make_another_bas
 ):
     shutil.copytree(stages / "base", tmp_path / "base")
     path = tmp_path / "base/generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.8}))
-    (tmp_path / "tokens").symlink_to(stages / "tokens")
-    results = evaluate(tmp_path, "baseline", tmp_path / "base", chunk_width=8)
-    plain = json.loads((stages / "eval/baseline_results.json").read_text())
-    assert results["generations"] == plain["generations"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 5.0}))
+    plain, tokenizer, _ = load_model_with_config(stages / "base")
+    penalised, _, _ = load_model_with_config(tmp_path / "base")
+    prompts = [f"w{i} w{i} w{2 * i}" for i in range(1, 9)]
+    ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts])
+    by_default = [m.base.generate(ids, max_new_tokens=60).tolist() for m in (plain, penalised)]
+    assert by_default[0] != by_default[1], "the penalty would show"
+    samples = [generate_samples(m, tokenizer, prompts, 60)[0] for m in (plain, penalised)]
+    assert samples[0] == samples[1]
 
 
 def test_a_context_beyond_the_positions_of_the_base_is_refused():
