@@ -13,9 +13,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(CORES)
 
-.PHONY: all test env lint dry-run summarize unlock clean
+.PHONY: all test env lint dry-run summarize unlock clean config
 
-all: env
+all: env config
 	$(SNAKEMAKE) all
 	@cat results/summary.txt
 
@@ -31,16 +31,20 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[demo,test]'
 	@touch $@
 
+config:
+	@test -z '$(CONFIG)' || test -f '$(CONFIG)' \
+		|| { echo 'error: CONFIG=$(CONFIG): no such file' >&2; exit 2; }
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 
-dry-run: env
+dry-run: env config
 	$(SNAKEMAKE) --dry-run all
 
-summarize: env
+summarize: env config
 	$(SNAKEMAKE) summarize
 	@cat results/summary.txt
 
