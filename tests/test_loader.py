@@ -45,6 +45,11 @@ def test_the_sidecar_alone_is_saved_and_loads_back_onto_the_base(saved, tmp_path
         shutil.move(folder, moved / folder.name)
     model, _, _ = load_model_with_config(moved / "sidecar")
     assert torch.equal(model.step_logits(ids), expected)
+    shutil.move(moved / "base", moved / "renamed")
+    with pytest.raises(ValueError, match="base: no such model directory"):
+        load_model_with_config(moved / "sidecar")
+    model, _, _ = load_model_with_config(moved / "sidecar", base_path=moved / "renamed")
+    assert torch.equal(model.step_logits(ids), expected)
 
 
 def test_config_may_come_as_path_object_or_flag(saved, tmp_path):
