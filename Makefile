@@ -1,5 +1,6 @@
 # make all      environment, then the whole matrix      (CORES=8 CONFIG=config/other.yaml)
 # make test     environment, then the tests
+# make test-slow   training killed a hundred times, minutes
 # make env      the environment alone, in .venv
 # make lint     ruff, snakefmt, snakemake --lint
 # make summarize   results/summary.* from what is there, without training
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(CORES)
 
-.PHONY: all test env lint dry-run summarize unlock clean config
+.PHONY: all test test-slow env lint dry-run summarize unlock clean config
 
 all: env config
 	$(SNAKEMAKE) all
@@ -21,6 +22,9 @@ all: env config
 
 test: env
 	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow -s tests/slow
 
 env: $(STAMP)
 

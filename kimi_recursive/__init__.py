@@ -21,6 +21,7 @@ _EXPORTS = {
     "ChunkRefineWrapper": "model",
     "generate_chunks": "generate",
     "load_model_with_config": "loader",
+    "ExperimentTracker": "experiment",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -17,10 +17,11 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearTopkR
 
 from kimi_recursive.checkpoint import WorkDirectory, file_digest
 from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
+from kimi_recursive.experiment import ExperimentTracker
 from kimi_recursive.files import publishing, write_parquet
 from kimi_recursive.kda import install_fast_kda
-from kimi_recursive.loader import load_tokenizer
-from kimi_recursive.loop import LoopSettings, train_loop
+from kimi_recursive.loader import load_base, load_tokenizer
+from kimi_recursive.loop import NEUTRAL_KEYS, LoopSettings, train_loop
 from kimi_recursive.matrix import NUMERICS_VERSION
 
 
@@ -75,10 +76,6 @@ class ExpertBalancer:
                 self.counts[name] = self.counts.get(name, 0) + load
 
         return hook
-
-    def buffers(self) -> dict[str, Tensor]:
-        """The biases, by name; they belong in a checkpoint."""
-        return {f"{n}.bias": r.e_score_correction_bias for n, r in self.routers.items()}
 
     def update(self) -> None:
         """Apply the loads counted since the last call."""
@@ -152,7 +149,7 @@ def train_base(
     objective.train()
 
     @torch.no_grad()
-    def validate() -> dict[str, float]:
+    def validate(_step: int) -> dict[str, float]:
         model.eval()
         losses = [
             objective(part.to(accelerator.device), 0)[0] for part in validation.split(batch_size)
@@ -162,36 +159,60 @@ def train_base(
         return {"validation_loss": float((torch.stack(losses).cpu() * sizes).sum() / sizes.sum())}
 
     fingerprint = {
-        "config": config,
+        "config": {
+            **config,
+            "training": {k: v for k, v in training.items() if k not in NEUTRAL_KEYS},
+        },
         "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
         "tokenizer": file_digest(tokenizer_dir / "tokenizer.json"),
         "numerics": NUMERICS_VERSION,
     }
-    with WorkDirectory(work_dir, fingerprint) as work:
+
+    def write_model(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def read_model(folder: Path) -> None:
+        model.load_state_dict(load_base(folder).state_dict())
+
+    with (
+        WorkDirectory(work_dir, fingerprint) as work,
+        ExperimentTracker(
+            work_dir,
+            "train_base",
+            "A tiny Kimi-Linear, trained from scratch",
+            training_params={"seed": config["seed"], **training},
+            paths={"tokens": tokens_dir, "tokenizer": tokenizer_dir},
+        ) as tracker,
+    ):
         result = train_loop(
             objective=objective,
             trainable=dict(model.named_parameters()),
             optimizer=optimizer,
             settings=LoopSettings(
                 num_steps=training["num_steps"],
-                lr={"model": training["lr"], "no_decay": training["lr"]},
                 warmup_steps=training["warmup_steps"],
                 eval_interval=training["eval_interval"],
                 save_interval=training["save_interval"],
+                log_interval=training["log_interval"],
             ),
             batch=lambda step: torch.from_numpy(sampler.batch(step)).to(accelerator.device),
             validate=validate,
             watch="validation_loss",
             work=work,
+            tracker=tracker,
             accelerator=accelerator,
             description="train_base",
-            buffers=balancer.buffers(),
+            write_model=write_model,
+            read_model=read_model,
             after_step=balancer.update,
         )
+        model.eval()
         with publishing(output_dir) as folder:
-            model.eval().save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            write_model(folder)
         write_parquet(logs_path, result.logs)
+        best = {"best_step": result.best_step, "best_validation_loss": result.best_metric}
+        tracker.finish(best | {"training_tokens": int(result.logs["tokens"][-1])})
 
 
 def fetch_base(config: Mapping[str, Any], output_dir: Path) -> None:

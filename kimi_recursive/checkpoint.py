@@ -1,14 +1,18 @@
 """Checkpoints of a training run: complete or absent, checked before use, found again after a kill.
 
 A work directory belongs to one process at a time (`WorkDirectory` holds a lock) and to one
-computation (a fingerprint). It holds the last two checkpoints:
+computation (a fingerprint). It holds the last two checkpoints, and those that they name as best:
 
     <work>/fingerprint.json
+    <work>/checkpoints/best              link to the best checkpoint so far
     <work>/checkpoints/step_000100/
-        model.safetensors            weights that train, and the best ones so far
-        optimizer.pt                 optimizer state and RNG states, loaded with weights_only=True
-        train_logs.parquet           one row for each step so far
-        checkpoint_metadata.json     step, metrics, and the sha256 of the other files
+        model/                           all that trains; `load_model_with_config` loads it
+        optimizer.pt, scheduler.pt       their states, and the RNG's; loaded with weights_only=True
+        recursive_config.json            of a recursive model
+        train_logs.parquet               one row for each step so far
+        checkpoint_metadata.json         step, metrics, and the sha256 of every other file
+
+With the folders that `kimi_recursive.experiment` adds it is the experiment directory of the guide.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,27 +31,29 @@ from typing import Any
 import polars as pl
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+
+from kimi_recursive.config import CONFIG_NAME
 
 METADATA_NAME = "checkpoint_metadata.json"
+MODEL_DIR = "model"
+BEST_NAME = "best"
 NUM_KEPT = 2
 
 
 @dataclass
 class Checkpoint:
-    """State after `step` optimizer steps.
+    """State after `step` optimizer steps, but for the model.
 
     Attributes:
-        tensors: Named tensors (weights that train, best weights).
         state: Optimizer and RNG state; tensors, numbers, strings and containers of them.
+        scheduler: State of the learning-rate scheduler.
         logs: One row for each step so far.
-        metadata: JSON values that the run needs again (best metric and its step).
+        metadata: JSON values; `best_step` names the checkpoint with the best weights so far.
     """
 
     step: int
-    tensors: dict[str, Tensor]
     state: dict[str, Any]
+    scheduler: dict[str, Any]
     logs: pl.DataFrame
     metadata: dict[str, Any]
 
@@ -59,14 +66,24 @@ class WorkDirectory:
     Args:
         path: Made when missing.
         fingerprint: What the run computes (parameters, digests of its inputs, numerics version).
-            Checkpoints of another computation are set aside, with a message.
+            Checkpoints of another computation are removed, with a message.
+        num_kept: How many checkpoints to keep, beside the best ones; None for all.
+        refuse_others: Raise instead of removing them.
 
     Raises:
-        ValueError: another process holds the lock.
+        ValueError: another process holds the lock, or another computation is refused.
     """
 
-    def __init__(self, path: str | Path, fingerprint: dict[str, Any]):
+    def __init__(
+        self,
+        path: str | Path,
+        fingerprint: dict[str, Any],
+        num_kept: int | None = NUM_KEPT,
+        refuse_others: bool = False,
+    ):
         self.path = Path(path)
+        self.num_kept = num_kept
+        self.refuse_others = refuse_others
         self.fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
         self.checkpoints = self.path / "checkpoints"
 
@@ -93,20 +110,33 @@ class WorkDirectory:
                 for key in before.keys() | self.fingerprint.keys()
                 if before.get(key) != self.fingerprint.get(key)
             )
+            if changed and self.refuse_others:
+                self._lock.close()
+                raise ValueError(
+                    f"{self.path}: holds another experiment, {', '.join(changed)} differ; "
+                    "choose another name, or --force to start it afresh"
+                )
             if changed:
                 _say(f"{self.path}: starting afresh, {', '.join(changed)} changed")
                 shutil.rmtree(self.checkpoints)
         self.checkpoints.mkdir(exist_ok=True)
         _write_synced(path, json.dumps(self.fingerprint, indent=2).encode())
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint under a temporary name, sync it, rename it, drop the oldest.
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> Path:
+        """Write a checkpoint under a temporary name, sync it, rename it, drop what is too old.
+
+        Args:
+            write_model: Writes the model into the folder that it is given.
 
         Raises:
             ValueError: it cannot be written (a full disk); the checkpoints before it are kept.
         """
         try:
-            return self._save(checkpoint)
+            return self._save(checkpoint, write_model)
         except (OSError, SafetensorError, RuntimeError, pl.exceptions.PolarsError) as error:
             shutil.rmtree(self._temporary(checkpoint.step), ignore_errors=True)
             raise ValueError(
@@ -117,34 +147,61 @@ class WorkDirectory:
     def _temporary(self, step: int) -> Path:
         return self.checkpoints / f".step_{step:06d}.tmp"
 
-    def _save(self, checkpoint: Checkpoint) -> Path:
-        target = self.checkpoints / f"step_{checkpoint.step:06d}"
+    def _save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> Path:
+        target = self.folder(checkpoint.step)
         temporary = self._temporary(checkpoint.step)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(checkpoint.tensors, temporary / "model.safetensors")
+        (temporary / MODEL_DIR).mkdir(parents=True)
+        write_model(temporary / MODEL_DIR)
+        if (temporary / MODEL_DIR / CONFIG_NAME).is_file():
+            shutil.copy(temporary / MODEL_DIR / CONFIG_NAME, temporary)
         torch.save(checkpoint.state, temporary / "optimizer.pt")
+        torch.save(checkpoint.scheduler, temporary / "scheduler.pt")
         checkpoint.logs.write_parquet(temporary / "train_logs.parquet")
-        files = sorted(temporary.iterdir())
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
         for path in files:
             _sync(path)
         metadata = {
             "step": checkpoint.step,
             **checkpoint.metadata,
-            "sha256": {path.name: file_digest(path) for path in files},
+            "sha256": {str(path.relative_to(temporary)): file_digest(path) for path in files},
         }
         _write_synced(temporary / METADATA_NAME, json.dumps(metadata, indent=2).encode())
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
+        self.mark_best(checkpoint.metadata["best_step"])
         _sync(self.checkpoints)
-        for old in self._complete()[:-NUM_KEPT]:
-            shutil.rmtree(old)
+        self._drop_old(checkpoint.step)
         return target
 
+    def mark_best(self, step: int) -> None:
+        """Let the link `best` point to the checkpoint of a step."""
+        temporary = self.checkpoints / f".{BEST_NAME}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(self.folder(step).name)
+        os.replace(temporary, self.checkpoints / BEST_NAME)
+
+    def _drop_old(self, newest: int) -> None:
+        """Remove all but the newest and the best ones; later ones were damaged and passed over."""
+        complete = self._complete()
+        for path in complete[complete.index(self.folder(newest)) + 1 :]:
+            shutil.rmtree(path)
+            complete.remove(path)
+        if self.num_kept is None:
+            return
+        kept = set(complete[-self.num_kept :])
+        kept |= {self.folder(_metadata(path)["best_step"]) for path in kept}
+        for path in complete:
+            if path not in kept:
+                shutil.rmtree(path)
+
     def latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint, or None. A damaged one is named and passed over."""
+        """The newest undamaged checkpoint whose best one is undamaged too, or None. Those passed
+        over are named."""
         for path in reversed(self._complete()):
             try:
+                _verify(path)
+                _verify(self.folder(_metadata(path)["best_step"]))
                 return _load(path)
             except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
                 _say(f"{path}: damaged checkpoint passed over ({str(error).splitlines()[0]})")
@@ -154,18 +211,25 @@ class WorkDirectory:
         return sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
-def _load(path: Path) -> Checkpoint:
-    metadata = json.loads((path / METADATA_NAME).read_text())
-    for name, digest in metadata.pop("sha256").items():
+def _metadata(path: Path) -> dict[str, Any]:
+    return json.loads((path / METADATA_NAME).read_text())
+
+
+def _verify(path: Path) -> None:
+    for name, digest in _metadata(path)["sha256"].items():
         if file_digest(path / name) != digest:
-            raise ValueError(f"{name} does not match its checksum")
-    return Checkpoint(
-        step=metadata.pop("step"),
-        tensors=load_file(path / "model.safetensors"),
-        state=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
-        logs=pl.read_parquet(path / "train_logs.parquet"),
-        metadata=metadata,
+            raise ValueError(f"{name} of {path.name} does not match its checksum")
+
+
+def _load(path: Path) -> Checkpoint:
+    metadata = _metadata(path)
+    del metadata["sha256"]
+    state, scheduler = (
+        torch.load(path / name, weights_only=True, map_location="cpu")
+        for name in ("optimizer.pt", "scheduler.pt")
     )
+    logs = pl.read_parquet(path / "train_logs.parquet")
+    return Checkpoint(metadata.pop("step"), state, scheduler, logs, metadata)
 
 
 def file_digest(path: str | Path) -> str:

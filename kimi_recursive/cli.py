@@ -13,9 +13,10 @@ from kimi_recursive.config import (
     RecursiveConfig,
     get_after_surgery_config,
     get_baseline_config,
+    read_json_object,
 )
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
-from kimi_recursive.matrix import ARMS
+from kimi_recursive.matrix import ARMS, PHASES, STAGES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,13 +26,7 @@ app = typer.Typer(
     help="Give a pretrained decoder a recursive refinement loop and measure what it does.",
 )
 
-STAGES = ("baseline", "after_surgery", *(f"finetuned_{arm}" for arm in ARMS))
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
-
-
-@app.callback()
-def _main() -> None:
-    """Seen by typer: more than one command."""
 
 
 @app.command()
@@ -97,10 +92,8 @@ def evaluate(
 
     Writes <stage>_results.json and <stage>_documents.parquet to --output_dir.
     """
-    if stage not in STAGES:
-        raise ValueError(f"--stage: must be one of {', '.join(STAGES)}, got '{stage}'")
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"--split: must be train, validation or test, got '{split}'")
+    _one_of("--stage", stage, STAGES)
+    _one_of("--split", split, ("train", "validation", "test"))
     if recursive_config is not None and use_recursive:
         raise ValueError("give either --recursive-config or --use_recursive")
     config = None
@@ -148,6 +141,176 @@ def evaluate(
             f"token accuracy {100 * row['token_accuracy']:.2f} %"
         )
     typer.echo(f"wrote {output_dir}/{stage}_results.json")
+
+
+@app.command("run-experiment")
+def run_experiment(
+    experiment_name: Annotated[
+        str, typer.Option("--experiment-name", help="Folder under --output-dir.")
+    ],
+    model_path: Annotated[
+        str,
+        typer.Option(
+            "--model-path",
+            "--model_path",
+            help="Phase a: a base (directory or Hub id) or untrained cells. Phases b and c: a "
+            "model of the phase before, such as EXPERIMENT/checkpoints/best/model.",
+        ),
+    ],
+    description: Annotated[str, typer.Option(help="What is tested, in words.")] = "",
+    recursive_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--recursive-config",
+            "--recursive_config",
+            help="RecursiveConfig as JSON. Default: the model's own; for a base that of phase a. "
+            "With recursion off (config/recursive/baseline.json) a baseline run, without training.",
+        ),
+    ] = None,
+    phase: Annotated[
+        str,
+        typer.Option(
+            help="a: the sidecar; b: and LoRA on the top third; c: and every 4th layer of the base."
+        ),
+    ] = "a",
+    num_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of cells and latent path.")] = 3e-4,
+    lr_heads: Annotated[
+        float | None, typer.Option(help="Of the boundary head. Default: --lr.")
+    ] = None,
+    lr_lora: Annotated[float | None, typer.Option(help="Of LoRA. Default: --lr.")] = None,
+    lr_layers: Annotated[
+        float | None, typer.Option(help="Of unfrozen layers. Default: a tenth of --lr.")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(min=0, help="Linear warm-up. Default: a tenth of --num-steps.")
+    ] = None,
+    lr_schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
+    save_interval: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    eval_interval: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 100,
+    log_interval: Annotated[int, typer.Option(min=1, help="Steps between metrics.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Cells, data order, corruption.")] = 0,
+    arm: Annotated[str, typer.Option(help=f"One of {', '.join(ARMS)}.")] = "recursive",
+    context_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a window. Default: four chunks.")
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Phase b.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="Phase b.")] = 16.0,
+    lora_target: Annotated[
+        list[str] | None,
+        typer.Option(help="Phase b: module name such as q_proj; repeatable. Default: all linear."),
+    ] = None,
+    unfreeze_every: Annotated[int, typer.Option(min=1, help="Phase c.")] = 4,
+    l2_pull: Annotated[float, typer.Option(min=0, help="Phase c: to pretrained weights.")] = 0.01,
+    scheduled_sampling: Annotated[
+        float, typer.Option(min=0, max=1, help="Phases b, c: share of own draft tokens at the end.")
+    ] = 0.1,
+    own_draft_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Of corrupted tokens, taken from the base.")
+    ] = 0.5,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = 1.0,
+    num_validation_windows: Annotated[int, typer.Option(min=1, help="Of a validation.")] = 32,
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="As for evaluate; default `sotu`.")
+    ] = None,
+    tokens_dir: Annotated[
+        Path | None, typer.Option(help="Tokens made by the workflow instead of --corpus.")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where experiments are.")] = Path("experiments"),
+    keep_checkpoints: Annotated[
+        int | None, typer.Option(min=1, help="Beside the best. Default: all.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start afresh where another experiment is.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """Train one phase by hand, or run a baseline, into an experiment directory.
+
+    The same command again goes on where it was cut off. Every number is written to
+    OUTPUT_DIR/EXPERIMENT_NAME: metadata, checkpoints, TensorBoard logs, metrics, notes.
+    """
+    _one_of("--phase", phase, PHASES)
+    _one_of("--arm", arm, tuple(ARMS))
+    _one_of("--lr-schedule", lr_schedule, ("linear", "cosine", "constant"))
+    _one_of("--mixed-precision", mixed_precision, ("no", "bf16"))
+    if Path(experiment_name).name != experiment_name or experiment_name in (".", ".."):
+        raise ValueError(f"--experiment-name: must be a plain folder name, got '{experiment_name}'")
+    rates = {
+        "lr": lr,
+        "lr_heads": lr if lr_heads is None else lr_heads,
+        "lr_lora": lr if lr_lora is None else lr_lora,
+        "lr_layers": lr / 10 if lr_layers is None else lr_layers,
+    }
+    for name, value in {**rates, "max_grad_norm": max_grad_norm, "lora_alpha": lora_alpha}.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')}: must be above 0, got {value}")
+    config = None
+    if recursive_config is not None:
+        config = RecursiveConfig.from_file(recursive_config).validated(str(recursive_config))
+    settings = {
+        **rates,
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "context_length": context_length,
+        "lr_schedule": lr_schedule,
+        "warmup_steps": num_steps // 10 if warmup_steps is None else warmup_steps,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "own_draft_share": own_draft_share,
+        "eval_interval": eval_interval,
+        "save_interval": save_interval,
+        "log_interval": log_interval,
+        "num_validation_windows": num_validation_windows,
+        "mixed_precision": mixed_precision,
+    }
+    if phase != "a":
+        settings["scheduled_sampling"] = scheduled_sampling
+    if phase == "b":
+        targets = lora_target or "all-linear"
+        settings["lora"] = {"rank": lora_rank, "alpha": lora_alpha, "targets": targets}
+    if phase == "c":
+        settings |= {"unfreeze_every": unfreeze_every, "l2_pull": l2_pull}
+    quiet_libraries()
+    from kimi_recursive.run_experiment import run_experiment
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with tempfile.TemporaryDirectory() as scratch:
+        if tokens_dir is None:
+            tokens_dir = _tokenize(corpus or ["sotu"], model_path, Path(scratch), **options)
+        directory = run_experiment(
+            experiment_name,
+            description,
+            model_path,
+            config,
+            phase,
+            settings,
+            seed,
+            tokens_dir,
+            output_dir,
+            arm=arm,
+            num_kept=keep_checkpoints,
+            force=force,
+            dtype=dtype,
+            **options,
+        )
+    results = read_json_object(directory / "experiment_metadata.json")["final_results"]
+    for name, value in results.items():
+        if isinstance(value, int | float):
+            typer.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    typer.echo(f"wrote {directory}")
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{flag}: must be one of {', '.join(allowed)}, got '{value}'")
 
 
 def _tokenize(

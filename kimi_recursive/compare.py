@@ -1,8 +1,8 @@
-"""The zero-init proof: after surgery, the loop runs and changes nothing."""
+"""The two proofs: after surgery the loop runs and changes nothing, and a run can be repeated."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 import polars as pl
 import torch
 
+from kimi_recursive.checkpoint import file_digest
 from kimi_recursive.config import read_json_object
 from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
 from kimi_recursive.evaluate import batches, prompt_ids
-from kimi_recursive.files import write_json
-from kimi_recursive.loader import load_model_with_config
+from kimi_recursive.files import read_safetensors, write_json
+from kimi_recursive.loader import SIDECAR_NAME, load_model_with_config
 from kimi_recursive.model import ChunkRefineWrapper
 
 MAX_DIFFERENCE_PERCENT = 0.1  # seeds/recursive-system.md, stage 2
@@ -186,3 +187,46 @@ def _document_difference(baseline: str | Path, surgery: str | Path) -> float:
     )
     assert joined["base_loss"].null_count() == 0, "baseline and surgery scored different documents"
     return float((joined["loss_sum"] - joined["base_loss"]).abs().max())
+
+
+def compare_repeat(
+    key: str,
+    sidecars: Sequence[Path],
+    logs: Sequence[str | Path],
+    documents: Sequence[str | Path],
+    output_path: str | Path,
+) -> dict[str, Any]:
+    """Whether a run and its repeat, made from the same config, gave the same numbers.
+
+    Args:
+        key: Of the run.
+        sidecars, logs, documents: Of the run and of its repeat: sidecar directories,
+            `train_logs.parquet`, `<name>_documents.parquet`.
+
+    Returns: what is written to `output_path`: whether all is `identical`, and the largest
+        differences of weights, of training losses, and of documents' losses.
+    """
+    first, second = ({p.name: p for p in d.rglob("*") if p.is_file()} for d in sidecars)
+    files_identical = first.keys() == second.keys() and all(
+        file_digest(first[name]) == file_digest(second[name]) for name in first
+    )
+    weights = [read_safetensors(d / SIDECAR_NAME)[0] for d in sidecars]
+    tables = [pl.read_parquet(path).drop("tokens_per_second") for path in logs]
+    scores = [pl.read_parquet(path) for path in documents]
+    differences = {
+        "weights": max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]),
+        "training_loss": float((tables[0]["loss"] - tables[1]["loss"]).abs().max()),
+        "document_loss": float((scores[0]["loss_sum"] - scores[1]["loss_sum"]).abs().max()),
+    }
+    result = {
+        "run": key,
+        "identical": files_identical
+        and tables[0].equals(tables[1])
+        and scores[0].equals(scores[1]),
+        "files_identical": files_identical,
+        "num_steps": int(tables[0]["step"].max()),
+        "num_documents": scores[0]["document_id"].n_unique(),
+        "max_differences": differences,
+    }
+    write_json(output_path, result)
+    return result

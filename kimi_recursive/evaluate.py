@@ -296,14 +296,17 @@ def evaluate_stage(
     results, documents = evaluate_model(
         wrapper, tokenizer, load_tokens(Path(tokens_dir), split), settings, depths
     )
+    adapter = wrapper.adapter
+    lora = [p.numel() for p in adapter.lora_parameters().values()] if adapter else []
     results = {
         "stage": stage,
         "model_path": str(model_path),
         "split": split,
         **results,
         "num_parameters": {
-            "base": sum(p.numel() for p in wrapper.base.parameters()),
+            "base": sum(p.numel() for p in wrapper.base.parameters()) - sum(lora),
             "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
+            "lora": sum(lora),
         },
         "config": config.to_dict(),
         "evaluation": {**settings, "depths": list(depths)},

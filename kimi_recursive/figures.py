@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kimi_recursive.config import read_json_object
+from kimi_recursive.matrix import ARMS, PHASES, TRAINED_STAGES
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -13,8 +15,8 @@ MARKERS = ("", "o", "s", "^", "D", "v")
 
 
 def plot_perplexity_by_step(results: Sequence[Path], output_path: Path) -> None:
-    """Perplexity over the number of inner steps, a line for each stage and seed; the baseline is a
-    dashed line across, steps beyond the trained depth are open markers.
+    """Perplexity over the number of inner steps: a panel for each phase, a line for each arm and
+    seed; the baseline is a dashed line across, steps beyond the trained depth are open markers.
 
     Args:
         results: `<name>_results.json` files, the baseline among them.
@@ -24,27 +26,36 @@ def plot_perplexity_by_step(results: Sequence[Path], output_path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    stages: dict[str, int] = {}
-    for found in map(read_json_object, results):
-        stage, steps = found["stage"], found["perplexity"]["by_step"]
-        if stage == "baseline":
-            level = steps[0]["perplexity"]
-            axes.axhline(level, color=COLOURS[0], linestyle="--", label="baseline", zorder=1)
-            continue
-        new = stage not in stages
-        style = stages.setdefault(stage, len(stages) + 1)
-        x = [row["step"] for row in steps]
-        y = [row["perplexity"] for row in steps]
-        look = {"color": COLOURS[style], "marker": MARKERS[style]}
-        axes.plot(x, y, **look, label=stage if new else None)
-        beyond = [i for i, t in enumerate(x) if t > found["inner_steps"]]
-        axes.plot([x[i] for i in beyond], [y[i] for i in beyond], **look, linestyle="", mfc="white")
-    axes.set_xlabel("inner steps (0 is the base; open markers: beyond the trained depth)")
-    axes.set_ylabel("perplexity on held-out documents")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    found = [read_json_object(path) for path in results]
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for result in found:
+        by_stage.setdefault(result["stage"], []).append(result)
+    level = by_stage["baseline"][0]["perplexity"]["by_step"][0]["perplexity"]
+    trained = [t for t in TRAINED_STAGES if t.stage in by_stage]
+    phases = [p for p in PHASES if any(t.phase == p for t in trained)]
+    width = max(7.0, 3.4 * len(phases) + 0.8)
+    figure, row = plt.subplots(
+        1, len(phases) or 1, figsize=(width, 4.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, phase in zip(row[0], phases or PHASES[:1], strict=True):
+        axes.axhline(level, color=COLOURS[0], linestyle="--", label="baseline", zorder=1)
+        for number, arm in enumerate(ARMS, start=1):
+            look = {"color": COLOURS[number], "marker": MARKERS[number]}
+            stage = next(t.stage for t in TRAINED_STAGES if (t.arm, t.phase) == (arm, phase))
+            for i, result in enumerate(by_stage.get(stage, [])):
+                steps = result["perplexity"]["by_step"]
+                x = [step["step"] for step in steps]
+                y = [step["perplexity"] for step in steps]
+                axes.plot(x, y, **look, label=None if i else arm)
+                beyond = [k for k, t in enumerate(x) if t > result["inner_steps"]]
+                points = ([x[k] for k in beyond], [y[k] for k in beyond])
+                axes.plot(*points, **look, linestyle="", mfc="white")
+        axes.set_title(f"phase {phase}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    row[0][0].set_ylabel("perplexity on held-out documents")
+    row[0][0].legend(frameon=False)
+    figure.supxlabel("inner steps (0 is the base; open markers: beyond the trained depth)", size=10)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output_path, dpi=150)
     plt.close(figure)

@@ -10,9 +10,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -59,6 +62,27 @@ def write_parquet(path: str | Path, table: pl.DataFrame) -> None:
     """Write a table as parquet."""
     with _replacing(path) as temporary:
         table.write_parquet(temporary)
+
+
+def read_safetensors(
+    path: str | Path, weights: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (none without `weights`) and metadata of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys()) if weights else []
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error
 
 
 def versions() -> dict[str, str]:

@@ -37,7 +37,7 @@ def cumulative_training_flops(
     """FLOPs after each of `num_steps` optimizer steps, forward and backward.
 
     Steps differ only in the length of the prefix before their chunk and in whether the draft is
-    corrupted; each kind is run and counted once.
+    the gold text; each kind is run and counted once.
 
     Args:
         windows: A batch as in training [B, T + 1].
@@ -45,8 +45,8 @@ def cumulative_training_flops(
     per_kind: dict[tuple[int, bool], int] = {}
     total, cumulative = 0, []
     for step in range(num_steps):
-        start, rate, _ = objective.draw(windows.shape[1] - 1, step)
-        kind = (start, rate > 0)
+        drawn = objective.draw(windows.shape[1] - 1, step)
+        kind = (drawn.start, drawn.clean)
         if kind not in per_kind:
             per_kind[kind] = count_flops(
                 objective.wrapper.base, lambda s=step: objective(windows, s)[0].backward()

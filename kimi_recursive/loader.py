@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,10 +21,12 @@ from kimi_recursive.config import (
     get_after_surgery_config,
     get_baseline_config,
 )
+from kimi_recursive.files import read_safetensors
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.model import ChunkRefineWrapper
 
 SIDECAR_NAME = "sidecar.safetensors"
+ADAPTER_DIR = "adapter"
 SIDECAR_INIT_SEED = 0
 METADATA_KEY = "kimi_recursive"
 
@@ -105,8 +106,17 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
         return None
 
 
-def save_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path, base_path: str | Path) -> None:
-    """Write `sidecar.safetensors` and `recursive_config.json`; the base is named, not copied.
+def save_sidecar(
+    wrapper: ChunkRefineWrapper,
+    directory: str | Path,
+    base_path: str | Path,
+    phase: str | None = None,
+) -> None:
+    """Write `sidecar.safetensors`, `recursive_config.json`, and what was trained inside the base
+    (`kimi_recursive.adapter`); the base is named, not copied.
+
+    Args:
+        phase: The training phase that made it; None before training.
 
     Raises:
         ValueError: recursion is disabled, so there is no sidecar.
@@ -122,6 +132,8 @@ def save_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path, base_path: 
         "base_model_name_or_path": base_path,
         "base": base_identity(wrapper.base),
         "refined_layers": wrapper.refined_layers,
+        "phase": phase,
+        "unfrozen_layers": wrapper.adapter.layers if wrapper.adapter else [],
     }
     # One key: safetensors writes several in no fixed order, and equal sidecars must be equal files.
     metadata = {METADATA_KEY: json.dumps(facts, sort_keys=True)}
@@ -130,10 +142,12 @@ def save_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path, base_path: 
     save_file(tensors, temporary, metadata=metadata)
     os.replace(temporary, directory / SIDECAR_NAME)
     wrapper.config.save(directory / CONFIG_NAME)
+    if wrapper.adapter is not None:
+        wrapper.adapter.save(directory)
 
 
 def load_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path) -> None:
-    """Load sidecar weights onto a wrapper.
+    """Load sidecar weights onto a wrapper, and into its base what was trained there.
 
     Raises:
         ValueError: missing or damaged file, another base, or other shapes.
@@ -157,6 +171,12 @@ def load_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path) -> None:
         if have != want:
             raise ValueError(f"{path}: does not fit this config: {name} is {have}, needs {want}")
     wrapper.load_state_dict(tensors, strict=False)
+    if wrapper.adapter is not None:
+        wrapper.adapter.load_weights(Path(directory))
+    elif facts["unfrozen_layers"] or (Path(directory) / ADAPTER_DIR).is_dir():
+        from kimi_recursive.adapter import load_adapter  # importing peft takes a second
+
+        load_adapter(wrapper, Path(directory), facts["unfrozen_layers"])
 
 
 def load_model_with_config(
@@ -167,6 +187,7 @@ def load_model_with_config(
     *,
     overrides: Mapping[str, Any] | None = None,
     base_path: str | Path | None = None,
+    seed: int = SIDECAR_INIT_SEED,
     **load_options: Any,
 ):
     """Load a model and put the loop around it.
@@ -178,11 +199,11 @@ def load_model_with_config(
             own config, and a base alone is loaded with recursion disabled.
         overrides: Parameters to change in the config found that way.
         base_path: Where the sidecar's base is now, if it moved.
+        seed: Decides cells that are not loaded from a sidecar.
         load_options: Passed on to `load_base` (revision, dtype, device, trust_remote_code).
 
     Returns:
         `(model, tokenizer, config)`; the tokenizer is None when none is stored with the base.
-        Cells that are not loaded from a sidecar are fresh, with a fixed seed.
 
     Raises:
         ValueError: more than one source of config, invalid config, or a model that does not load.
@@ -204,7 +225,7 @@ def load_model_with_config(
 
     where = str(base_path or base_of(model_path))
     base = load_base(where, **load_options)
-    model = build_wrapper(base, config)
+    model = build_wrapper(base, config, seed)
     if sidecar is not None and config.recursive_enabled:
         load_sidecar(model, sidecar.parent)
     options = {k: v for k, v in load_options.items() if k in ("revision", "trust_remote_code")}
@@ -244,35 +265,29 @@ def sidecar_base_path(sidecar: Path) -> str:
     return str(Path(os.path.normpath(local))) if local.is_dir() or _is_local(name) else name
 
 
+def sidecar_facts(directory: str | Path) -> dict[str, Any]:
+    """What a sidecar says of itself: `base_model_name_or_path`, `base` (its identity),
+    `refined_layers`, `phase` (None before training), `unfrozen_layers`.
+
+    Raises:
+        ValueError: missing or damaged file, or none of ours.
+    """
+    return _read_sidecar(Path(directory) / SIDECAR_NAME, weights=False)[0]
+
+
 def _read_sidecar(
     path: Path, weights: bool = True
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a sidecar says of its base and layers, and its tensors when asked for."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        names = list(file.keys()) if weights else []
-        tensors = {name: file.get_tensor(name) for name in names}
+    tensors, metadata = read_safetensors(path, weights)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path}: is no sidecar (it does not name its base)")
-    return json.loads(metadata[METADATA_KEY]), tensors
+    return {"phase": None, "unfrozen_layers": [], **json.loads(metadata[METADATA_KEY])}, tensors
 
 
 def _check_safetensors(directory: Path) -> None:
     """Name a damaged weights file before transformers fails on it with less to say."""
     for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
-        with _safetensors_errors(path), safe_open(path, framework="pt"):
-            pass
-
-
-@contextmanager
-def _safetensors_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        message = _first_line(error)
-        raise ValueError(f"{path}: truncated or not a safetensors file ({message})") from error
+        read_safetensors(path, weights=False)
 
 
 def _is_local(name: str) -> bool:

@@ -1,7 +1,7 @@
 """The training loop that the base and the phases share: schedule, log, validation, resume.
 
 Batches and corruption are pure functions of (seed, step), so a run is continued bit for bit from
-weights, optimizer state and step alone.
+weights, optimizer, scheduler and step alone.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from kimi_recursive.checkpoint import Checkpoint, WorkDirectory
+from kimi_recursive.checkpoint import MODEL_DIR, Checkpoint, WorkDirectory
+from kimi_recursive.experiment import ExperimentTracker
 
 RESUMABLE_EXIT_CODE = 75  # EX_TEMPFAIL: run again to continue
+NEUTRAL_KEYS = ("save_interval", "log_interval")  # settings that change no number
 
 
 class Interrupted(SystemExit):
@@ -34,28 +38,36 @@ class Interrupted(SystemExit):
         self.step = step
 
 
+class Diverged(ValueError):
+    """Loss, gradient or validation is not finite; the checkpoints before it are kept."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """How long, how fast, how often.
 
     Attributes:
         num_steps: Optimizer steps.
-        lr: Peak learning rate of each parameter group, by group name.
         warmup_steps: Steps of linear warm-up; step s of them uses s / warmup_steps of the peak.
         lr_schedule: After warm-up `cosine` or `linear` down to `min_lr_ratio`, or `constant`.
         min_lr_ratio: Share of the peak that the last step uses.
         max_grad_norm: Gradients are clipped to this global norm.
-        eval_interval, save_interval: Steps between validations and between checkpoints.
+        eval_interval, save_interval, log_interval: Steps between validations, between checkpoints,
+            and between entries in `metrics/` and TensorBoard.
     """
 
     num_steps: int
-    lr: dict[str, float]
     warmup_steps: int
     lr_schedule: str = "cosine"
     min_lr_ratio: float = 0.1
     max_grad_norm: float = 1.0
     eval_interval: int = 100
     save_interval: int = 100
+    log_interval: int = 1
 
 
 def lr_factor(step: int, settings: LoopSettings) -> float:
@@ -70,6 +82,11 @@ def lr_factor(step: int, settings: LoopSettings) -> float:
     if settings.lr_schedule == "linear":
         return low + (1 - low) * (1 - progress)
     return 1.0
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """`lr_<group>` of each parameter group: the rate that the next optimizer step uses."""
+    return {f"lr_{group['name']}": float(group["lr"]) for group in optimizer.param_groups}
 
 
 @dataclass
@@ -93,12 +110,14 @@ def train_loop(
     optimizer: torch.optim.Optimizer,
     settings: LoopSettings,
     batch: Callable[[int], Any],
-    validate: Callable[[], dict[str, float]],
+    validate: Callable[[int], dict[str, float]],
     watch: str,
     work: WorkDirectory,
+    tracker: ExperimentTracker,
     accelerator: Accelerator,
     description: str,
-    buffers: dict[str, Tensor] | None = None,
+    write_model: Callable[[Path], None],
+    read_model: Callable[[Path], None],
     after_step: Callable[[], None] | None = None,
 ) -> LoopResult:
     """Train `objective` and load the weights that were best on validation.
@@ -106,57 +125,70 @@ def train_loop(
     Args:
         objective: `objective(batch(step), step)` returns the loss and a dict of its named parts,
             and the number of target tokens under `tokens`.
-        trainable: The parameters to checkpoint; `optimizer` holds them, in groups with a `name`.
-        validate: Metrics of the model as it is, run at step 0, each `eval_interval` and the end.
+        trainable: The parameters that train; `optimizer` holds them, in groups with a `name` and
+            their peak learning rate.
+        validate: Metrics of the model as it is after a step; run at step 0, each `eval_interval`
+            and the end.
         watch: The metric of `validate` whose lowest value marks the best weights.
-        work: An entered `WorkDirectory`.
-        buffers: Tensors that change in training without gradient; checkpointed too.
+        work: An entered `WorkDirectory`; every new best is a checkpoint, too.
+        tracker: Gets metrics, and which checkpoint is best.
+        write_model: Writes all that trains into a folder of a checkpoint, to be loaded by users.
+        read_model: Loads it again, bit for bit.
         after_step: Runs after each optimizer step.
 
     Raises:
-        ValueError: loss, gradient or the watched metric is not finite (names the step; the last
-            checkpoint is kept).
+        Diverged: loss, gradient or the watched metric is not finite (a ValueError that names the
+            step; the last checkpoint is kept).
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written.
     """
-    held: dict[str, Tensor] = {**trainable, **(buffers or {})}
+    scheduler = LambdaLR(optimizer, lambda done: lr_factor(done + 1, settings))
     rows: list[dict[str, Any]] = []
-    step, best_metric, best_step = 0, math.inf, 0
-    best: dict[str, Tensor] = {}
+    step, best_step, best_metric = 0, 0, math.inf
 
-    def consider(metrics: dict[str, float]) -> dict[str, float]:
-        nonlocal best_metric, best_step, best
+    def measure() -> bool:
+        """Validate; whether it is the best so far."""
+        nonlocal best_metric, best_step
+        metrics = validate(step)
         measured = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         tqdm.write(f"{description}: step {step}: {measured}", file=sys.stderr)
         if not math.isfinite(metrics[watch]):
-            raise ValueError(f"{description}: {watch} is {metrics[watch]} at step {step}")
-        if metrics[watch] < best_metric:
+            message = f"{description}: {watch} is {metrics[watch]} at step {step}"
+            raise Diverged(message, step)
+        rows[-1] |= metrics
+        better = metrics[watch] < best_metric
+        if better:
             best_metric, best_step = metrics[watch], step
-            best = {k: v.detach().clone() for k, v in held.items()}
-        return metrics
+        return better
 
     def save() -> None:
         work.save(
             Checkpoint(
                 step,
-                {k: v.detach().clone() for k, v in held.items()}
-                | {f"best.{k}": v for k, v in best.items()},
                 {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
+                scheduler.state_dict(),
                 pl.DataFrame(rows, infer_schema_length=None),
-                {"best_step": best_step, "best_metric": best_metric},
-            )
+                {"best_step": best_step, "best_metric": best_metric, "metrics": rows[-1]},
+            ),
+            write_model,
         )
+        tracker.set_best(best_step, {watch: best_metric})
 
     if (checkpoint := work.latest()) is not None:
         step, rows = checkpoint.step, checkpoint.logs.to_dicts()
         best_step = checkpoint.metadata["best_step"]
         best_metric = checkpoint.metadata["best_metric"]
-        _copy_into(held, checkpoint.tensors)
-        best = {k: checkpoint.tensors[f"best.{k}"] for k in held}
+        read_model(work.folder(step) / MODEL_DIR)
         optimizer.load_state_dict(checkpoint.state["optimizer"])
+        scheduler.load_state_dict(checkpoint.scheduler)
         torch.set_rng_state(checkpoint.state["rng"])
+        tracker.rewind(step)
         print(f"{description}: resumed at step {step}", file=sys.stderr, flush=True)
     else:
-        rows.append({"step": 0} | consider(validate()))
+        tracker.rewind(-1)
+        rows.append({"step": 0})
+        measure()
+        tracker.save_metrics(0, rows[-1])
+        save()
 
     started = time.perf_counter()
     tokens = rows[-1].get("tokens") or 0
@@ -166,19 +198,19 @@ def train_loop(
     )
     with _signals() as arrived, bar:
         while step < settings.num_steps:
-            factor = lr_factor(step + 1, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr[group["name"]] * factor
+            rates = learning_rates(optimizer)
             loss, parts = objective(batch(step), step)
             accelerator.backward(loss)
             norm = float(accelerator.clip_grad_norm_(trainable.values(), settings.max_grad_norm))
             loss_value = float(loss.detach())
             if not (math.isfinite(loss_value) and math.isfinite(norm)):
-                raise ValueError(
+                raise Diverged(
                     f"{description}: loss {loss_value:.4g}, gradient norm {norm:.4g} at step "
-                    f"{step + 1}; the last good checkpoint is kept in {work.checkpoints}"
+                    f"{step + 1}; the last good checkpoint is kept in {work.checkpoints}",
+                    step + 1,
                 )
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if after_step is not None:
@@ -190,30 +222,26 @@ def train_loop(
                     "step": step,
                     "loss": loss_value,
                     **{k: float(v) for k, v in parts.items()},
-                    **{f"lr_{g['name']}": float(g["lr"]) for g in optimizer.param_groups},
+                    **rates,
                     "grad_norm": norm,
                     "tokens": tokens,
                     "tokens_per_second": tokens_here / (time.perf_counter() - started),
                 }
             )
             last = step == settings.num_steps
-            if last or step % settings.eval_interval == 0:
-                rows[-1] |= consider(validate())
+            validated = last or step % settings.eval_interval == 0
+            better = validated and measure()
+            if validated or step % settings.log_interval == 0:
+                tracker.save_metrics(step, rows[-1])
             bar.update()
-            if last or arrived or step % settings.save_interval == 0:
+            if last or better or arrived or step % settings.save_interval == 0:
                 save()
             if arrived and not last:
                 tqdm.write(f"{description}: stopped at step {step}, to be resumed", sys.stderr)
                 raise Interrupted(step)
-    _copy_into(held, best)
-    logs = pl.DataFrame(rows, infer_schema_length=None)
-    return LoopResult(logs, best_step, best_metric)
-
-
-@torch.no_grad()
-def _copy_into(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(sources[name])
+    work.mark_best(best_step)
+    read_model(work.folder(best_step) / MODEL_DIR)
+    return LoopResult(pl.DataFrame(rows, infer_schema_length=None), best_step, best_metric)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def corrupt(
     own_share: float,
     vocab_size: int,
     generator: torch.Generator,
+    sampling: float = 0.0,
 ) -> Draft:
     """Make a draft of gold text.
 
@@ -63,6 +64,8 @@ def corrupt(
         rate: Share of the editable inputs that are replaced.
         own_share: Share of the replacements that are the base's prediction; the rest are random.
         generator: On the CPU; alone decides what is drawn.
+        sampling: Share of the editable inputs taken from `predicted` beside that (scheduled
+            sampling in one parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
     """
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
     batch, width = inputs.shape
@@ -76,6 +79,10 @@ def corrupt(
     own = rand(batch, width) < own_share
     noise = torch.randint(vocab_size, (batch, width), generator=generator).to(tokens.device)
     replacement = torch.where(own, predicted, noise)
+    if sampling:
+        sampled = (rand(batch, width) < sampling) & editable & ~replace
+        replacement = torch.where(sampled, predicted, replacement)
+        replace = replace | sampled
     inputs[:, 1:] = torch.where(replace, replacement, targets)[:, :-1]
     return Draft(inputs, targets, editable)
 
@@ -92,6 +99,28 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+@dataclass
+class Draw:
+    """What one optimizer step does.
+
+    Attributes:
+        start: Where its chunk starts in the window.
+        rate: Share of editable inputs to corrupt.
+        sampling: Share of editable inputs to take from the model's own draft.
+        generator: Decides which ones.
+    """
+
+    start: int
+    rate: float
+    sampling: float
+    generator: torch.Generator
+
+    @property
+    def clean(self) -> bool:
+        """Whether the draft is the gold text."""
+        return not (self.rate or self.sampling)
+
+
 class DraftRepair(nn.Module):
     """The objective of the phases: refine one chunk of each window and sum the weighted losses.
 
@@ -100,23 +129,39 @@ class DraftRepair(nn.Module):
         num_steps: Optimizer steps of the whole run, for the corruption schedule.
         own_share: Share of corruptions taken from the base's own predictions.
         seed: Chunk position and corruption are pure functions of (seed, step).
+        scheduled_sampling: Share of draft tokens taken from the model's own draft by the end of
+            training; it grows linearly from 0.
+        pull: Weight of the L2 pull of unfrozen layers to their pretrained weights.
     """
 
-    def __init__(self, wrapper: ChunkRefineWrapper, num_steps: int, own_share: float, seed: int):
+    def __init__(
+        self,
+        wrapper: ChunkRefineWrapper,
+        num_steps: int,
+        own_share: float,
+        seed: int,
+        scheduled_sampling: float = 0.0,
+        pull: float = 0.0,
+    ):
         super().__init__()
         self.wrapper = wrapper
         self.num_steps = num_steps
         self.own_share = own_share
         self.seed = seed
+        self.scheduled_sampling = scheduled_sampling
+        self.pull = pull
+        adapter = wrapper.adapter
+        self.unfrozen = list(adapter.layer_parameters().items()) if adapter else []
+        self.base_trains = any(p.requires_grad for p in wrapper.base.parameters())
 
-    def draw(self, length: int, step: int) -> tuple[int, float, torch.Generator]:
-        """What a step does with windows of `length` inputs: where its chunk starts, the corruption
-        rate, and the generator that decides the corruption."""
+    def draw(self, length: int, step: int) -> Draw:
+        """What a step does with windows of `length` inputs."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         width = self.wrapper.config.chunk_width
         start = width * int(torch.randint(length // width, (), generator=generator))
         progress = step / max(1, self.num_steps - 1)
-        return start, corruption_rate_at(self.wrapper.config, progress), generator
+        rate = corruption_rate_at(self.wrapper.config, progress)
+        return Draw(start, rate, self.scheduled_sampling * progress, generator)
 
     def forward(self, windows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Args: gold windows [B, T + 1] with T a multiple of the chunk width; the step from 0.
@@ -124,7 +169,8 @@ class DraftRepair(nn.Module):
         Returns: the weighted sum, and each loss by name, with the corruption rate and `tokens`.
         """
         config, wrapper = self.wrapper.config, self.wrapper
-        start, rate, generator = self.draw(windows.shape[1] - 1, step)
+        drawn = self.draw(windows.shape[1] - 1, step)
+        start = drawn.start
         gold = windows[:, start : start + config.chunk_width + 1]
         with torch.no_grad():
             prefix = wrapper.encode(windows[:, :start], wrapper.new_cache())
@@ -132,15 +178,17 @@ class DraftRepair(nn.Module):
             draft = corrupt(
                 gold,
                 base.logits.argmax(-1),
-                rate,
+                drawn.rate,
                 self.own_share,
                 base.logits.shape[-1],
-                generator,
+                drawn.generator,
+                drawn.sampling,
             )
-            # A single pass reads nothing of step 0, so the draft's is not run for it.
-            same = config.single_pass or not rate
-            chunk = base if same else wrapper.start_chunk(draft.inputs, prefix)
-        losses = chunk_losses(wrapper, chunk, draft)
+        # A single pass reads nothing of step 0; a frozen base has done it unless the draft differs.
+        if not config.single_pass and (self.base_trains or not drawn.clean):
+            with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
+                base = wrapper.start_chunk(draft.inputs, prefix)
+        losses = chunk_losses(wrapper, base, draft)
         weights = {
             "final": config.lambda_final,
             "masked": config.lambda_masked,
@@ -149,29 +197,48 @@ class DraftRepair(nn.Module):
             "ponder": config.lambda_ponder,
             "stability": config.lambda_stability,
         }
+        if self.unfrozen:
+            losses["pull"] = self.distance()
+            weights["pull"] = self.pull
         total = sum(weights[name] * loss for name, loss in losses.items())
         parts = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
-        return total, parts | {"corruption_rate": rate, "tokens": draft.targets.numel()}
+        schedule = {"corruption_rate": drawn.rate, "sampling_rate": drawn.sampling}
+        return total, parts | schedule | {"tokens": draft.targets.numel()}
+
+    def distance(self) -> Tensor:
+        """Half the squared distance of the unfrozen layers to their pretrained weights (elastic
+        weight consolidation with the identity for the Fisher matrix: Kirkpatrick et al., 2017)."""
+        pretrained = self.wrapper.adapter.pretrained
+        return sum(
+            (p.float() - pretrained[name].to(p.device).float()).square().sum() / 2
+            for name, p in self.unfrozen
+        )
 
 
 def chunk_losses(wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft) -> dict[str, Tensor]:
     """The six losses of DESIGN.md section 3 over the inner steps 1..K, unweighted.
 
     * final: cross-entropy at step K on all targets.
-    * masked: mean cross-entropy at steps 1..K-1 on editable targets (deep supervision).
+    * masked: mean cross-entropy at steps 1..K-1 on editable targets (deep supervision); also at
+      step 0 where it has a gradient, which is where the base trains.
     * halt: binary cross-entropy of p_commit at steps 1..K-1 with "the next step does not lower the
       chunk's mean cross-entropy by more than `halt_margin`".
     * len: cross-entropy of the length head at step K with the length of the correct leading run.
     * ponder: expected number of inner steps when each step t < K stops with p_commit_t; in 1..K.
     * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
 
-    With K = 1 there is no earlier step, and masked, halt and stability are 0.
+    With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
+    base trains.
     """
     config = wrapper.config
     num_steps = config.max_inner_steps
-    keep_from = 1 if config.backprop_steps is None else num_steps - config.backprop_steps + 1
+    keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
     inputs, previous = draft.inputs, None
     masked, stability, chunk_ce, commit_logits = [], [], [], []
+    if chunk.logits.requires_grad:
+        logits = chunk.logits.float().transpose(1, 2)
+        ce = F.cross_entropy(logits, draft.targets, reduction="none")
+        masked.append(_mean(ce, draft.editable))
     for t in range(1, num_steps + 1):
         if t == keep_from:
             chunk = _detached(chunk)

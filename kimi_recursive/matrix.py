@@ -8,17 +8,18 @@ expect the same runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Raised by hand when a change of code changes numbers: all that was computed before runs again.
 NUMERICS_VERSION = 1
 
+PHASES = ("a", "b", "c")
 
 # Arms and the parameters of `RecursiveConfig` that make them what they are.
 SINGLE_PASS = {"single_pass": True, "max_inner_steps": 1}
 ARMS: dict[str, dict[str, Any]] = {
-    "recursive": {},
+    "recursive": {"single_pass": False},
     "vanilla": SINGLE_PASS,  # the same cells, tokens and data order, in one pass
     "vanilla_flops": SINGLE_PASS,  # the same, trained for the FLOPs of the recursive arm
 }
@@ -26,16 +27,23 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """One training run; `parent` is the key of the run it starts from, None for fresh cells."""
+    """One training run; `parent` is the key of the run it starts from, None for fresh cells.
+    A `repeat` computes the same as the run without it, to see whether the numbers are the same."""
 
     arm: str
     phase: str
     seed: int
     parent: str | None
+    repeat: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.arm}_{self.phase}_s{self.seed}"
+        return f"{self.arm}_{self.phase}_s{self.seed}" + ("_repeat" if self.repeat else "")
+
+    @property
+    def stage(self) -> str:
+        """`finetuned_<arm>`, with `_<phase>` behind it from phase b on."""
+        return f"finetuned_{self.arm}" + ("" if self.phase == "a" else f"_{self.phase}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Evaluation:
     Attributes:
         name: File stem in `results/eval`; the stage, with `_s<seed>` behind it for every seed but
             the first of the list.
-        stage: `baseline`, `after_surgery`, or `finetuned_<arm>`.
+        stage: `baseline`, `after_surgery`, or that of the training.
         seed: Of the cells and the training; None for the baseline.
         training: Key of the training evaluated, None before training.
     """
@@ -56,13 +64,30 @@ class Evaluation:
     training: str | None
 
 
+TRAINED_STAGES = [Training(arm, phase, 0, None) for phase in PHASES for arm in ARMS]
+STAGES = ("baseline", "after_surgery", *(training.stage for training in TRAINED_STAGES))
+
+
 def trainings(config: Mapping[str, Any]) -> list[Training]:
-    """All training runs of the matrix, parents first."""
-    return [Training(arm, "a", seed, None) for arm in ARMS for seed in config["seeds"]]
+    """All training runs of the matrix, parents first, without the repeat."""
+    runs = []
+    for phase in config["phases"]:
+        for arm in ARMS:
+            for seed in config["seeds"]:
+                before = None
+                if phase != PHASES[0]:
+                    before = Training(arm, PHASES[PHASES.index(phase) - 1], seed, None).key
+                runs.append(Training(arm, phase, seed, before))
+    return runs
+
+
+def repeated(config: Mapping[str, Any]) -> Training | None:
+    """The run that is trained a second time: the first recursive one. None when not asked for."""
+    return replace(trainings(config)[0], repeat=True) if config["repeat"] else None
 
 
 def evaluations(config: Mapping[str, Any]) -> list[Evaluation]:
-    """All evaluations of the matrix, in the order of the summary."""
+    """All evaluations of the matrix, in the order of the summary, without the repeat."""
     seeds = config["seeds"]
 
     def name(stage: str, seed: int) -> str:
@@ -70,11 +95,14 @@ def evaluations(config: Mapping[str, Any]) -> list[Evaluation]:
 
     rows = [Evaluation("baseline", "baseline", None, None)]
     rows += [Evaluation(name("after_surgery", s), "after_surgery", s, None) for s in seeds]
-    rows += [
-        Evaluation(name(f"finetuned_{t.arm}", t.seed), f"finetuned_{t.arm}", t.seed, t.key)
-        for t in trainings(config)
-    ]
+    rows += [Evaluation(name(t.stage, t.seed), t.stage, t.seed, t.key) for t in trainings(config)]
     return rows
+
+
+def repeated_evaluation(config: Mapping[str, Any]) -> Evaluation | None:
+    """The evaluation of the repeated run."""
+    run = repeated(config)
+    return run and Evaluation(f"{run.stage}_repeat", run.stage, run.seed, run.key)
 
 
 def zero_init_name(config: Mapping[str, Any], seed: int) -> str:

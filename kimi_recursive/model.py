@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kimi_recursive.cache import fork
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.refine import BoundaryHead, LatentToken, RefineCell
+
+if TYPE_CHECKING:
+    from kimi_recursive.adapter import Adapter
 
 
 def find_decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
@@ -79,10 +82,11 @@ class ChunkRefineWrapper(nn.Module):
             `RecursiveConfig`) make one with `recursive_enabled=True`.
 
     Attributes:
-        base: The model as given; it is never modified and keeps no hook between calls.
+        base: The model as given; it keeps no hook between calls, and only an adapter modifies it.
         refine_cells: A `RefineCell` for each refined layer, or None when disabled.
         latent: `LatentToken`, or None when disabled or `use_latent_token` is False.
         boundary: `BoundaryHead`, or None when disabled.
+        adapter: What was trained inside the base (`kimi_recursive.adapter`), or None.
 
     Raises:
         ValueError: invalid config, or layers that the base does not have.
@@ -99,6 +103,7 @@ class ChunkRefineWrapper(nn.Module):
         self._layers = [find_decoder_layers(base)]  # in a list: not a submodule of the wrapper
         self._accepted = set(inspect.signature(base.forward).parameters)
         self.refine_cells = self.latent = self.boundary = None
+        self.adapter: Adapter | None = None
         self._active = config.recursive_enabled
         if not config.recursive_enabled:
             return
@@ -154,12 +159,20 @@ class ChunkRefineWrapper(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
-        """Inside, the wrapper is the base exactly, whatever the cells have learned."""
+        """Inside, the wrapper is the base exactly, whatever the cells have learned. A base that
+        was trained itself (phases B and C) stays trained: see `drop_adapter`."""
         before, self._active = self._active, False
         try:
             yield self.base
         finally:
             self._active = before
+
+    def drop_adapter(self) -> PreTrainedModel:
+        """Give the base its pretrained weights back, bit for bit; returns the base."""
+        if self.adapter is not None:
+            self.adapter.drop()
+            self.adapter = None
+        return self.base
 
     # ---- one chunk -------------------------------------------------------------------------
 

@@ -135,6 +135,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             "exclusiveMaximum": lambda: f"below {want}",
             "minItems": lambda: f"a list of at least {want}",
             "minLength": lambda: "a non-empty text",
+            "pattern": lambda: f"a text that matches {want}, or a list",
             "uniqueItems": lambda: "a list without repetition",
         }
         phrase = phrases.get(error.validator)

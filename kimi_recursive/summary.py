@@ -14,6 +14,7 @@ import polars as pl
 from kimi_recursive.files import write_json, write_text
 from kimi_recursive.matrix import (
     ARMS,
+    PHASES,
     Evaluation,
     Training,
     evaluations,
@@ -31,14 +32,15 @@ from kimi_recursive.summary_text import summary_text
 from kimi_recursive.verdict import compare_documents
 
 COLUMNS = (
-    "name", "stage", "status", "seed", "arm", "training", "base_kind", "chunk_width",
+    "name", "stage", "status", "seed", "arm", "phase", "training", "base_kind", "chunk_width",
     "max_inner_steps", "inner_steps", "layers_to_refine", "use_latent_token", "d_state",
     "num_base_parameters", "num_trainable_parameters", "num_training_steps", "training_tokens",
     "training_flops", "lr", "best_step", "forward_flops_per_token", "num_documents",
     "num_tokens", "loss", "perplexity", "perplexity_step_0",
     "difference_percent", "token_accuracy", "mean_inner_steps",
     "halting_mean_inner_steps", "halting_perplexity",
-    "evaluated_tokens_per_second", "generated_tokens_per_second", "detail",
+    "trained_tokens_per_second", "evaluated_tokens_per_second", "generated_tokens_per_second",
+    "detail",
 )  # fmt: skip
 
 
@@ -68,7 +70,8 @@ def summarize(
         path = results_dir / "compare" / f"{zero_init_name(config, seed)}.json"
         proofs[seed] = _read(path)
     comparisons = compare_arms(results_dir, rows)
-    text = summary_text(rows, proofs, comparisons)
+    repeat = _read(results_dir / "compare" / "repeat.json") if config["repeat"] else None
+    text = summary_text(rows, proofs, comparisons, repeat)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -88,23 +91,27 @@ def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> di
         "base_kind": config["base"]["kind"],
     }
     found, problem = _read(results / "eval" / f"{evaluation.name}_results.json")
-    trained: dict[str, Any] | None = {}
-    if evaluation.training and found:
-        trained, problem = _read(results / "runs" / evaluation.training / "train_summary.json")
-    if not (found and trained is not None):
+    chain = _chain(config, evaluation.training)
+    trained = []
+    for run in chain if found else ():
+        summary, problem = _read(results / "runs" / run.key / "train_summary.json")
+        trained += [summary] if summary else []
+    if not found or len(trained) < len(chain):
         problem = problem or _logged_error(results, evaluation)
         return row | {"status": "failed" if problem else "missing", "detail": problem}
-    if other := _other_settings(config, evaluation, found, trained):
+    if other := _other_settings(config, evaluation, found, chain, trained):
         return row | {"status": "missing", "detail": f"there with other {', '.join(other)}"}
     scores, recursive = found["perplexity"], found["config"]
     if evaluation.seed is not None:
         row |= {k: recursive[k] for k in ("max_inner_steps", "d_state", "use_latent_token")}
         row["layers_to_refine"] = json.dumps(recursive["layers_to_refine"])
     if trained:
-        copied = ("arm", "training_tokens", "training_flops", "best_step",
-                  "num_trainable_parameters")  # fmt: skip
-        row |= {k: trained[k] for k in copied}
-        row |= {"num_training_steps": trained["num_steps"], "lr": trained["settings"]["lr"]}
+        last = trained[-1]
+        row |= {k: last[k] for k in ("arm", "phase", "best_step", "num_trainable_parameters")}
+        row |= {"num_training_steps": last["num_steps"], "lr": last["settings"]["lr"]}
+        for key in ("training_tokens", "training_flops"):  # of this phase and those before it
+            row[key] = sum(summary[key] for summary in trained)
+        row["trained_tokens_per_second"] = _training_speed(results, chain[-1])
     return row | {
         "status": "ok",
         "chunk_width": recursive["chunk_width"],
@@ -125,23 +132,24 @@ def _other_settings(
     config: Mapping[str, Any],
     evaluation: Evaluation,
     found: Mapping[str, Any],
-    trained: Mapping[str, Any],
+    chain: list[Training],
+    trained: list[dict[str, Any]],
 ) -> list[str]:
     """Keys in which results that are there differ from what the config asks for."""
     keys = ("chunk_width",)
     if evaluation.seed is not None:
         keys = (*MODEL_KEYS, *GENERATION_KEYS, *(TRAINING_KEYS if evaluation.training else ()))
     want = recursive_subset(config, keys)
-    if evaluation.training:
-        want |= ARMS[_training(config, evaluation.training).arm]
+    if chain:
+        want |= ARMS[chain[-1].arm]
     differ = [f"recursive.{k}" for k in keys if found["config"][k] != want[k]]
     have = found["upstream"] or {}
     for part, settings in upstream_settings(config).items():
         differ += [part] if have.get(part) != settings else []
     differ += _changed("evaluation", config["evaluation"], found["evaluation"])
-    if evaluation.training:
-        phase = _training(config, evaluation.training).phase
-        differ += _changed(f"training.{phase}", config["training"][phase], trained["settings"])
+    for run, summary in zip(chain, trained, strict=True):
+        settings = config["training"][run.phase]
+        differ += _changed(f"training.{run.phase}", settings, summary["settings"])
     return differ
 
 
@@ -149,8 +157,23 @@ def _changed(where: str, want: Mapping[str, Any], have: Mapping[str, Any]) -> li
     return [f"{where}.{k}" for k in want if have.get(k) != want[k]]
 
 
-def _training(config: Mapping[str, Any], key: str) -> Training:
-    return next(t for t in trainings(config) if t.key == key)
+def _chain(config: Mapping[str, Any], key: str | None) -> list[Training]:
+    """A training run behind those that it starts from."""
+    runs = {run.key: run for run in trainings(config)}
+    chain = []
+    while key:
+        chain.insert(0, runs[key])
+        key = runs[key].parent
+    return chain
+
+
+def _training_speed(results: Path, run: Training) -> float | None:
+    """Target tokens per second, validation included; None where the log cannot be read."""
+    try:
+        logs = pl.read_parquet(results / "runs" / run.key / "train_logs.parquet")
+        return logs["tokens_per_second"].drop_nulls()[-1]
+    except (OSError, IndexError, pl.exceptions.PolarsError):
+        return None
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -178,7 +201,8 @@ def _logged_error(results: Path, evaluation: Evaluation) -> str:
 
 
 def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The recursive arm against the baseline, each control arm, and its own first step.
+    """The recursive arm of each phase against the baseline, each control arm, its own first step,
+    and its own step 0 where that is no longer the baseline.
 
     Over the seeds that both have; a pair without any is left out.
 
@@ -189,47 +213,59 @@ def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, An
     for row in rows:
         if row["status"] == "ok":
             by_stage.setdefault(row["stage"], {})[row["seed"]] = row
-    arm = by_stage.get("finetuned_recursive", {})
-    references = ["baseline", *(f"finetuned_{name}" for name in ARMS if name != "recursive")]
-    pairs = [(stage, by_stage.get(stage, {}), None) for stage in references]
-    if arm and next(iter(arm.values()))["inner_steps"] > 1:
-        pairs.append(("its own step 1", arm, 1))
     found = []
-    for name, reference, step in pairs:
-        shared = name == "baseline"  # one run for all seeds
-        seeds = [s for s in arm if reference and (shared or s in reference)]
-        if not seeds:
-            continue
-        mine = [arm[s] for s in seeds]
-        others = list(reference.values()) if shared else [reference[s] for s in seeds]
-        reference_step = others[0]["inner_steps"] if step is None else step
-        pair = {
-            "arm": "finetuned_recursive",
-            "reference": name,
-            "arm_step": mine[0]["inner_steps"],
-            "reference_step": reference_step,
-            "seeds": seeds,
-        }
-        try:
-            difference = compare_documents(
-                [_documents(results, row) for row in mine],
-                [_documents(results, row) for row in others],
-                mine[0]["inner_steps"],
-                reference_step,
-            )
-        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-            found.append(pair | {"verdict": None, "problem": str(error).splitlines()[0]})
-            continue
-        found.append(
-            pair
-            | {
-                "num_documents": difference.num_documents,
-                "nats_per_token": [difference.mean, difference.low, difference.high],
-                "perplexity_percent": list(difference.percent),
-                "verdict": difference.verdict,
-            }
-        )
+    for phase in PHASES:
+        stages = [Training(arm, phase, 0, None).stage for arm in ARMS]
+        arm = by_stage.get(stages[0], {})
+        pairs = [(stage, by_stage.get(stage, {}), None) for stage in ("baseline", *stages[1:])]
+        if arm and next(iter(arm.values()))["inner_steps"] > 1:
+            pairs.append(("its own step 1", arm, 1))
+        if phase != PHASES[0]:
+            pairs.append(("its own step 0", arm, 0))
+        for name, reference, step in pairs:
+            if pair := _compare(results, stages[0], arm, name, reference, step):
+                found.append(pair)
     return found
+
+
+def _compare(
+    results: Path,
+    stage: str,
+    arm: Mapping[Any, dict[str, Any]],
+    name: str,
+    reference: Mapping[Any, dict[str, Any]],
+    step: int | None,
+) -> dict[str, Any] | None:
+    """One comparison; arm and reference are rows by seed, `step` is the reference's inner step, by
+    default its last."""
+    shared = name == "baseline"  # one run for all seeds
+    seeds = [s for s in arm if reference and (shared or s in reference)]
+    if not seeds:
+        return None
+    mine = [arm[s] for s in seeds]
+    others = list(reference.values()) if shared else [reference[s] for s in seeds]
+    pair = {
+        "arm": stage,
+        "reference": name,
+        "arm_step": mine[0]["inner_steps"],
+        "reference_step": others[0]["inner_steps"] if step is None else step,
+        "seeds": seeds,
+    }
+    try:
+        difference = compare_documents(
+            [_documents(results, row) for row in mine],
+            [_documents(results, row) for row in others],
+            pair["arm_step"],
+            pair["reference_step"],
+        )
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        return pair | {"verdict": None, "problem": str(error).splitlines()[0]}
+    return pair | {
+        "num_documents": difference.num_documents,
+        "nats_per_token": [difference.mean, difference.low, difference.high],
+        "perplexity_percent": list(difference.percent),
+        "verdict": difference.verdict,
+    }
 
 
 def _documents(results: Path, row: Mapping[str, Any]) -> Path:

@@ -12,14 +12,18 @@ def summary_text(
     rows: list[dict[str, Any]],
     proofs: Mapping[int, tuple[dict[str, Any] | None, str]],
     comparisons: list[dict[str, Any]],
+    repeat: tuple[dict[str, Any] | None, str] | None,
 ) -> str:
     """Args: rows of `summary.csv`; by seed the zero-init proof, or None and what is wrong with it;
-    the comparisons of `summary.compare_arms`."""
+    the comparisons of `summary.compare_arms`; `compare_repeat`'s result or what is wrong with it,
+    None when not asked for."""
     done = [row for row in rows if row["status"] == "ok"]
     lines = [f"Kimi Recursive: {len(done)} of {len(rows)} expected evaluations are there"]
     lines += ["", "Does zero-init preserve the base?", *_zero_init(proofs)]
     lines += ["", "Does recursion help?", *_help(comparisons)]
-    lines += ["", "At what cost?", *_cost(done)]
+    lines += ["", "Is it efficient?", *_efficiency(done)]
+    lines += ["", "Is it reproducible?", *_reproducible(repeat)]
+    lines += ["", "What each evaluation cost", *_cost(done)]
     lines += ["", "Perplexity on held-out documents, by inner step", *_perplexity(done)]
     absent = [row for row in rows if row["status"] != "ok"]
     if absent:
@@ -52,14 +56,19 @@ def _zero_init(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[
 def _help(comparisons: list[dict[str, Any]]) -> list[str]:
     if not comparisons:
         return ["(no trained recursive arm, or nothing to compare it with)"]
-    lines = [f"{'finetuned_recursive against':<33}{'perplexity':>11}{'95 % interval':>22}  verdict"]
-    for c in comparisons:
-        if c["verdict"] is None:
-            lines.append(f"{c['reference']:<33}{c['problem']}")
-            continue
-        mean, low, high = c["perplexity_percent"]
-        interval = f"[{low:+.3f}, {high:+.3f}] %"
-        lines.append(f"{c['reference']:<33}{mean:>+9.3f} %{interval:>22}  {c['verdict']}")
+    lines = []
+    for stage in dict.fromkeys(c["arm"] for c in comparisons):
+        against = f"{stage} against"
+        lines.append(f"{against:<33}{'perplexity':>11}{'95 % interval':>22}  verdict")
+        for c in comparisons:
+            if c["arm"] != stage:
+                continue
+            if c["verdict"] is None:
+                lines.append(f"  {c['reference']:<31}{c['problem']}")
+                continue
+            mean, low, high = c["perplexity_percent"]
+            interval = f"[{low:+.3f}, {high:+.3f}] %"
+            lines.append(f"  {c['reference']:<31}{mean:>+9.3f} %{interval:>22}  {c['verdict']}")
     first = next((c for c in comparisons if c["verdict"]), None)
     if first is None:
         return lines
@@ -70,6 +79,59 @@ def _help(comparisons: list[dict[str, Any]]) -> list[str]:
         over += "; one seed, so it says nothing of the spread over seeds"
     lines.append(f"(step {first['arm_step']}; paired bootstrap over {over})")
     return lines
+
+
+def _efficiency(done: list[dict[str, Any]]) -> list[str]:
+    arms = {}
+    for row in done:
+        if row.get("arm") == "recursive":
+            arms.setdefault(row["stage"], []).append(row)
+    base = next((row for row in done if row["stage"] == "baseline"), None)
+    if not arms:
+        return ["(no trained recursive arm)"]
+    low, high = TARGET_INNER_STEPS
+    lines = []
+    for stage, rows in arms.items():
+        steps = _mean(rows, "mean_inner_steps")
+        target = "within" if low <= steps <= high else "outside"
+        line = (
+            f"{stage}: {steps:.2f} inner steps a round, {target} the target of {low:.0f}-{high:.0f}"
+        )
+        if base:
+            scored, generated = (
+                _mean(rows, key) / base[key] if base[key] and rows[0][key] else None
+                for key in ("evaluated_tokens_per_second", "generated_tokens_per_second")
+            )
+            line += f"; tokens/s {scored:.2f} of the baseline's"
+            line += "" if generated is None else f", generating {generated:.2f}"
+        lines.append(line)
+        lines.append(
+            f"  stopping where the boundary head says so: "
+            f"{_mean(rows, 'halting_mean_inner_steps'):.2f} steps, perplexity "
+            f"{_mean(rows, 'halting_perplexity'):.4f} (at the last step "
+            f"{_mean(rows, 'perplexity'):.4f})"
+        )
+    return lines
+
+
+def _reproducible(repeat: tuple[dict[str, Any] | None, str] | None) -> list[str]:
+    if repeat is None:
+        return ["(not asked for: repeat is false)"]
+    found, problem = repeat
+    if found is None:
+        return [f"Repeated run: {problem or 'missing'}"]
+    if found["identical"]:
+        return [
+            f"{found['run']} trained and evaluated twice: weights, the log of all "
+            f"{found['num_steps']} steps and",
+            f"  the losses of {found['num_documents']} documents are identical, bit for bit",
+        ]
+    d = found["max_differences"]
+    return [
+        f"{found['run']} trained and evaluated twice DIFFERS: weights by {d['weights']:.3g}, "
+        f"training loss by",
+        f"  {d['training_loss']:.3g}, a document's summed loss by {d['document_loss']:.3g} nats",
+    ]
 
 
 def _cost(done: list[dict[str, Any]]) -> list[str]:
@@ -91,19 +153,7 @@ def _cost(done: list[dict[str, Any]]) -> list[str]:
             + f"{row['evaluated_tokens_per_second']:>9.0f}"
             + f"{row['generated_tokens_per_second'] or 0:>11.1f}"
         )
-    recursive = [row for row in done if row["stage"] == "finetuned_recursive"]
-    if recursive:
-        steps = _mean(recursive, "mean_inner_steps")
-        low, high = TARGET_INNER_STEPS
-        lines.append(
-            f"(mean steps: of a round of generation; {steps:.2f} for the recursive arm, "
-            f"{'within' if low <= steps <= high else 'outside'} the target of {low:.0f}-{high:.0f})"
-        )
-        lines.append(
-            f"(stopping each chunk where the boundary head says so would take "
-            f"{_mean(recursive, 'halting_mean_inner_steps'):.2f} steps, at perplexity "
-            f"{_mean(recursive, 'halting_perplexity'):.4f})"
-        )
+    lines.append("(tokens and FLOP of a phase include those of the phases before it)")
     return lines
 
 

@@ -1,4 +1,8 @@
-"""The training phases. Phase A: the sidecar trains, the base is frozen."""
+"""The training phases, each from the one before.
+
+A: the sidecar trains, the base is frozen. B: LoRA on the top third of the base's layers joins.
+C: every n-th layer of the base joins, pulled to its pretrained weights.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ from typing import Any
 import polars as pl
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
-from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
+from kimi_recursive.checkpoint import NUM_KEPT, WorkDirectory, file_digest, model_digest
 from kimi_recursive.config import CONFIG_NAME, RecursiveConfig
-from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
+from kimi_recursive.data import Window, WindowSampler, load_tokens, validation_windows
 from kimi_recursive.evaluate import losses_by_step
+from kimi_recursive.experiment import ExperimentTracker
 from kimi_recursive.files import publishing, versions, write_json, write_parquet
 from kimi_recursive.flops import cumulative_training_flops, steps_for_flops
 from kimi_recursive.loader import (
@@ -23,19 +29,25 @@ from kimi_recursive.loader import (
     build_wrapper,
     check_context,
     load_model_with_config,
+    load_sidecar,
     save_sidecar,
+    sidecar_facts,
 )
-from kimi_recursive.loop import LoopSettings, train_loop
+from kimi_recursive.loop import NEUTRAL_KEYS, LoopSettings, train_loop
 from kimi_recursive.losses import DraftRepair
-from kimi_recursive.matrix import ARMS, NUMERICS_VERSION
+from kimi_recursive.matrix import ARMS, NUMERICS_VERSION, PHASES
 from kimi_recursive.model import ChunkRefineWrapper
+
+SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 12, 24
+LOOP_KEYS = ("warmup_steps", "lr_schedule", "max_grad_norm", "eval_interval", *NEUTRAL_KEYS)
+Groups = dict[str, dict[str, nn.Parameter]]
 
 
 def train_phase(
     phase: str,
     settings: Mapping[str, Any],
     seed: int,
-    parent_dir: Path,
+    parent_dir: str | Path,
     tokens_dir: Path,
     output_dir: Path,
     logs_path: Path,
@@ -43,44 +55,61 @@ def train_phase(
     work_dir: Path,
     arm: str = "recursive",
     overrides: Mapping[str, Any] | None = None,
+    config: RecursiveConfig | None = None,
+    name: str | None = None,
+    description: str | None = None,
+    num_kept: int | None = NUM_KEPT,
+    refuse_others: bool = False,
     **load_options: Any,
 ) -> dict[str, Any]:
-    """Train one phase from the sidecar in `parent_dir` and publish the best one.
+    """Train one phase from the model in `parent_dir` and publish the best weights.
 
     All arms of a seed see the same batches and chunks in the same order. The arm `vanilla_flops`
     takes as many more steps as bring it to the training FLOPs of the recursive arm, with its
     learning rate and corruption scheduled over all of them; `vanilla` also shares the corruption.
 
     Args:
-        phase: `a`.
+        phase: `a`, `b` or `c`.
         settings: The `training.<phase>` subtree of the workflow config.
-        seed: Of data order, chunk positions and corruption.
+        seed: Of data order, chunk positions, corruption, and what is new in the model.
+        parent_dir: A sidecar directory, of the phase before or of this one; for `a` also a base.
         output_dir: Becomes a sidecar directory; best by validation loss at step K.
         logs_path: Parquet, one row a step (columns: README of `results/`).
         summary_path: JSON: parameters, tokens, FLOPs, best step, validation loss by inner step.
+        work_dir: The experiment directory (`kimi_recursive.experiment`), with the checkpoints.
         arm: One of `matrix.ARMS`.
         overrides: Parameters of `RecursiveConfig` to change in the parent's config.
+        config: In place of the parent's config.
+        name, description: Of the experiment.
+        num_kept: Checkpoints to keep beside the best; None for all.
+        refuse_others: Raise where `work_dir` holds another computation, instead of starting afresh.
         load_options: Passed on to `load_model_with_config`.
 
     Raises:
         ValueError: bad settings or inputs, or a diverged run.
     """
-    if phase != "a":
-        raise ValueError(f"phase must be 'a', got {phase!r}")
     if arm not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
+    fresh = _check_parent(phase, parent_dir)
     accelerator = Accelerator(mixed_precision=settings["mixed_precision"])
-    parent = RecursiveConfig.from_file(parent_dir / CONFIG_NAME)
+    parent = config or RecursiveConfig.from_file(Path(parent_dir) / CONFIG_NAME)
     reference = RecursiveConfig.from_dict({**parent.to_dict(), **(overrides or {})})
-    wrapper, _, config = load_model_with_config(
+    if arm == "vanilla_flops" and reference.single_pass and reference.max_inner_steps == 1:
+        raise ValueError(
+            f"{parent_dir}: does not say how many inner steps the recursive arm takes, whose FLOPs "
+            "this arm is given; name them in a config"
+        )
+    reference = dataclasses.replace(reference, single_pass=False)
+    wrapper, tokenizer, config = load_model_with_config(
         parent_dir,
         config=dataclasses.replace(reference, **ARMS[arm]),
         device=accelerator.device,
+        seed=seed,
         **load_options,
     )
-    wrapper.base.requires_grad_(False)
+    groups = _parameter_groups(wrapper, phase, settings, seed)
     trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
-    rates, optimizer = _optimizer(trainable, settings)
+    optimizer = _optimizer(groups, settings)
     context, width = settings["context_length"], config.chunk_width
     if context % width:
         raise ValueError(
@@ -92,69 +121,68 @@ def train_phase(
     sampler = WindowSampler(train, context + 1, settings["batch_size"], seed)
     windows = validation_windows(tokens_dir, context, settings["num_validation_windows"])
 
-    def batch(step: int) -> torch.Tensor:
+    def batch(step: int) -> Tensor:
         return torch.from_numpy(sampler.batch(step)).to(accelerator.device)
 
-    def objective_of(model: ChunkRefineWrapper, num_steps: int) -> DraftRepair:
-        return DraftRepair(model, num_steps, settings["own_draft_share"], seed)
-
-    num_steps = settings["num_steps"]
-    if arm == "vanilla_flops":
-        recursive = build_wrapper(wrapper.base, reference)
-        budget = cumulative_training_flops(objective_of(recursive, num_steps), batch(0), num_steps)[
-            -1
-        ]
-        # One pass of this arm costs no less than one of the recursive arm's.
-        most = num_steps * (2 + reference.max_inner_steps)
-        own = cumulative_training_flops(objective_of(wrapper, num_steps), batch(0), most)
-        num_steps = steps_for_flops(own, budget)
-    objective = objective_of(wrapper, num_steps)
-    training_flops = cumulative_training_flops(objective, batch(0), num_steps)[-1]
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-
-    def validate() -> dict[str, float]:
+    def validate(step: int, tracker: ExperimentTracker) -> dict[str, float]:
         wrapper.eval()
         by_step = losses_by_step(wrapper, windows, settings["batch_size"])
+        if fresh and step == 0 and len(set(by_step)) > 1:
+            raise ValueError(f"untrained cells change the loss, by inner step: {by_step}")
+        if tokenizer is not None:
+            _sample(wrapper, tokenizer, windows[0], step, tracker)
         wrapper.train()
         return {f"validation_loss_step_{t}": float(x) for t, x in enumerate(by_step)}
+
+    num_steps, training_flops = _steps_and_flops(arm, settings, wrapper, reference, seed, batch(0))
+    objective = _objective(wrapper, num_steps, settings, seed)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
 
     fingerprint = {
         "phase": phase,
         "arm": arm,
-        "settings": settings,
+        "settings": {k: v for k, v in settings.items() if k not in NEUTRAL_KEYS},
         "seed": seed,
         "num_steps": num_steps,
         "config": config.to_dict(),
         "load": load_options,
         "base": model_digest(base_of(parent_dir)),
-        "parent": file_digest(parent_dir / SIDECAR_NAME),
+        "parent": _sidecar_digests(parent_dir),
         "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
         "numerics": NUMERICS_VERSION,
     }
     wrapper.train()
-    with WorkDirectory(work_dir, fingerprint) as work:
+    with (
+        WorkDirectory(work_dir, fingerprint, num_kept, refuse_others) as work,
+        ExperimentTracker(
+            work_dir,
+            name,
+            description,
+            config,
+            {"phase": phase, "arm": arm, "seed": seed, "total_steps": num_steps, **settings},
+            {"model_path": parent_dir, "base": base_of(parent_dir), "tokens": tokens_dir},
+        ) as tracker,
+    ):
         result = train_loop(
             objective=objective,
             trainable=trainable,
             optimizer=optimizer,
             settings=LoopSettings(
                 num_steps=num_steps,
-                lr=rates,
-                warmup_steps=settings["warmup_steps"],
-                lr_schedule=settings["lr_schedule"],
-                max_grad_norm=settings["max_grad_norm"],
-                eval_interval=settings["eval_interval"],
-                save_interval=settings["save_interval"],
+                **{key: settings[key] for key in LOOP_KEYS},
             ),
             batch=batch,
-            validate=validate,
+            validate=lambda step: validate(step, tracker),
             watch=f"validation_loss_step_{config.max_inner_steps}",
             work=work,
+            tracker=tracker,
             accelerator=accelerator,
             description=f"train {arm} {phase} seed {seed}",
+            write_model=lambda folder: save_sidecar(wrapper, folder, base_of(parent_dir), phase),
+            read_model=lambda folder: load_sidecar(wrapper, folder),
         )
         with publishing(output_dir) as folder:
-            save_sidecar(wrapper, folder, base_of(parent_dir))
+            save_sidecar(wrapper, folder, base_of(parent_dir), phase)
         write_parquet(logs_path, result.logs)
         summary = {
             "arm": arm,
@@ -164,6 +192,9 @@ def train_phase(
             "training_flops": training_flops,
             "training_tokens": int(result.logs["tokens"][-1]),
             "num_trainable_parameters": sum(p.numel() for p in trainable.values()),
+            "num_trainable_by_group": {
+                group: sum(p.numel() for p in members.values()) for group, members in groups.items()
+            },
             "best_step": result.best_step,
             "best_validation_loss": result.best_metric,
             "validation": result.logs.filter(pl.col("validation_loss_step_0").is_not_null())
@@ -174,22 +205,142 @@ def train_phase(
             "versions": versions(),
         }
         write_json(summary_path, summary)
+        results = ("training_flops", "training_tokens", "num_trainable_parameters", "best_step",
+                   "best_validation_loss", "validation")  # fmt: skip
+        tracker.finish({key: summary[key] for key in results})
     return summary
 
 
-def _optimizer(
-    trainable: Mapping[str, torch.nn.Parameter], settings: Mapping[str, Any]
-) -> tuple[dict[str, float], torch.optim.Optimizer]:
-    """Peak learning rates by group, and AdamW with a group for the boundary head and one for the
-    rest of the sidecar."""
-    rates = {"sidecar": settings["lr"], "heads": settings["lr_heads"]}
-    members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in rates}
-    for name, parameter in trainable.items():
-        members["heads" if name.startswith("boundary.") else "sidecar"].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": members[name], "name": name, "lr": lr} for name, lr in rates.items()],
+def _check_parent(phase: str, parent_dir: str | Path) -> bool:
+    """Whether the parent is untrained.
+
+    Raises:
+        ValueError: unknown phase, or a parent of another phase than this one and the one before.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
+    has_sidecar = (Path(parent_dir) / SIDECAR_NAME).is_file()
+    trained = sidecar_facts(parent_dir)["phase"] if has_sidecar else None
+    before = PHASES[PHASES.index(phase) - 1] if phase != PHASES[0] else None
+    if trained not in (before, phase):
+        is_what = f"is of phase {trained}" if trained else "is not trained"
+        needs = f"a model of phase {before}" if before else "a base or untrained cells"
+        raise ValueError(f"phase {phase} starts from {needs}; {parent_dir} {is_what}")
+    return trained is None
+
+
+def _sidecar_digests(parent_dir: str | Path) -> dict[str, str]:
+    """sha256 of the files of a sidecar directory; nothing for a base."""
+    parent = Path(parent_dir)
+    if not (parent / SIDECAR_NAME).is_file():
+        return {}
+    files = sorted(path for path in parent.rglob("*.safetensors"))
+    return {str(path.relative_to(parent)): file_digest(path) for path in files}
+
+
+def _parameter_groups(
+    wrapper: ChunkRefineWrapper, phase: str, settings: Mapping[str, Any], seed: int
+) -> Groups:
+    """Parameters by group (`sidecar`, `heads`, `lora`, `layers`) and name; puts into the base what
+    the phase adds, and marks what trains.
+
+    Raises:
+        ValueError: LoRA targets or layers that the base does not have, or a base below float32
+            whose own weights would train.
+    """
+    groups: Groups = {"sidecar": {}, "heads": {}}
+    for name, parameter in wrapper.named_parameters():
+        if not name.startswith("base."):
+            groups["heads" if name.startswith("boundary.") else "sidecar"][name] = parameter
+    if phase != "a":
+        from kimi_recursive.adapter import Adapter, every_nth_layer, lora_config
+
+        adapter = wrapper.adapter = wrapper.adapter or Adapter(wrapper)
+        if adapter.lora is None:
+            adapter.add_lora(lora_config(wrapper, **settings["lora"]), seed)
+        if phase == "c" and not adapter.layers:
+            if wrapper.base.dtype != torch.float32:
+                raise ValueError(
+                    "phase c trains weights of the base, and their updates are lost below "
+                    f"float32; this base is {wrapper.base.dtype}: set base.dtype to float32"
+                )
+            adapter.unfreeze(every_nth_layer(wrapper, settings["unfreeze_every"]))
+        groups["lora"] = adapter.lora_parameters()
+        if adapter.layers:
+            groups["layers"] = adapter.layer_parameters()
+    wrapper.base.requires_grad_(False)
+    for members in groups.values():
+        for parameter in members.values():
+            parameter.requires_grad_(True)
+    return groups
+
+
+def _optimizer(groups: Groups, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """AdamW with a peak learning rate for each group."""
+    rates = {"sidecar": "lr", "heads": "lr_heads", "lora": "lr_lora", "layers": "lr_layers"}
+    return torch.optim.AdamW(
+        [
+            {"params": list(members.values()), "name": group, "lr": settings[rates[group]]}
+            for group, members in groups.items()
+        ],
         betas=(0.9, 0.95),
         weight_decay=settings["weight_decay"],
         fused=True,
     )
-    return rates, optimizer
+
+
+def _objective(
+    wrapper: ChunkRefineWrapper, num_steps: int, settings: Mapping[str, Any], seed: int
+) -> DraftRepair:
+    return DraftRepair(
+        wrapper,
+        num_steps,
+        settings["own_draft_share"],
+        seed,
+        settings.get("scheduled_sampling", 0.0),
+        settings.get("l2_pull", 0.0),
+    )
+
+
+def _steps_and_flops(
+    arm: str,
+    settings: Mapping[str, Any],
+    wrapper: ChunkRefineWrapper,
+    reference: RecursiveConfig,
+    seed: int,
+    windows: Tensor,
+) -> tuple[int, int]:
+    """Optimizer steps of an arm, and their FLOPs.
+
+    Args:
+        reference: The config of the recursive arm.
+        windows: A batch.
+    """
+    num_steps = settings["num_steps"]
+    if arm == "vanilla_flops":
+        recursive = build_wrapper(wrapper.base, reference)
+        recursive.adapter = wrapper.adapter
+        twin = _objective(recursive, num_steps, settings, seed)
+        budget = cumulative_training_flops(twin, windows, num_steps)[-1]
+        # One pass of this arm costs no less than one of the recursive arm's.
+        most = num_steps * (2 + reference.max_inner_steps)
+        own = cumulative_training_flops(
+            _objective(wrapper, num_steps, settings, seed), windows, most
+        )
+        num_steps = steps_for_flops(own, budget)
+    objective = _objective(wrapper, num_steps, settings, seed)
+    return num_steps, cumulative_training_flops(objective, windows, num_steps)[-1]
+
+
+@torch.no_grad()
+def _sample(
+    wrapper: ChunkRefineWrapper, tokenizer, window: Window, step: int, tracker: ExperimentTracker
+) -> None:
+    """Note how the model continues a validation document."""
+    prompt = window.inputs[:SAMPLE_PROMPT_TOKENS].tolist()
+    output = wrapper.generate_chunks(
+        torch.tensor([prompt], device=wrapper.device), max_new_tokens=SAMPLE_NEW_TOKENS
+    )
+    new = output[0, len(prompt) :].tolist()
+    texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, new))
+    tracker.add_generation_sample(step, *texts, token_ids=new)

@@ -3,7 +3,14 @@ import sys
 from pathlib import Path
 
 from kimi_recursive.data import base_files, source_files
-from kimi_recursive.matrix import NUMERICS_VERSION, evaluations, trainings, zero_init_name
+from kimi_recursive.matrix import (
+    NUMERICS_VERSION,
+    evaluations,
+    repeated,
+    repeated_evaluation,
+    trainings,
+    zero_init_name,
+)
 from kimi_recursive.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
@@ -28,8 +35,11 @@ SCRATCH = config["base"]["kind"] == "scratch"
 # Files of a local pretrained base, so that an edit of it reruns what reads it.
 LOCAL_BASE = [] if SCRATCH or not config["base"]["path"] else base_files(config["base"]["path"])
 TOKENIZER = "results/tokenizer" if SCRATCH else "results/base/model"
-TRAININGS = {run.key: run for run in trainings(config)}
-EVALUATIONS = {run.name: run for run in evaluations(config)}
+REPEATED_OF = trainings(config)[0]
+REPEATED, REPEATED_EVALUATION = repeated(config), repeated_evaluation(config)
+TRAININGS = {run.key: run for run in [*trainings(config), REPEATED] if run}
+MATRIX = {run.name: run for run in evaluations(config)}  # the rows of the summary
+EVALUATIONS = MATRIX | ({REPEATED_EVALUATION.name: REPEATED_EVALUATION} if REPEATED else {})
 RUN_FILES = ["sidecar", "train_logs.parquet", "train_summary.json"]
 ZERO_INIT = {zero_init_name(config, seed): seed for seed in config["seeds"]}
 
@@ -65,7 +75,8 @@ def evaluated_config(wildcards):
 
 def evaluated_depths(wildcards):
     """More inner steps than trained, for the recursive arm: does the loop do anything with them?"""
-    if EVALUATIONS[wildcards.name].stage != "finetuned_recursive":
+    key = EVALUATIONS[wildcards.name].training
+    if not key or TRAININGS[key].arm != "recursive":
         return []
     trained = recursive_subset(config, MODEL_KEYS)["max_inner_steps"]
     return sorted({0, 1, 2, 4, 2 * trained})
@@ -97,8 +108,10 @@ def existing_results(wildcards):
 
 def matrix_results():
     """The results that the summary shows."""
-    return expand("results/eval/{name}_results.json", name=EVALUATIONS) + expand(
-        "results/compare/{proof}.json", proof=ZERO_INIT
+    return (
+        expand("results/eval/{name}_results.json", name=EVALUATIONS)
+        + expand("results/compare/{proof}.json", proof=ZERO_INIT)
+        + (["results/compare/repeat.json"] if REPEATED else [])
     )
 
 

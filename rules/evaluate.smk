@@ -47,3 +47,27 @@ rule compare_zero_init:
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/compare_zero_init.py"
+
+
+if REPEATED:
+
+    rule compare_repeat:
+        input:
+            sidecars=expand("results/runs/{key}/sidecar", key=[REPEATED_OF.key, REPEATED.key]),
+            logs=expand(
+                "results/runs/{key}/train_logs.parquet", key=[REPEATED_OF.key, REPEATED.key]
+            ),
+            documents=expand(
+                "results/eval/{name}_documents.parquet",
+                name=[REPEATED_OF.stage, REPEATED_EVALUATION.name],
+            ),
+        output:
+            comparison="results/compare/repeat.json",
+        log:
+            "results/logs/compare_repeat.log",
+        conda:
+            "../environment.yml"
+        params:
+            key=REPEATED_OF.key,
+        script:
+            "../workflow/scripts/compare_repeat.py"

@@ -18,7 +18,7 @@ rule summarize:
 
 rule plot_perplexity_by_step:
     input:
-        expand("results/eval/{name}_results.json", name=EVALUATIONS),
+        expand("results/eval/{name}_results.json", name=MATRIX),
     output:
         figure="results/figures/perplexity_by_step.png",
     log:

@@ -94,7 +94,7 @@ def test_user_errors_are_one_line_with_exit_code_2_and_write_nothing(
         ({"--stage": "before"}, "--stage: must be one of baseline, after_surgery"),
         ({"--stage": "finetuned_recursive"}, "holds no trained sidecar"),
         ({"--device": "cuda:9"}, "device cuda:9: "),
-        ({"--split": "dev"}, "--split: must be train, validation or test, got 'dev'"),
+        ({"--split": "dev"}, "--split: must be one of train, validation, test, got 'dev'"),
         ({"--model_path": tmp_path / "none"}, "no such model directory"),
         ({"--model_path": tmp_path / "cut"}, "truncated or not a safetensors file"),
         (

@@ -54,7 +54,7 @@ def test_edit_moves_predictions_one_position_to_the_right():
 
 def setup(kind="kimi", **changes):
     """A perturbed wrapper, a chunk after a prefix of 5, and its draft."""
-    wrapper = perturb(make_wrapper(make_base(kind), **changes))
+    wrapper = perturb(make_wrapper(make_base(kind).requires_grad_(False), **changes))
     tokens = random_ids(3, 5 + 9)
     prefix = wrapper.encode(tokens[:, :5], wrapper.new_cache())
     gold = tokens[:, 5:]

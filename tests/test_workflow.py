@@ -23,10 +23,16 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 pytestmark = pytest.mark.workflow
 EXPECTED = [
     "prepare_corpus", "train_tokenizer", "tokenize_corpus", "train_base", "insert_cells",
-    "evaluate", "compare_zero_init", "train_phase", "plot_perplexity_by_step", "summarize",
+    "evaluate", "compare_zero_init", "train_phase", "compare_repeat", "plot_perplexity_by_step",
+    "summarize",
 ]  # fmt: skip
-STAGES = ["baseline", "after_surgery", "finetuned_recursive", "finetuned_vanilla",
-          "finetuned_vanilla_flops"]  # fmt: skip
+ARMS = ["recursive", "vanilla", "vanilla_flops"]
+PHASE_A = ["baseline", "after_surgery", *(f"finetuned_{arm}" for arm in ARMS)]
+STAGES = [*PHASE_A, *(f"finetuned_{arm}_{phase}" for phase in "bc" for arm in ARMS)]
+PHASE = {
+    "num_steps": 6, "batch_size": 2, "context_length": 32, "warmup_steps": 1,
+    "eval_interval": 3, "save_interval": 2, "num_validation_windows": 4,
+}  # fmt: skip
 TINY = {
     "corpus": {"source": "docs/*.txt", "validation": 0.2, "test": 0.2},
     "tokenizer": {"vocab_size": 320},
@@ -48,12 +54,12 @@ TINY = {
         "prompts": ["document 1"], "max_new_tokens": 8,
     },
     "training": {
-        "a": {
-            "num_steps": 6, "batch_size": 2, "context_length": 32, "warmup_steps": 1,
-            "eval_interval": 3, "save_interval": 2, "num_validation_windows": 4,
-        }
+        "a": PHASE,
+        "b": {**PHASE, "num_steps": 3, "lora": {"rank": 2}},
+        "c": {**PHASE, "num_steps": 3},
     },
 }  # fmt: skip
+ONLY_A = {**TINY, "phases": ["a"], "repeat": False}
 
 
 class Project:
@@ -129,7 +135,10 @@ def test_all_makes_what_the_readme_says(project):
     assert [(r["name"], r["status"]) for r in rows] == [(stage, "ok") for stage in STAGES]
     assert rows[0]["perplexity"] == rows[1]["perplexity"] and rows[1]["difference_percent"] == "0.0"
     text = project.path("results/summary.txt").read_text()
-    assert "5 of 5 expected" in text and "Zero-init proof (seed 0): PASSED" in text
+    assert "11 of 11 expected" in text and "Zero-init proof (seed 0): PASSED" in text
+    assert "recursive_a_s0 trained and evaluated twice: weights, the log of all 6 steps" in text
+    repeat = json.loads(project.path("results/compare/repeat.json").read_text())
+    assert repeat["identical"] and set(repeat["max_differences"].values()) == {0.0}
     assert max(map(len, text.splitlines())) <= 100
     splits = [
         set(pl.read_parquet(project.path(f"results/corpus/{s}.parquet"))["document_id"])
@@ -142,19 +151,21 @@ def test_all_makes_what_the_readme_says(project):
 
 def test_the_arms_are_comparable_and_the_verdict_names_each(project):
     rows = {r["name"]: r for r in csv.DictReader(project.path("results/summary.csv").open())}
-    recursive, vanilla, flops = (rows[name] for name in STAGES[2:])
-    assert recursive["num_trainable_parameters"] == vanilla["num_trainable_parameters"]
-    assert recursive["training_tokens"] == vanilla["training_tokens"]
-    assert int(vanilla["training_flops"]) < int(recursive["training_flops"])
-    ratio = int(flops["training_flops"]) / int(recursive["training_flops"])
-    one_step = int(flops["training_flops"]) / int(flops["num_training_steps"])
-    assert abs(ratio - 1) <= one_step / int(recursive["training_flops"])
-    assert int(flops["num_training_steps"]) > int(recursive["num_training_steps"])
-    assert float(recursive["forward_flops_per_token"]) > float(vanilla["forward_flops_per_token"])
+    for phase, before in (("", None), ("_b", ""), ("_c", "_b")):
+        arms = [rows[f"finetuned_{arm}{phase}"] for arm in ARMS]
+        check_arms(*arms)
+        for row, arm in zip(arms, ARMS, strict=True):
+            earlier = rows[f"finetuned_{arm}{before}"] if before is not None else None
+            for key in ("num_trainable_parameters", "training_tokens", "training_flops"):
+                assert earlier is None or int(row[key]) > int(earlier[key]), "it adds up"
+            assert float(row["trained_tokens_per_second"]) > 0
     verdicts = json.loads(project.path("results/verdicts.json").read_text())
-    assert [v["reference"] for v in verdicts] == [
-        "baseline", "finetuned_vanilla", "finetuned_vanilla_flops", "its own step 1",
-    ]  # fmt: skip
+    for phase in ("", "_b", "_c"):
+        references = [v["reference"] for v in verdicts if v["arm"] == f"finetuned_recursive{phase}"]
+        assert references == [
+            "baseline", f"finetuned_vanilla{phase}", f"finetuned_vanilla_flops{phase}",
+            "its own step 1", *(["its own step 0"] if phase else []),
+        ]  # fmt: skip
     for verdict in verdicts:
         mean, low, high = verdict["nats_per_token"]
         assert low <= mean <= high
@@ -166,12 +177,24 @@ def test_the_arms_are_comparable_and_the_verdict_names_each(project):
     assert results["perplexity"]["perplexity"] == results["perplexity"]["by_step"][2]["perplexity"]
 
 
+def check_arms(recursive, vanilla, flops):
+    assert recursive["num_trainable_parameters"] == vanilla["num_trainable_parameters"]
+    assert recursive["training_tokens"] == vanilla["training_tokens"]
+    assert int(vanilla["training_flops"]) < int(recursive["training_flops"])
+    ratio = int(flops["training_flops"]) / int(recursive["training_flops"])
+    one_step = int(flops["training_flops"]) / int(flops["num_training_steps"])
+    assert abs(ratio - 1) <= one_step / int(recursive["training_flops"])
+    assert int(flops["num_training_steps"]) > int(recursive["num_training_steps"])
+    assert float(recursive["forward_flops_per_token"]) > float(vanilla["forward_flops_per_token"])
+
+
 def test_a_second_run_does_nothing(project):
     assert project.planned() == []
     assert "Nothing to be done" in project.snakemake("all").stderr
 
 
-TRAINING_ON = ["evaluate", "plot_perplexity_by_step", "summarize", "train_phase"]
+PHASE_B_ON = ["evaluate", "plot_perplexity_by_step", "summarize", "train_phase"]
+TRAINING_ON = [*PHASE_B_ON, "compare_repeat"]
 SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
 
 
@@ -180,6 +203,8 @@ SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
     [
         ("results/runs/recursive_a_s0/sidecar", TRAINING_ON),
         ("results/figures/perplexity_by_step.png", ["plot_perplexity_by_step"]),
+        ("results/runs/vanilla_b_s0/sidecar", PHASE_B_ON),
+        ("results/compare/repeat.json", ["compare_repeat", "summarize"]),
         ("results/compare/zero_init.json", ["compare_zero_init", *TRAINING_ON]),
         ("results/base/model", [r for r in EXPECTED if r not in (
             "prepare_corpus", "train_tokenizer", "tokenize_corpus")]),
@@ -198,6 +223,9 @@ def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefact, reruns)
     ("keys", "value", "reruns"),
     [
         (("training", "a", "lr"), 1e-3, TRAINING_ON),
+        (("training", "b", "lr"), 1e-3, PHASE_B_ON),
+        (("phases",), ["a", "b"], ["plot_perplexity_by_step", "summarize"]),
+        (("repeat",), False, ["plot_perplexity_by_step", "summarize"]),
         (("recursive", "lambda_halt"), 0.1, TRAINING_ON),
         (("recursive", "commit_threshold"), 0.9, ["compare_zero_init", *TRAINING_ON]),
         (("recursive", "d_state"), 4, SURGERY_ON),
@@ -229,12 +257,12 @@ def test_summarize_takes_what_is_there_without_training(copy):
     assert copy.planned("summarize") == ["summarize"]
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok", "missing", "missing", "missing"]
+    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 9
     copy.path("results/eval/after_surgery_results.json").write_text('{"stage": ')
     assert copy.snakemake("summarize").returncode == 0
     text = copy.path("results/summary.txt").read_text()
     assert re.search(r"after_surgery +failed +results/eval/.*does not parse", text)
-    assert "1 of 5 expected" in text and "Zero-init proof (seed 0): missing" in text
+    assert "1 of 11 expected" in text and "Zero-init proof (seed 0): missing" in text
     assert re.search(r"finetuned_recursive +missing", text)
     assert copy.planned("summarize") == [], "and a second time there is nothing new"
 
@@ -244,7 +272,7 @@ def test_a_summary_survives_damaged_documents(copy):
     copy.path("results/eval/finetuned_vanilla_flops_documents.parquet").write_bytes(b"PAR1")
     assert copy.snakemake("summarize").returncode == 0
     verdicts = json.loads(copy.path("results/verdicts.json").read_text())
-    assert [v["verdict"] is None for v in verdicts] == [False, True, True, False]
+    assert [v["verdict"] is None for v in verdicts][:4] == [False, True, True, False]
     assert "finetuned_vanilla_documents.parquet" in verdicts[1]["problem"]
     assert verdicts[1]["problem"] in copy.path("results/summary.txt").read_text()
 
@@ -264,7 +292,7 @@ def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
     copy.write(changed)
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok", "missing", "missing", "missing"]
+    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 9
     assert rows[2]["detail"] == "there with other training.a.lr" and not rows[2]["perplexity"]
     assert json.loads(copy.path("results/verdicts.json").read_text()) == []
 
@@ -354,12 +382,12 @@ def artefacts(run: Path) -> dict:
 
 
 def test_seeds_multiply_the_rows_and_share_the_base(copy):
-    copy.write({**TINY, "seeds": [0, 3]})
+    copy.write({**ONLY_A, "seeds": [0, 3]})
     done = copy.snakemake("all")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
     assert [r["name"] for r in rows] == [
-        "baseline", *(f"{stage}{seed}" for stage in STAGES[1:] for seed in ("", "_s3")),
+        "baseline", *(f"{stage}{seed}" for stage in PHASE_A[1:] for seed in ("", "_s3")),
     ]  # fmt: skip
     verdicts = json.loads(copy.path("results/verdicts.json").read_text())
     assert {tuple(v["seeds"]) for v in verdicts} == {(0, 3)}
@@ -376,8 +404,8 @@ def test_a_pretrained_directory_takes_the_place_of_the_base(copy):
     """`base.kind: pretrained`: the tiny base of the run itself, as a user's own model."""
     shutil.move(copy.path("results/base/model"), copy.path("mine"))
     shutil.rmtree(copy.path("results"))
-    copy.write({**TINY, "base": {"kind": "pretrained", "path": "mine"}})
-    planned = [r for r in EXPECTED if r not in ("train_tokenizer", "train_base")]
+    copy.write({**ONLY_A, "base": {"kind": "pretrained", "path": "mine"}})
+    planned = set(EXPECTED) - {"train_tokenizer", "train_base", "compare_repeat"}
     assert copy.planned() == sorted([*planned, "fetch_base"])
     done = copy.snakemake("all")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,6 +13,7 @@ with job(snakemake):
         snakemake.params.seed,
         arm=snakemake.params.arm,
         overrides=snakemake.params.recursive,
+        name=snakemake.params.key,
         parent_dir=Path(snakemake.input.parent),
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
         output_dir=Path(snakemake.output.sidecar),

@@ -1,0 +1,88 @@
+"""`make test-slow`: training processes are killed a hundred times, most of them while they write.
+
+Each attempt is a forked process, so that a kill costs milliseconds and not an import of torch.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, make_base
+from test_phases import SETTINGS, same_run, tokens_dir  # noqa: F401
+
+from kimi_recursive.surgery import insert_cells
+from kimi_recursive.train import train_phase
+
+pytestmark = pytest.mark.slow
+KILLS = 100
+LONGER = {"num_steps": 40, "eval_interval": 10, "save_interval": 1}  # writing all the time
+
+
+def train(root: Path, tokens: Path) -> None:
+    """Phases a, b and c, each continued where it was."""
+    parent = root / "models/surgery"
+    for phase in "abc":
+        folder = root / phase
+        if not (folder / "train_summary.json").is_file():
+            train_phase(
+                phase, {**SETTINGS[phase], **LONGER}, 0, parent_dir=parent, tokens_dir=tokens,
+                output_dir=folder / "sidecar", logs_path=folder / "train_logs.parquet",
+                summary_path=folder / "train_summary.json", work_dir=folder / "work",
+            )  # fmt: skip
+        parent = folder / "sidecar"
+
+
+def attempt(root: Path, tokens: Path, seconds: float | None) -> bool:
+    """Train in a process of its own, killed after `seconds`; whether it came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            log = os.open(root / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            train(root, tokens)
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    log = (root / "log.txt").read_text()[-2000:]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, log
+    return not os.WIFSIGNALED(status)
+
+
+def prepare(root: Path) -> Path:
+    root.mkdir(exist_ok=True)
+    make_base("kimi").save_pretrained(root / "models/base")
+    insert_cells(root / "models/base", {**SMALL, "max_inner_steps": 2}, 0, root / "models/surgery")
+    return root
+
+
+def test_a_hundred_kills_change_nothing(tmp_path, tokens_dir):  # noqa: F811
+    straight = prepare(tmp_path / "straight")
+    started = time.monotonic()
+    assert attempt(straight, tokens_dir, None)
+    whole = time.monotonic() - started
+    generator = random.Random(0)
+    kills = rounds = half_written = 0
+    while kills < KILLS:
+        rounds += 1
+        cut = prepare(tmp_path / f"cut{rounds}")
+        done = False
+        while not done:
+            seconds = None if kills >= KILLS else generator.uniform(0.2, 0.25 * whole)
+            done = attempt(cut, tokens_dir, seconds)
+            kills += not done
+            half_written += bool(list(cut.glob("*/work/checkpoints/.step_*.tmp")))
+        for phase in "abc":
+            same_run(straight / phase, cut / phase)
+    print(f"{kills} kills in {rounds} runs, {half_written} of them left half a checkpoint")
+    assert half_written > 0, "no kill came in the middle of writing"
