@@ -151,6 +151,7 @@ def train_phase(
         "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
         "numerics": NUMERICS_VERSION,
     }
+    torch.manual_seed(seed)
     wrapper.train()
     with (
         WorkDirectory(work_dir, fingerprint, num_kept, refuse_others) as work,

@@ -146,6 +146,15 @@ def test_the_log_holds_the_rate_that_each_step_used(tmp_path):
     assert (result.best_step, result.best_metric) == (best["step"], best["validation_loss"])
 
 
+def test_without_a_schedule_the_log_holds_the_rate_all_the_same(tmp_path):
+    result, _, _, used = run(tmp_path, warmup_steps=0, lr_schedule="constant")
+    rows = result.logs.filter(pl.col("step") > 0)
+    assert rows["lr_fast"].to_list() == [1e-2] * 12 == [rates[0] for rates in used]
+    assert rows["lr_slow"].to_list() == [3e-3] * 12
+    metrics = json.loads((tmp_path / "metrics/step_000001.json").read_text())
+    assert metrics["lr_fast"] == 1e-2
+
+
 @pytest.mark.parametrize("killed_at", [1, 5, 6, 11])
 def test_straight_steps_equal_steps_kill_and_the_rest(tmp_path, killed_at):
     logs, weights, optimizer, _ = run(tmp_path / "straight")
@@ -154,6 +163,8 @@ def test_straight_steps_equal_steps_kill_and_the_rest(tmp_path, killed_at):
     again = run(tmp_path / "cut")
     assert len(again[3]) <= 12 - (killed_at - killed_at % 2), "it did not start at step 0"
     assert same(logs.logs, again[0].logs)
+    rates = [list(row) for row in logs.logs.select("lr_fast", "lr_slow").iter_rows()]
+    assert again[3] == rates[-len(again[3]) :], "the rates that the resumed steps used"
     assert (logs.best_step, logs.best_metric) == (again[0].best_step, again[0].best_metric)
     assert all(torch.equal(weights[k], again[1][k]) for k in weights)
     for key, state in optimizer["state"].items():
@@ -201,6 +212,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd):
     assert same(run(tmp_path / "straight")[0].logs, again[0].logs)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
     """A limit on the size of files stands in for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
