@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -91,7 +92,9 @@ class Adapter:
         """Write what there is beside the sidecar."""
         if self.lora is not None:
             folder = directory / ADAPTER_DIR
-            self.lora.save_pretrained(folder)
+            ordered = copy(self.lora)  # peft keeps a set, and equal adapters must be equal files
+            ordered.target_modules = sorted(self.lora.target_modules)
+            ordered.save_pretrained(folder)
             state = get_peft_model_state_dict(self.base, adapter_name=NAME)
             _save({PEFT_PREFIX + name: t for name, t in state.items()}, folder / WEIGHTS_NAME)
         if self.layers:

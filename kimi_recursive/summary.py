@@ -18,6 +18,7 @@ from kimi_recursive.matrix import (
     Evaluation,
     Training,
     evaluations,
+    repeated_evaluation,
     trainings,
     zero_init_name,
 )
@@ -70,7 +71,10 @@ def summarize(
         path = results_dir / "compare" / f"{zero_init_name(config, seed)}.json"
         proofs[seed] = _read(path)
     comparisons = compare_arms(results_dir, rows)
-    repeat = _read(results_dir / "compare" / "repeat.json") if config["repeat"] else None
+    repeat = None
+    if run := repeated_evaluation(config):
+        found, problem = _read(results_dir / "compare" / "repeat.json")
+        repeat = found, problem or ("" if found else _logged_error(results_dir, run))
     text = summary_text(rows, proofs, comparisons, repeat)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")

@@ -90,28 +90,34 @@ def _efficiency(done: list[dict[str, Any]]) -> list[str]:
     if not arms:
         return ["(no trained recursive arm)"]
     low, high = TARGET_INNER_STEPS
-    lines = []
+    target = f"target {low:.0f}-{high:.0f}"
+    lines = [
+        f"{'':<27}{'mean':>7}{target:>12}{'scored':>10}{'generated':>12}{'stopped early':>24}",
+        f"{'evaluation':<27}{'steps':>7}{'':>12}{'tok/s':>10}{'tok/s':>12}{'steps':>12}"
+        f"{'perplexity':>12}",
+    ]
     for stage, rows in arms.items():
         steps = _mean(rows, "mean_inner_steps")
-        target = "within" if low <= steps <= high else "outside"
-        line = (
-            f"{stage}: {steps:.2f} inner steps a round, {target} the target of {low:.0f}-{high:.0f}"
-        )
-        if base:
-            scored, generated = (
-                _mean(rows, key) / base[key] if base[key] and rows[0][key] else None
-                for key in ("evaluated_tokens_per_second", "generated_tokens_per_second")
-            )
-            line += f"; tokens/s {scored:.2f} of the baseline's"
-            line += "" if generated is None else f", generating {generated:.2f}"
-        lines.append(line)
+        within = "within" if low <= steps <= high else "outside"
         lines.append(
-            f"  stopping where the boundary head says so: "
-            f"{_mean(rows, 'halting_mean_inner_steps'):.2f} steps, perplexity "
-            f"{_mean(rows, 'halting_perplexity'):.4f} (at the last step "
-            f"{_mean(rows, 'perplexity'):.4f})"
+            f"{stage:<27}{steps:>7.2f}{within:>12}"
+            f"{_times(rows, base, 'evaluated_tokens_per_second'):>10}"
+            f"{_times(rows, base, 'generated_tokens_per_second'):>12}"
+            f"{_mean(rows, 'halting_mean_inner_steps'):>12.2f}"
+            f"{_mean(rows, 'halting_perplexity'):>12.4f}"
         )
+    lines += [
+        "(mean steps: of a round of generation; tok/s: times the baseline's; stopped early: each",
+        "chunk where the boundary head says so)",
+    ]
     return lines
+
+
+def _times(rows: list[dict[str, Any]], base: Mapping[str, Any] | None, key: str) -> str:
+    """A mean as a multiple of the baseline's value; nothing where one is not there."""
+    if not base or not base[key] or any(not row[key] for row in rows):
+        return "-"
+    return f"{_mean(rows, key) / base[key]:.2f}x"
 
 
 def _reproducible(repeat: tuple[dict[str, Any] | None, str] | None) -> list[str]:

@@ -320,8 +320,11 @@ def test_training_does_not_start_when_the_proof_fails(copy):
     assert not copy.path("results/runs/recursive_a_s0/train_logs.parquet").exists()
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert rows[2]["status"] == "failed" and rows[2]["detail"].startswith("zero-init proof failed")
-    assert "FAILED" in copy.path("results/summary.txt").read_text()
+    text = copy.path("results/summary.txt").read_text()
+    failed = [r["detail"] for r in rows if r["status"] == "failed"]
+    assert failed or "Repeated run: zero-init proof failed" in text, "of those that were started"
+    assert all(detail.startswith("zero-init proof failed") for detail in failed)
+    assert "FAILED" in text
 
 
 def test_a_killed_training_is_resumed_and_ends_in_the_same_artefacts(copy):
@@ -332,7 +335,7 @@ def test_a_killed_training_is_resumed_and_ends_in_the_same_artefacts(copy):
     shutil.rmtree(run / "sidecar")
     (run / "train_logs.parquet").unlink()
     shutil.rmtree(run / "work/checkpoints/step_000003")
-    done = copy.snakemake("results/runs/recursive_b_s0/train_summary.json")
+    done = copy.snakemake("results/runs/recursive_b_s0/sidecar")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "train recursive b seed 0: resumed at step 2" in done.stderr
     same_run(straight, run)
