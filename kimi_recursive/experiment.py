@@ -14,15 +14,15 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kimi_recursive.checkpoint import complete_checkpoints
 from kimi_recursive.config import CONFIG_NAME, RecursiveConfig, read_json_object
 from kimi_recursive.files import versions, write_json, write_text
 
@@ -42,6 +42,7 @@ def environment() -> dict[str, Any]:
         "versions": {**versions(), "cuda": torch.version.cuda},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "host": socket.gethostname(),
         "platform": platform.platform(),
     }
@@ -115,7 +116,7 @@ class ExperimentTracker:
                 "status": "created",
             }
         given = {
-            "description": description,
+            "description": description or None,
             "training_params": None if training_params is None else dict(training_params),
             "paths": None if paths is None else {k: v and str(v) for k, v in paths.items()},
         }
@@ -140,20 +141,22 @@ class ExperimentTracker:
         return self
 
     def __exit__(self, _type, error: BaseException | None, _traceback) -> None:
-        # A disk that is full must not hide the error that says so.
-        with nullcontext() if error is None else suppress(OSError):
+        if error is None:
             if self._writer is not None:
                 self._writer.close()
-            self._record_end(error)
-
-    def _record_end(self, error: BaseException | None) -> None:
-        if error is None:
             self._update(status="completed", ended_at=now())
             return
+        with suppress(OSError):  # a disk that is full must not hide the error that says so
+            if self._writer is not None:
+                self._writer.close()
+        with suppress(OSError):
+            self._record_end(error)
+
+    def _record_end(self, error: BaseException) -> None:
         if isinstance(error, SystemExit | KeyboardInterrupt):
             self._update(status="interrupted", ended_at=now(), last_step=_step_of(error))
             return
-        kept = sorted((self.directory / "checkpoints").glob("step_*"))
+        kept = complete_checkpoints(self.directory)
         self._update(
             status="failed",
             ended_at=now(),
@@ -218,23 +221,36 @@ class ExperimentTracker:
                 self._writer.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
-        """Drop metrics and samples of later steps, which a resumed run makes again; below 0, what
-        an earlier computation left. Notes and issues stay."""
+        """Drop metrics and samples of later steps, which a resumed run makes again. What people
+        wrote stays."""
         for path in (self.directory / "metrics").glob("step_*.json"):
-            if int(path.stem[5:]) > step:
+            if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
                 path.unlink()
         samples = self.directory / "notes" / "generation_samples.jsonl"
-        kept = [
-            line
-            for line in samples.read_text(encoding="utf-8").splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step
-        ]
-        write_text(samples, "".join(kept))
-        if step < 0:
-            shutil.rmtree(self.directory / "logs")
-            (self.directory / "logs").mkdir()
-        else:
-            self._purge_step = step + 1
+        lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(samples, "".join(line for line in lines if not _is_later(line, step)))
+        self._purge_step = step + 1
+
+    def start_afresh(self) -> None:
+        """Drop what an earlier computation in this directory measured; notes and issues stay."""
+        self.rewind(-1)
+        for path in (self.directory / "logs").glob("events.out.tfevents.*"):
+            path.unlink()
+        self._purge_step = None
+        for key in ("final_results", "best_checkpoint_step", "best_metrics"):
+            self.metadata.pop(key, None)
+        self._update()
+
+
+def _is_later(line: str, step: int) -> bool:
+    """Whether a line is a whole sample of a later step, or what a kill left of one."""
+    try:
+        sample = json.loads(line)
+    except ValueError:
+        return not line.endswith("\n")
+    return (
+        isinstance(sample, dict) and isinstance(sample.get("step"), int) and sample["step"] > step
+    )
 
 
 def _step_of(error: BaseException) -> int | None:

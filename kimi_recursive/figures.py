@@ -55,7 +55,10 @@ def plot_perplexity_by_step(results: Sequence[Path], output_path: Path) -> None:
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("perplexity on held-out documents")
     row[0][0].legend(frameon=False)
-    figure.supxlabel("inner steps (0 is the base; open markers: beyond the trained depth)", size=10)
+    figure.supxlabel(
+        "inner steps (0: the base, which trains from phase b on; open: beyond the trained depth)",
+        size=10,
+    )
     output_path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output_path, dpi=150)
     plt.close(figure)

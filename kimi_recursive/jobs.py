@@ -56,7 +56,7 @@ def job(snakemake) -> Iterator[None]:
         with redirect_stderr(tee), redirect_stdout(tee):
             try:
                 yield
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(USER_ERROR_EXIT_CODE)
             except KeyboardInterrupt:

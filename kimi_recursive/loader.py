@@ -111,12 +111,14 @@ def save_sidecar(
     directory: str | Path,
     base_path: str | Path,
     phase: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Write `sidecar.safetensors`, `recursive_config.json`, and what was trained inside the base
     (`kimi_recursive.adapter`); the base is named, not copied.
 
     Args:
         phase: The training phase that made it; None before training.
+        revision: Of the base, where `base_path` is a Hub id.
 
     Raises:
         ValueError: recursion is disabled, so there is no sidecar.
@@ -132,8 +134,11 @@ def save_sidecar(
         "base_model_name_or_path": base_path,
         "base": base_identity(wrapper.base),
         "refined_layers": wrapper.refined_layers,
+        "revision": revision,
         "phase": phase,
+        "lora": bool(wrapper.adapter and wrapper.adapter.lora),
         "unfrozen_layers": wrapper.adapter.layers if wrapper.adapter else [],
+        "dtype": str(wrapper.base.dtype).removeprefix("torch."),
     }
     # One key: safetensors writes several in no fixed order, and equal sidecars must be equal files.
     metadata = {METADATA_KEY: json.dumps(facts, sort_keys=True)}
@@ -171,12 +176,12 @@ def load_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path) -> None:
         if have != want:
             raise ValueError(f"{path}: does not fit this config: {name} is {have}, needs {want}")
     wrapper.load_state_dict(tensors, strict=False)
-    if wrapper.adapter is not None:
-        wrapper.adapter.load_weights(Path(directory))
-    elif facts["unfrozen_layers"] or (Path(directory) / ADAPTER_DIR).is_dir():
+    if facts["lora"] or facts["unfrozen_layers"]:
         from kimi_recursive.adapter import load_adapter  # importing peft takes a second
 
-        load_adapter(wrapper, Path(directory), facts["unfrozen_layers"])
+        load_adapter(wrapper, Path(directory), facts["lora"], facts["unfrozen_layers"])
+    elif wrapper.adapter is not None:
+        raise ValueError(f"{path}: has no adapter, and this wrapper has one; drop it first")
 
 
 def load_model_with_config(
@@ -224,6 +229,11 @@ def load_model_with_config(
     config = RecursiveConfig.from_dict({**config.to_dict(), **(overrides or {})}).validated()
 
     where = str(base_path or base_of(model_path))
+    if sidecar is not None and config.recursive_enabled:
+        facts = sidecar_facts(sidecar.parent)
+        load_options["revision"] = load_options.get("revision") or facts["revision"]
+        if facts["unfrozen_layers"] and load_options.get("dtype", "auto") == "auto":
+            load_options["dtype"] = facts["dtype"]  # trained weights are not rounded unasked
     base = load_base(where, **load_options)
     model = build_wrapper(base, config, seed)
     if sidecar is not None and config.recursive_enabled:
@@ -261,13 +271,13 @@ def sidecar_base_path(sidecar: Path) -> str:
         ValueError: damaged file, or none of ours.
     """
     name = _read_sidecar(sidecar, weights=False)[0]["base_model_name_or_path"]
-    local = sidecar.parent / name
-    return str(Path(os.path.normpath(local))) if local.is_dir() or _is_local(name) else name
+    local = sidecar.parent.resolve() / name  # where links lead, as when it was written
+    return str(local.resolve()) if local.is_dir() or _is_local(name) else name
 
 
 def sidecar_facts(directory: str | Path) -> dict[str, Any]:
-    """What a sidecar says of itself: `base_model_name_or_path`, `base` (its identity),
-    `refined_layers`, `phase` (None before training), `unfrozen_layers`.
+    """What a sidecar says of itself: `base_model_name_or_path`, `base` (its identity), `revision`,
+    `refined_layers`, `phase` (None before training), `lora`, `unfrozen_layers`, `dtype`.
 
     Raises:
         ValueError: missing or damaged file, or none of ours.
@@ -281,7 +291,8 @@ def _read_sidecar(
     tensors, metadata = read_safetensors(path, weights)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path}: is no sidecar (it does not name its base)")
-    return {"phase": None, "unfrozen_layers": [], **json.loads(metadata[METADATA_KEY])}, tensors
+    before = {"revision": None, "phase": None, "lora": False, "unfrozen_layers": []}
+    return {**before, **json.loads(metadata[METADATA_KEY])}, tensors
 
 
 def _check_safetensors(directory: Path) -> None:

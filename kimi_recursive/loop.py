@@ -182,9 +182,10 @@ def train_loop(
         scheduler.load_state_dict(checkpoint.scheduler)
         torch.set_rng_state(checkpoint.state["rng"])
         tracker.rewind(step)
+        tracker.set_best(best_step, {watch: best_metric})
         print(f"{description}: resumed at step {step}", file=sys.stderr, flush=True)
     else:
-        tracker.rewind(-1)
+        tracker.start_afresh()
         rows.append({"step": 0})
         measure()
         tracker.save_metrics(0, rows[-1])
@@ -196,7 +197,7 @@ def train_loop(
     bar = tqdm(
         total=settings.num_steps, initial=step, desc=description, unit="step", mininterval=2.0
     )
-    with _signals() as arrived, bar:
+    with stop_signals() as arrived, bar:
         while step < settings.num_steps:
             rates = learning_rates(optimizer)
             loss, parts = objective(batch(step), step)
@@ -234,9 +235,10 @@ def train_loop(
             if validated or step % settings.log_interval == 0:
                 tracker.save_metrics(step, rows[-1])
             bar.update()
-            if last or better or arrived or step % settings.save_interval == 0:
+            stop = bool(arrived)
+            if last or better or stop or step % settings.save_interval == 0:
                 save()
-            if arrived and not last:
+            if stop and not last:
                 tqdm.write(f"{description}: stopped at step {step}, to be resumed", sys.stderr)
                 raise Interrupted(step)
     work.mark_best(best_step)
@@ -244,14 +246,29 @@ def train_loop(
     return LoopResult(pl.DataFrame(rows, infer_schema_length=None), best_step, best_metric)
 
 
+_arrived: list[int] | None = None
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect the signals to stop in a list instead of dying of them."""
-    arrived: list[int] = []
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 in a list instead of dying of them. An inner block shares
+    the list of the outer one, so that what comes while a model loads is not lost."""
+    global _arrived
+    if _arrived is not None:
+        yield _arrived
+        return
+    _arrived = arrived = []
+
+    def note(number: int, _frame) -> None:
+        arrived.append(number)
+        name = signal.Signals(number).name
+        print(f"{name}: stopping behind the next step", file=sys.stderr, flush=True)
+
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {s: signal.signal(s, lambda number, _frame: arrived.append(number)) for s in signals}
+    before = {s: signal.signal(s, note) for s in signals}
     try:
         yield arrived
     finally:
+        _arrived = None
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -188,7 +188,8 @@ class DraftRepair(nn.Module):
         if not config.single_pass and (self.base_trains or not drawn.clean):
             with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
                 base = wrapper.start_chunk(draft.inputs, prefix)
-        losses = chunk_losses(wrapper, base, draft)
+        trains_step_0 = self.base_trains and not config.single_pass
+        losses = chunk_losses(wrapper, base, draft, trains_step_0)
         weights = {
             "final": config.lambda_final,
             "masked": config.lambda_masked,
@@ -215,12 +216,14 @@ class DraftRepair(nn.Module):
         )
 
 
-def chunk_losses(wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft) -> dict[str, Tensor]:
+def chunk_losses(
+    wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft, trains_step_0: bool = False
+) -> dict[str, Tensor]:
     """The six losses of DESIGN.md section 3 over the inner steps 1..K, unweighted.
 
     * final: cross-entropy at step K on all targets.
-    * masked: mean cross-entropy at steps 1..K-1 on editable targets (deep supervision); also at
-      step 0 where it has a gradient, which is where the base trains.
+    * masked: mean cross-entropy at steps 1..K-1 on editable targets (deep supervision), and at
+      step 0 where the base trains (`trains_step_0`).
     * halt: binary cross-entropy of p_commit at steps 1..K-1 with "the next step does not lower the
       chunk's mean cross-entropy by more than `halt_margin`".
     * len: cross-entropy of the length head at step K with the length of the correct leading run.
@@ -235,7 +238,7 @@ def chunk_losses(wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft) -
     keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
     inputs, previous = draft.inputs, None
     masked, stability, chunk_ce, commit_logits = [], [], [], []
-    if chunk.logits.requires_grad:
+    if trains_step_0:
         logits = chunk.logits.float().transpose(1, 2)
         ce = F.cross_entropy(logits, draft.targets, reduction="none")
         masked.append(_mean(ce, draft.editable))

@@ -15,6 +15,7 @@ from typing import Any
 NUMERICS_VERSION = 1
 
 PHASES = ("a", "b", "c")
+MAX_SEED = 2**31 - 1
 
 # Arms and the parameters of `RecursiveConfig` that make them what they are.
 SINGLE_PASS = {"single_pass": True, "max_inner_steps": 1}

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
-from kimi_recursive.config import RecursiveConfig, get_phase_a_config
+from kimi_recursive.config import CONFIG_NAME, RecursiveConfig, get_phase_a_config
 from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
 from kimi_recursive.evaluate import losses_by_step
-from kimi_recursive.experiment import ExperimentTracker
+from kimi_recursive.experiment import METADATA_NAME, ExperimentTracker
 from kimi_recursive.files import write_parquet
-from kimi_recursive.loader import SIDECAR_NAME, base_of, check_context, load_model_with_config
+from kimi_recursive.loader import SIDECAR_NAME, base_of, load_model_with_config
+from kimi_recursive.loop import NEUTRAL_KEYS, Interrupted, stop_signals
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import NUMERICS_VERSION
-from kimi_recursive.train import train_phase
+from kimi_recursive.train import check_windows, train_phase
 
 
 def run_experiment(
@@ -37,6 +38,7 @@ def run_experiment(
     arm: str = "recursive",
     num_kept: int | None = None,
     force: bool = False,
+    inputs: Mapping[str, Any] | None = None,
     **load_options: Any,
 ) -> Path:
     """Train a phase, or with recursion disabled in `config` run the baseline, into
@@ -48,6 +50,7 @@ def run_experiment(
             chunks.
         num_kept: Checkpoints to keep beside the best; None for all.
         force: Start afresh where another experiment of that name is.
+        inputs: Further paths for the record.
         load_options: Passed on to `load_model_with_config`.
 
     Returns: the experiment directory.
@@ -56,15 +59,17 @@ def run_experiment(
         ValueError: bad settings or inputs, another experiment of that name, or a diverged run.
     """
     directory = output_dir / name
+    ours = ("fingerprint.json", METADATA_NAME)
+    foreign = directory.exists() and not any((directory / file).is_file() for file in ours)
+    if foreign and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory}: is there and is no experiment; choose another name")
     if config is None and not (Path(model_path) / SIDECAR_NAME).is_file():
         config = get_phase_a_config()
-    width = (
-        config or RecursiveConfig.from_file(Path(model_path) / "recursive_config.json")
-    ).chunk_width
+    width = (config or RecursiveConfig.from_file(Path(model_path) / CONFIG_NAME)).chunk_width
     settings = {**settings, "context_length": settings["context_length"] or 4 * width}
     if settings["warmup_steps"] > settings["num_steps"]:
         raise ValueError("warmup_steps must be at most num_steps")
-    options = {"num_kept": num_kept, "refuse_others": not force, **load_options}
+    options = {"refuse_others": not force, "inputs": inputs, **load_options}
     if config is not None and not config.recursive_enabled:
         run_baseline(
             directory, name, description, model_path, config, settings, seed, tokens_dir, **options
@@ -84,6 +89,7 @@ def run_experiment(
         config=config,
         name=name,
         description=description,
+        num_kept=num_kept,
         **options,
     )
     return directory
@@ -99,8 +105,8 @@ def run_baseline(
     settings: Mapping[str, Any],
     seed: int,
     tokens_dir: Path,
-    num_kept: int | None = None,
     refuse_others: bool = False,
+    inputs: Mapping[str, Any] | None = None,
     **load_options: Any,
 ) -> None:
     """The base on the chunks that a training with the same settings and seed would see, and on the
@@ -115,35 +121,39 @@ def run_baseline(
     """
     wrapper, _, _ = load_model_with_config(model_path, config=config, **load_options)
     context, num_steps = settings["context_length"], settings["num_steps"]
-    check_context(wrapper.base, context, "context_length")
+    check_windows(wrapper, context)
     sampler = WindowSampler(
         load_tokens(tokens_dir, "train"), context + 1, settings["batch_size"], seed
     )
     windows = validation_windows(tokens_dir, context, settings["num_validation_windows"])
     objective = DraftRepair(wrapper, num_steps, settings["own_draft_share"], seed)
     fingerprint = {
-        "baseline": dict(settings),
+        "baseline": {k: v for k, v in settings.items() if k not in NEUTRAL_KEYS},
         "seed": seed,
         "config": config.to_dict(),
-        "base": model_digest(base_of(model_path)),
+        "load": load_options,
+        "base": model_digest(base_of(model_path), load_options.get("revision")),
         "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
         "numerics": NUMERICS_VERSION,
     }
     rows: list[dict[str, Any]] = []
     with (
-        WorkDirectory(directory, fingerprint, num_kept, refuse_others),
+        stop_signals() as arrived,
+        WorkDirectory(directory, fingerprint, refuse_others=refuse_others),
         ExperimentTracker(
             directory,
             name,
             description,
             config,
             {"phase": None, "seed": seed, **settings},
-            {"model_path": model_path, "tokens": tokens_dir},
+            {"model_path": model_path, "tokens": tokens_dir, **(inputs or {})},
         ) as tracker,
     ):
-        tracker.rewind(-1)
+        tracker.start_afresh()
         [validation] = losses_by_step(wrapper, windows, settings["batch_size"])
         for step in tqdm(range(num_steps), desc="baseline", unit="step", mininterval=2.0):
+            if arrived:
+                raise Interrupted(step)
             batch = torch.from_numpy(sampler.batch(step)).to(wrapper.device)
             start = objective.draw(context, step).start
             gold = batch[:, start : start + config.chunk_width + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError
 
-from kimi_recursive.config import RecursiveConfig, unknown_key_message
+from kimi_recursive.config import RecursiveConfig, read_json_object, unknown_key_message
 
 # JSON Schema takes 16.0 for an integer; Python's range does not.
 _Validator = validators.extend(
@@ -48,11 +49,19 @@ def validate_settings(config: Mapping[str, Any], schema_path: str | Path) -> dic
         for error in sorted(_Validator(schema).iter_errors(config), key=_where)
         for line in _explain(error)
     ]
+    errors += [f"{where}: must be finite, got {x}" for where, x in _not_finite(config)]
     errors = errors or _check_recursive(config["recursive"])
     errors = errors or list(_check_together(config))
     if errors:
         raise ValueError("\n".join(errors))
     return dict(config)
+
+
+def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(node, float) and not math.isfinite(node):
+        yield where, node
+    for key, child in node.items() if isinstance(node, Mapping) else ():
+        yield from _not_finite(child, f"{where}.{key}" if where else str(key))
 
 
 def recursive_subset(config: Mapping[str, Any], *groups: tuple[str, ...]) -> dict[str, Any]:
@@ -100,6 +109,7 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             recursive.layer_indices(architecture["num_hidden_layers"])
         except ValueError as error:
             yield f"recursive.{error}"
+    yield from _check_phase_c(config)
     for phase, settings in config["training"].items():
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
@@ -110,6 +120,29 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             )
     if config["corpus"]["validation"] + config["corpus"]["test"] >= 1:
         yield "corpus: validation and test together must be below 1"
+
+
+def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:
+    """What would stop phase C after the phases before it have trained."""
+    base = config["base"]
+    if "c" not in config["phases"]:
+        return
+    dtype, num_layers = base["dtype"], None
+    if base["kind"] == "scratch":
+        num_layers = base["architecture"]["num_hidden_layers"]
+    elif base.get("path") and (Path(base["path"]) / "config.json").is_file():
+        found = read_json_object(Path(base["path"]) / "config.json")
+        found = found.get("text_config") or found
+        num_layers = found.get("num_hidden_layers") or found.get("n_layer")
+        if dtype == "auto":
+            dtype = found.get("dtype") or found.get("torch_dtype") or "float32"
+    elif base.get("hub_id") and dtype == "auto":
+        dtype = "auto for a hub_id"
+    if dtype not in ("auto", "float32"):
+        yield f"base.dtype: phase c needs float32 (or phases: [a, b]), got {dtype}"
+    every = config["training"]["c"]["unfreeze_every"]
+    if num_layers is not None and every > num_layers:
+        yield f"training.c.unfreeze_every: the base has {num_layers} layers, got {every}"
 
 
 def _where(error: ValidationError) -> str:

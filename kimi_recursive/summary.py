@@ -11,7 +11,9 @@ from typing import Any
 
 import polars as pl
 
+from kimi_recursive.checkpoint import file_digest
 from kimi_recursive.files import write_json, write_text
+from kimi_recursive.loader import SIDECAR_NAME
 from kimi_recursive.matrix import (
     ARMS,
     PHASES,
@@ -73,8 +75,9 @@ def summarize(
     comparisons = compare_arms(results_dir, rows)
     repeat = None
     if run := repeated_evaluation(config):
-        found, problem = _read(results_dir / "compare" / "repeat.json")
-        repeat = found, problem or ("" if found else _logged_error(results_dir, run))
+        repeat = _read_repeat(results_dir, rows)
+        if repeat == (None, ""):
+            repeat = None, _logged_error(results_dir, run)
     text = summary_text(rows, proofs, comparisons, repeat)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
@@ -98,8 +101,9 @@ def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> di
     chain = _chain(config, evaluation.training)
     trained = []
     for run in chain if found else ():
-        summary, problem = _read(results / "runs" / run.key / "train_summary.json")
+        summary, damage = _read(results / "runs" / run.key / "train_summary.json")
         trained += [summary] if summary else []
+        problem = problem or damage
     if not found or len(trained) < len(chain):
         problem = problem or _logged_error(results, evaluation)
         return row | {"status": "failed" if problem else "missing", "detail": problem}
@@ -188,6 +192,22 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
         return json.loads(path.read_text(encoding="utf-8")), ""
     except ValueError as error:
         return None, f"{path}: does not parse ({error})"
+
+
+def _read_repeat(results: Path, rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, str]:
+    """The comparison of the repeated run, if it is of the run that is there now."""
+    found, problem = _read(results / "compare" / "repeat.json")
+    if found is None:
+        return None, problem
+    try:
+        sidecar = results / "runs" / found["run"] / "sidecar" / SIDECAR_NAME
+        there = sidecar.is_file() and file_digest(sidecar) == found["sidecar_sha256"]
+        rows = [row for row in rows if row["training"] == found["run"] and row["status"] == "ok"]
+    except KeyError as error:
+        return None, f"{results / 'compare' / 'repeat.json'}: has no {error}"
+    if not (there and rows):
+        return None, "there for another run"
+    return found, ""
 
 
 def _logged_error(results: Path, evaluation: Evaluation) -> str:

@@ -56,7 +56,7 @@ def _zero_init(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[
 def _help(comparisons: list[dict[str, Any]]) -> list[str]:
     if not comparisons:
         return ["(no trained recursive arm, or nothing to compare it with)"]
-    lines = []
+    lines, most = [], max(len(c["seeds"]) for c in comparisons)
     for stage in dict.fromkeys(c["arm"] for c in comparisons):
         against = f"{stage} against"
         lines.append(f"{against:<33}{'perplexity':>11}{'95 % interval':>22}  verdict")
@@ -68,13 +68,16 @@ def _help(comparisons: list[dict[str, Any]]) -> list[str]:
                 continue
             mean, low, high = c["perplexity_percent"]
             interval = f"[{low:+.3f}, {high:+.3f}] %"
-            lines.append(f"  {c['reference']:<31}{mean:>+9.3f} %{interval:>22}  {c['verdict']}")
+            few = f" ({len(c['seeds'])} of {most} seeds)" if len(c["seeds"]) < most else ""
+            lines.append(
+                f"  {c['reference']:<31}{mean:>+9.3f} %{interval:>22}  {c['verdict']}{few}"
+            )
     first = next((c for c in comparisons if c["verdict"]), None)
     if first is None:
         return lines
     over = f"{first['num_documents']} documents"
-    if len(first["seeds"]) > 1:
-        over += f" and {len(first['seeds'])} seeds"
+    if most > 1:
+        over += f" and {most} seeds"
     else:
         over += "; one seed, so it says nothing of the spread over seeds"
     lines.append(f"(step {first['arm_step']}; paired bootstrap over {over})")

@@ -33,7 +33,7 @@ from kimi_recursive.loader import (
     save_sidecar,
     sidecar_facts,
 )
-from kimi_recursive.loop import NEUTRAL_KEYS, LoopSettings, train_loop
+from kimi_recursive.loop import NEUTRAL_KEYS, LoopSettings, stop_signals, train_loop
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import ARMS, NUMERICS_VERSION, PHASES
 from kimi_recursive.model import ChunkRefineWrapper
@@ -43,6 +43,7 @@ LOOP_KEYS = ("warmup_steps", "lr_schedule", "max_grad_norm", "eval_interval", *N
 Groups = dict[str, dict[str, nn.Parameter]]
 
 
+@stop_signals()
 def train_phase(
     phase: str,
     settings: Mapping[str, Any],
@@ -58,6 +59,7 @@ def train_phase(
     config: RecursiveConfig | None = None,
     name: str | None = None,
     description: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
     num_kept: int | None = NUM_KEPT,
     refuse_others: bool = False,
     **load_options: Any,
@@ -81,6 +83,7 @@ def train_phase(
         overrides: Parameters of `RecursiveConfig` to change in the parent's config.
         config: In place of the parent's config.
         name, description: Of the experiment.
+        inputs: Further paths for its record.
         num_kept: Checkpoints to keep beside the best; None for all.
         refuse_others: Raise where `work_dir` holds another computation, instead of starting afresh.
         load_options: Passed on to `load_model_with_config`.
@@ -93,6 +96,9 @@ def train_phase(
     fresh = _check_parent(phase, parent_dir)
     accelerator = Accelerator(mixed_precision=settings["mixed_precision"])
     parent = config or RecursiveConfig.from_file(Path(parent_dir) / CONFIG_NAME)
+    if not fresh and parent.single_pass != bool(ARMS[arm].get("single_pass")):
+        kind = "a single-pass" if parent.single_pass else "the recursive"
+        raise ValueError(f"{parent_dir}: is of {kind} arm and cannot go on as arm '{arm}'")
     reference = RecursiveConfig.from_dict({**parent.to_dict(), **(overrides or {})})
     if arm == "vanilla_flops" and reference.single_pass and reference.max_inner_steps == 1:
         raise ValueError(
@@ -110,13 +116,8 @@ def train_phase(
     groups = _parameter_groups(wrapper, phase, settings, seed)
     trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
     optimizer = _optimizer(groups, settings)
-    context, width = settings["context_length"], config.chunk_width
-    if context % width:
-        raise ValueError(
-            f"training.{phase}.context_length ({context}) must be a multiple of "
-            f"recursive.chunk_width ({width})"
-        )
-    check_context(wrapper.base, context, f"training.{phase}.context_length")
+    context = settings["context_length"]
+    check_windows(wrapper, context)
     train = load_tokens(tokens_dir, "train")
     sampler = WindowSampler(train, context + 1, settings["batch_size"], seed)
     windows = validation_windows(tokens_dir, context, settings["num_validation_windows"])
@@ -138,6 +139,13 @@ def train_phase(
     objective = _objective(wrapper, num_steps, settings, seed)
     objective, optimizer = accelerator.prepare(objective, optimizer)
 
+    base_path, revision = base_of(parent_dir), load_options.get("revision")
+    if not fresh or (Path(parent_dir) / SIDECAR_NAME).is_file():
+        revision = revision or sidecar_facts(parent_dir)["revision"]
+
+    def write_model(folder: Path) -> None:
+        save_sidecar(wrapper, folder, base_path, phase, revision)
+
     fingerprint = {
         "phase": phase,
         "arm": arm,
@@ -146,7 +154,7 @@ def train_phase(
         "num_steps": num_steps,
         "config": config.to_dict(),
         "load": load_options,
-        "base": model_digest(base_of(parent_dir)),
+        "base": model_digest(base_path, revision),
         "parent": _sidecar_digests(parent_dir),
         "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
         "numerics": NUMERICS_VERSION,
@@ -161,7 +169,7 @@ def train_phase(
             description,
             config,
             {"phase": phase, "arm": arm, "seed": seed, "total_steps": num_steps, **settings},
-            {"model_path": parent_dir, "base": base_of(parent_dir), "tokens": tokens_dir},
+            {"model_path": parent_dir, "base": base_path, "tokens": tokens_dir, **(inputs or {})},
         ) as tracker,
     ):
         result = train_loop(
@@ -179,11 +187,11 @@ def train_phase(
             tracker=tracker,
             accelerator=accelerator,
             description=f"train {arm} {phase} seed {seed}",
-            write_model=lambda folder: save_sidecar(wrapper, folder, base_of(parent_dir), phase),
+            write_model=write_model,
             read_model=lambda folder: load_sidecar(wrapper, folder),
         )
         with publishing(output_dir) as folder:
-            save_sidecar(wrapper, folder, base_of(parent_dir), phase)
+            write_model(folder)
         write_parquet(logs_path, result.logs)
         summary = {
             "arm": arm,
@@ -230,12 +238,22 @@ def _check_parent(phase: str, parent_dir: str | Path) -> bool:
     return trained is None
 
 
+def check_windows(wrapper: ChunkRefineWrapper, context: int) -> None:
+    """Raises ValueError when windows of `context` tokens are no whole chunks, or too long."""
+    width = wrapper.config.chunk_width
+    if context % width:
+        raise ValueError(
+            f"context_length ({context}) must be a multiple of recursive.chunk_width ({width})"
+        )
+    check_context(wrapper.base, context, "context_length")
+
+
 def _sidecar_digests(parent_dir: str | Path) -> dict[str, str]:
     """sha256 of the files of a sidecar directory; nothing for a base."""
     parent = Path(parent_dir)
     if not (parent / SIDECAR_NAME).is_file():
         return {}
-    files = sorted(path for path in parent.rglob("*.safetensors"))
+    files = sorted(path for path in parent.rglob("*.*") if path.suffix in (".safetensors", ".json"))
     return {str(path.relative_to(parent)): file_digest(path) for path in files}
 
 
@@ -257,15 +275,15 @@ def _parameter_groups(
         from kimi_recursive.adapter import Adapter, every_nth_layer, lora_config
 
         adapter = wrapper.adapter = wrapper.adapter or Adapter(wrapper)
-        if adapter.lora is None:
-            adapter.add_lora(lora_config(wrapper, **settings["lora"]), seed)
-        if phase == "c" and not adapter.layers:
+        if phase == "b":
+            adapter.set_lora(lora_config(wrapper, **settings["lora"]), seed)
+        if phase == "c":
             if wrapper.base.dtype != torch.float32:
                 raise ValueError(
                     "phase c trains weights of the base, and their updates are lost below "
-                    f"float32; this base is {wrapper.base.dtype}: set base.dtype to float32"
+                    f"float32; this base is {wrapper.base.dtype}: set its dtype to float32"
                 )
-            adapter.unfreeze(every_nth_layer(wrapper, settings["unfreeze_every"]))
+            adapter.set_layers(every_nth_layer(wrapper, settings["unfreeze_every"]))
         groups["lora"] = adapter.lora_parameters()
         if adapter.layers:
             groups["layers"] = adapter.layer_parameters()

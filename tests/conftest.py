@@ -1,12 +1,15 @@
 """Tiny models of every kind that the wrapper must serve, built from their configs."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
+import polars as pl
 import pytest
 import torch
 import transformers
@@ -19,8 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
-from kimi_recursive.loader import build_wrapper
+from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, cli, data
+from kimi_recursive.loader import build_wrapper, load_tokenizer, save_sidecar
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -116,3 +119,40 @@ def kind(request) -> str:
 @pytest.fixture
 def base(kind) -> PreTrainedModel:
     return make_base(kind)
+
+
+@pytest.fixture(scope="module")
+def tokens_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    for split, seed in (("train", 0), ("validation", 1), ("test", 2)):
+        tokens = random_ids(3, 60, seed).tolist()
+        table = {"document_id": list("abc"), "tokens": tokens, "num_tokens": [60] * 3}
+        pl.DataFrame(table, schema_overrides={"tokens": pl.List(pl.Int32)}).write_parquet(
+            folder / f"{split}.parquet"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    """A Llama with a byte-level tokenizer that fits its vocabulary of 97."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "docs").mkdir()
+    for i in range(5):
+        (root / f"docs/{i}.txt").write_text(f"document {i} says: " + "abcd " * (20 + i))
+    base = make_base("llama")
+    base.resize_token_embeddings(300)
+    base.save_pretrained(root / "base")
+    corpus = {"source": str(root / "docs"), "validation": 0.2, "test": 0.2, "seed": 0}
+    data.prepare_corpus(corpus, root / "corpus")
+    data.train_tokenizer(root / "corpus", root / "tokenizer", 280)
+    load_tokenizer(root / "tokenizer").save_pretrained(root / "base")
+    save_sidecar(perturb(make_wrapper(base)), root / "sidecar", root / "base")
+    return root
+
+
+def call(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["kimi-recursive", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code or 0

@@ -9,35 +9,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from conftest import SMALL, make_base, make_wrapper, perturb
+from conftest import SMALL, call, make_base, make_wrapper
 
-from kimi_recursive import RecursiveConfig, cli, data
-from kimi_recursive.loader import load_tokenizer, save_sidecar
-
-
-def call(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["kimi-recursive", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return exit_.value.code or 0
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    """A Llama with a byte-level tokenizer that fits its vocabulary of 97."""
-    root = tmp_path_factory.mktemp("cli")
-    (root / "docs").mkdir()
-    for i in range(5):
-        (root / f"docs/{i}.txt").write_text(f"document {i} says: " + "abcd " * (20 + i))
-    base = make_base("llama")
-    base.resize_token_embeddings(300)
-    base.save_pretrained(root / "base")
-    corpus = {"source": str(root / "docs"), "validation": 0.2, "test": 0.2, "seed": 0}
-    data.prepare_corpus(corpus, root / "corpus")
-    data.train_tokenizer(root / "corpus", root / "tokenizer", 280)
-    load_tokenizer(root / "tokenizer").save_pretrained(root / "base")
-    save_sidecar(perturb(make_wrapper(base)), root / "sidecar", root / "base")
-    return root
+from kimi_recursive import RecursiveConfig
+from kimi_recursive.loader import save_sidecar
 
 
 def options(root: Path, **more) -> list:

@@ -168,6 +168,17 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ("evaluation.batch_size", 16.0, "must be of type integer, got 16.0"),
         ("training.a.warmup_steps", 121, "training.a.warmup_steps: must be at most num_steps"),
         ("base.kind", "pretrained", "needs either path (a local directory) or hub_id"),
+        ("base.dtype", "bfloat16", "base.dtype: phase c needs float32 (or phases: [a, b]), got bf"),
+        ("training.c.unfreeze_every", 5, "unfreeze_every: the base has 4 layers, got 5"),
+        (
+            "training.b.lora.targets",
+            "q_proj",
+            "must be a text that matches ^all-linear$",
+        ),
+        ("training.b.lr_lora", float("nan"), "training.b.lr_lora: must be finite, got nan"),
+        ("training.c.lora", {"rank": 2}, "training.c: unknown key 'lora'"),
+        ("phases", ["b"], "phases: must be one of ['a'], ['a', 'b'], ['a', 'b', 'c'], got ['b']"),
+        ("seeds", [2**31], "seeds.0: must be at most 2147483647"),
     ],
 )
 def test_single_errors_of_the_workflow_config(settings, path, value, error):
@@ -187,10 +198,26 @@ def test_every_unknown_recursive_key_is_named(settings):
 
 
 def test_a_hub_base_must_be_pinned(settings):
-    settings["base"] |= {"kind": "pretrained", "hub_id": "org/model"}
+    settings["base"] |= {"kind": "pretrained", "hub_id": "org/model", "dtype": "float32"}
     assert errors_of(settings) == [
         "base.revision: a hub_id needs a pinned revision (a commit hash or tag)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        ({"num_hidden_layers": 8, "torch_dtype": "bfloat16"}, "phase c needs float32"),
+        ({"n_layer": 2, "dtype": "float32"}, "the base has 2 layers, got 4"),
+    ],
+)
+def test_what_would_stop_phase_c_of_a_local_base_is_said_at_once(tmp_path, settings, model, error):
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    settings["base"] |= {"kind": "pretrained", "path": str(tmp_path)}
+    [line] = errors_of(settings)
+    assert error in line
+    settings["phases"] = ["a", "b"]
+    assert validate_settings(settings, SCHEMA) == settings
 
 
 def test_the_groups_of_recursive_cover_every_parameter_once(settings):

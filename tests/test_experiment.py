@@ -2,19 +2,23 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import SMALL, random_ids
+from conftest import SMALL, call, random_ids
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_cli import call, model_dir  # noqa: F401
 
 from kimi_recursive import ExperimentTracker, RecursiveConfig, load_model_with_config
+from kimi_recursive.loader import sidecar_facts
 from kimi_recursive.loop import Diverged, Interrupted
 
 
@@ -93,7 +97,8 @@ def test_how_a_run_ended(tmp_path):
 
     found = run(Interrupted(7))
     assert (found["status"], found["last_step"]) == ("interrupted", 7)
-    (tmp_path / "checkpoints/step_000004").mkdir(parents=True)
+    for name in ("step_000004", "step_000003", "step_000009_mine"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
     found = run(Diverged("loss nan at step 6", 6))
     assert found["status"] == "failed" and found["error"] == "Diverged: loss nan at step 6"
     assert (found["failed_step"], found["last_good_step"]) == (6, 4)
@@ -117,7 +122,14 @@ def test_rewinding_drops_what_a_resumed_run_makes_again(tmp_path):
     assert scalars(tmp_path, "loss") == [(2, 2.0), (4, 4.0), (6, 0.5)]
     samples = (tmp_path / "notes/generation_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [2, 4]
-    ExperimentTracker(tmp_path).rewind(-1)
+    samples = tmp_path / "notes/generation_samples.jsonl"
+    samples.write_text(samples.read_text() + '{"mine": 1}\nnot json\n{"half')
+    (tmp_path / "metrics/step_final.json").write_text("{}")
+    ExperimentTracker(tmp_path).rewind(3)
+    lines = samples.read_text().splitlines()
+    assert lines[1:] == ['{"mine": 1}', "not json"], "what is not ours stays; half a line goes"
+    (tmp_path / "metrics/step_final.json").unlink()
+    ExperimentTracker(tmp_path).start_afresh()
     assert not list((tmp_path / "metrics").iterdir()) + list((tmp_path / "logs").iterdir())
     assert "stays" in (tmp_path / "notes/notes.txt").read_text()
 
@@ -126,7 +138,7 @@ def test_rewinding_drops_what_a_resumed_run_makes_again(tmp_path):
 
 
 @pytest.fixture
-def arguments(model_dir, tmp_path):  # noqa: F811
+def arguments(model_dir, tmp_path):
     """The guide's flags, for a tiny base; later pairs replace earlier ones."""
     RecursiveConfig(**{**SMALL, "max_inner_steps": 2}).save(tmp_path / "phase_a.json")
     RecursiveConfig(recursive_enabled=False, chunk_width=8).save(tmp_path / "baseline.json")
@@ -226,6 +238,51 @@ def test_a_cut_off_experiment_goes_on_and_another_is_refused(
     assert record(folder)["training_params"]["lr"] == 1e-3
 
 
+def test_a_folder_that_is_no_experiment_is_left_alone(arguments, tmp_path, monkeypatch, capfd):
+    mine = tmp_path / "experiments/mine"
+    (mine / "logs").mkdir(parents=True)
+    (mine / "logs/important.txt").write_text("x")
+    for more in ([], ["--force"]):
+        assert call(monkeypatch, *arguments("mine", *more)) == 2
+        assert "is there and is no experiment; choose another name" in capfd.readouterr().err
+    assert [p.name for p in mine.rglob("*")] == ["logs", "important.txt"]
+    ExperimentTracker(tmp_path / "experiments/noted").add_note("about to start")
+    assert call(monkeypatch, *arguments("noted")) == 0
+    shutil.rmtree(tmp_path / "experiments/noted/checkpoints")
+    assert call(monkeypatch, *arguments("noted", lr=1e-3)) == 2
+    assert "holds another experiment" in capfd.readouterr().err
+
+
+def test_a_diverging_rerun_does_not_keep_the_results_of_the_run_before(
+    arguments, tmp_path, monkeypatch, capfd
+):
+    call(monkeypatch, *arguments("x"))
+    assert call(monkeypatch, *arguments("x", "--force", lr=1e30)) == 2
+    assert re.search(r"error: .*(loss|is) .*(nan|inf)", capfd.readouterr().err)
+    found = record(tmp_path / "experiments/x")
+    assert found["status"] == "failed" and "final_results" not in found
+    assert found["training_params"]["lr"] == 1e30 and found["description"] == "a test"
+    assert found["last_good_step"] is not None and found["failed_step"] > found["last_good_step"]
+
+
+def test_a_base_by_its_hub_id(model_dir, arguments, tmp_path, monkeypatch):
+    """From the Hub's cache on disk, in a process of its own: its folder is read at import."""
+    commit = "0" * 40
+    repo = tmp_path / "hub/models--org--tiny"
+    shutil.copytree(model_dir / "base", repo / f"snapshots/{commit}")
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = arguments("hub", model_path="org/tiny", revision=commit)
+    done = subprocess.run(
+        [sys.executable, "-c", "from kimi_recursive.cli import main; main()", *map(str, command)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = sidecar_facts(tmp_path / "experiments/hub/sidecar")
+    assert (facts["base_model_name_or_path"], facts["revision"]) == ("org/tiny", commit)
+
+
 def test_phases_b_and_c_follow_by_hand(arguments, tmp_path, monkeypatch, capfd):
     call(monkeypatch, *arguments("a"))
     b = {"phase": "b", "recursive_config": None, "lora_target": "q_proj"}
@@ -255,9 +312,10 @@ def test_a_baseline_run_trains_nothing_and_shows_its_initial_rate(
     zero = {f"lambda_{n}": 0.0 for n in ("masked", "halt", "len", "ponder", "stability")}
     zero |= {"corruption_rate": 0.0, "corruption_rate_final": 0.0}
     RecursiveConfig(**{**SMALL, **zero}).save(tmp_path / "clean.json")
-    call(monkeypatch, *arguments("a", recursive_config=tmp_path / "clean.json"))
+    flags = {"recursive_config": tmp_path / "clean.json", "lr": 1e-12}  # as good as untrained
+    assert call(monkeypatch, *arguments("a", **flags)) == 0
     trained = pl.read_parquet(tmp_path / "experiments/a/train_logs.parquet")
-    assert trained["loss"][1] == pytest.approx(logs["loss"][0], abs=1e-6)
+    np.testing.assert_allclose(trained["loss"][1:], logs["loss"], atol=1e-6)
     assert trained["validation_loss_step_0"][0] == logs["validation_loss_step_0"][0]
 
 
@@ -270,6 +328,10 @@ def test_a_baseline_run_trains_nothing_and_shows_its_initial_rate(
         ({"num_steps": 0}, "'--num-steps': Input should be greater than or equal to 1"),
         ({"warmup_steps": 7}, "warmup_steps must be at most num_steps"),
         ({"experiment_name": "../x"}, "must be a plain folder name"),
+        ({"experiment_name": ""}, "must be a plain folder name"),
+        ({"seed": 2**31}, "--seed"),
+        ({"l2_pull": "inf"}, "--l2-pull: must be at least 0, got inf"),
+        ({"output_dir": "/dev/null"}, "Not a directory"),
         ({"model_path": "nothing/at/all"}, "nothing/at/all: no such model directory"),
         ({"context_length": 12}, r"context_length \(12\) must be a multiple of .* \(8\)"),
         ({"recursive_config": "missing.json"}, "missing.json: cannot be read"),

@@ -11,12 +11,12 @@ from conftest import SMALL, make_base, make_wrapper, perturb, random_ids
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from test_training import PHASE, same, tokens_dir  # noqa: F401
+from test_training import PHASE, same
 
 from kimi_recursive import load_model_with_config
 from kimi_recursive.adapter import Adapter, every_nth_layer, lora_config
 from kimi_recursive.kda import install_fast_kda
-from kimi_recursive.loader import load_base, save_sidecar, sidecar_facts
+from kimi_recursive.loader import load_base, load_sidecar, save_sidecar, sidecar_facts
 from kimi_recursive.losses import DraftRepair, chunk_losses, corrupt
 from kimi_recursive.surgery import insert_cells
 from kimi_recursive.train import _parameter_groups, train_phase
@@ -143,6 +143,7 @@ def test_a_damaged_adapter_is_named(tmp_path):
         ("adapter/adapter_model.safetensors", lambda p: p.write_bytes(b"x"), "truncated or not a"),
         ("adapter/adapter_model.safetensors", lambda p: p.unlink(), "no such file"),
         ("adapter/adapter_config.json", lambda p: p.write_text("{"), "is no LoRA adapter"),
+        ("adapter", shutil.rmtree, "is no LoRA adapter"),
         ("layers.safetensors", lambda p: p.unlink(), "layers.safetensors: no such file"),
     ):
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
@@ -219,15 +220,14 @@ def test_step_0_is_supervised_and_part_of_the_loop_where_the_base_trains():
 
     real = module.chunk_losses
     try:
-        module.chunk_losses = lambda w, c, d: seen.update(chunk=c, draft=d) or real(w, c, d)
+        module.chunk_losses = lambda w, c, d, s: seen.update(chunk=c, draft=d) or real(w, c, d, s)
         objective(windows, 2)
     finally:
         module.chunk_losses = real
     chunk, draft = seen["chunk"], seen["draft"]
     assert chunk.logits.requires_grad
-    detached = type(chunk)(**{**vars(chunk), "logits": chunk.logits.detach()})
-    with_step_0 = chunk_losses(wrapper, chunk, draft)["masked"]
-    without = chunk_losses(wrapper, detached, draft)["masked"]
+    with_step_0 = chunk_losses(wrapper, chunk, draft, trains_step_0=True)["masked"]
+    without = chunk_losses(wrapper, chunk, draft)["masked"]
     ce = torch.nn.functional.cross_entropy(
         chunk.logits.transpose(1, 2), draft.targets, reduction="none"
     )
@@ -239,6 +239,21 @@ def test_step_0_is_supervised_and_part_of_the_loop_where_the_base_trains():
     cut = gradients(wrapper, chunk_losses(wrapper, chunk, draft)["final"])
     name = next(n for n in through if "lora_B" in n)
     assert cut[name].abs().max() > 0 and not torch.allclose(cut[name], through[name])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_step_0_trains_on_clean_and_on_corrupted_drafts(rate):
+    wrapper = trainable(adapted(make_base("llama")))
+    wrapper.config.corruption_rate = wrapper.config.corruption_rate_final = rate
+    loss, _ = DraftRepair(wrapper, 4, 0.5, seed=0)(random_ids(2, 17), 2)
+    wrapper.config.lambda_masked = 0.0
+    without, _ = DraftRepair(wrapper, 4, 0.5, seed=0)(random_ids(2, 17), 2)
+    name = next(n for n, p in wrapper.named_parameters() if p.requires_grad and "lora_B" in n)
+    both = gradients(wrapper, loss)[name], gradients(wrapper, without)[name]
+    assert not torch.allclose(*both)
+    with torch.no_grad():
+        again, _ = DraftRepair(wrapper, 4, 0.5, seed=0)(random_ids(2, 17), 2)
+    torch.testing.assert_close(again, without.detach()), "the value hangs on no gradient mode"
 
 
 def test_the_pull_is_half_the_squared_distance():
@@ -272,19 +287,17 @@ def surgery_dir(tmp_path_factory) -> Path:
     return folder / "surgery"
 
 
-def train(
-    folder: Path, phase: str, parent: Path, tokens: Path, arm="recursive", overrides=None
-) -> dict:
+def train(folder, phase, parent, tokens, arm="recursive", overrides=None, **options) -> dict:
     return train_phase(
         phase, SETTINGS[phase], 0, parent_dir=parent, tokens_dir=tokens,
         output_dir=folder / "sidecar", logs_path=folder / "train_logs.parquet",
         summary_path=folder / "train_summary.json", work_dir=folder / "work", arm=arm,
-        overrides=overrides,
+        overrides=overrides, **options,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def phases(tmp_path_factory, surgery_dir, tokens_dir) -> Path:  # noqa: F811
+def phases(tmp_path_factory, surgery_dir, tokens_dir) -> Path:
     """Runs of the three phases, each from the one before."""
     root = tmp_path_factory.mktemp("phases")
     parent = surgery_dir
@@ -389,7 +402,7 @@ def assert_equal(a, b) -> None:
         assert a == b
 
 
-def test_phase_c_resumes_bit_for_bit(phases, tmp_path, tokens_dir):  # noqa: F811
+def test_phase_c_resumes_bit_for_bit(phases, tmp_path, tokens_dir):
     # In a folder as deep as the first, since a sidecar names its base by a relative path.
     again = phases.parent / "again"
     shutil.copytree(phases / "c/work", again / "c/work", symlinks=True)
@@ -399,7 +412,71 @@ def test_phase_c_resumes_bit_for_bit(phases, tmp_path, tokens_dir):  # noqa: F81
     same_run(phases / "c", again / "c")
 
 
-def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp_path):  # noqa: F811
+def test_what_a_phase_c_model_was_trained_in_is_not_rounded_away(tmp_path):
+    base = make_base("llama")
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    wrapper = adapted(load_base(tmp_path / "base", dtype="float32"), layers=[1], std=1e-4)
+    save_sidecar(wrapper, tmp_path / "model", tmp_path / "base", "c")
+    ids = random_ids(2, 8)
+    again, _, _ = load_model_with_config(tmp_path / "model")
+    assert again.base.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(again.step_logits(ids), wrapper.step_logits(ids))
+    asked, _, _ = load_model_with_config(tmp_path / "model", dtype="bfloat16")
+    assert asked.base.dtype == torch.bfloat16
+
+
+def test_an_adapter_goes_onto_a_wrapper_that_has_the_same_one_or_none(tmp_path):
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    save_sidecar(adapted(base), tmp_path / "b", tmp_path / "base", "b")
+    save_sidecar(adapted(make_base("llama"), [1]), tmp_path / "c", tmp_path / "base", "c")
+    save_sidecar(make_wrapper(make_base("llama")), tmp_path / "a", tmp_path / "base", "a")
+    model, _, _ = load_model_with_config(tmp_path / "b")
+    for other, message in (("c", "has another adapter"), ("a", "has no adapter, and this wrapper")):
+        with pytest.raises(ValueError, match=message):
+            load_sidecar(model, tmp_path / other)
+    adapter = model.adapter
+    with pytest.raises(ValueError, match="trained with r 2, not 3"):
+        adapter.set_lora(lora_config(model, 3, 4, "all-linear"), 0)
+    adapter.set_layers([1])
+    with pytest.raises(ValueError, match=r"trained with layers \[1\] unfrozen, not \[0\]"):
+        adapter.set_layers([0])
+
+
+def test_a_model_behind_a_link_finds_its_base(tmp_path, monkeypatch):
+    make_base("llama").save_pretrained(tmp_path / "work/base")
+    (tmp_path / "scratch/deep/er").mkdir(parents=True)
+    (tmp_path / "work/link").symlink_to(tmp_path / "scratch/deep/er")
+    wrapper = make_wrapper(load_base(tmp_path / "work/base"))
+    save_sidecar(wrapper, tmp_path / "work/link/model", tmp_path / "work/base")
+    monkeypatch.chdir(tmp_path / "work")
+    for path in ("link/model", tmp_path / "scratch/deep/er/model"):
+        load_model_with_config(path)
+
+
+@pytest.mark.parametrize("change", ["parent", "load"])
+def test_another_parent_or_way_to_load_starts_afresh(
+    phases,
+    tmp_path,
+    tokens_dir,
+    capfd,
+    change,
+):
+    shutil.copytree(phases, tmp_path / "p", symlinks=True)
+    shutil.copytree(phases.parent / "models0", tmp_path / "models0")
+    parent, options = tmp_path / "p/a/sidecar", {}
+    if change == "load":
+        options["dtype"] = "float32"
+    else:
+        config = json.loads((parent / "recursive_config.json").read_text())
+        (parent / "recursive_config.json").write_text(json.dumps(config | {"halt_margin": 0.1}))
+    train(tmp_path / "p/b", "b", parent, tokens_dir, **options)
+    said = capfd.readouterr().err.split("starting afresh, ")[1].splitlines()[0]
+    assert change in said
+
+
+def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp_path):
     for phase, parent, message in (
         ("b", surgery_dir, r"phase b starts from a model of phase a; .* is not trained"),
         ("b", surgery_dir.parent / "base", "is not trained"),
@@ -410,11 +487,13 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
             train(tmp_path, phase, parent, tokens_dir)
     with pytest.raises(ValueError, match="phase must be one of a, b, c, got 'd'"):
         train_phase("d", PHASE, 0, phases, tokens_dir, *[tmp_path] * 4)
+    with pytest.raises(ValueError, match="is of the recursive arm and cannot go on as"):
+        train(tmp_path, "b", phases / "a/sidecar", tokens_dir, arm="vanilla")
     again = train(tmp_path / "more", "a", phases / "a/sidecar", tokens_dir)
     assert again["num_steps"] == 6, "more of the same phase is allowed"
 
 
-def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_path):  # noqa: F811
+def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_path):
     train(tmp_path / "va", "a", surgery_dir, tokens_dir, arm="vanilla")
     with pytest.raises(ValueError, match="does not say how many inner steps the recursive arm"):
         train(tmp_path / "f", "b", tmp_path / "va/sidecar", tokens_dir, arm="vanilla_flops")
@@ -437,5 +516,5 @@ def test_phase_c_needs_a_base_in_float32():
     wrapper = make_wrapper(make_base("kimi").to(torch.bfloat16))
     wrapper.adapter = Adapter(wrapper)
     wrapper.adapter.add_lora(lora_config(wrapper, **LORA), seed=0)
-    with pytest.raises(ValueError, match=r"this base is torch.bfloat16: set base.dtype"):
+    with pytest.raises(ValueError, match=r"this base is torch.bfloat16: set its dtype"):
         _parameter_groups(wrapper, "c", SETTINGS["c"], 0)

@@ -24,6 +24,7 @@ from kimi_recursive.loop import (
     Interrupted,
     LoopSettings,
     lr_factor,
+    stop_signals,
     train_loop,
 )
 from kimi_recursive.surgery import insert_cells
@@ -89,8 +90,8 @@ def run(
             before(step)
         if step == until:
             raise KeyboardInterrupt  # stands in for SIGKILL: nothing is written on the way out
-        if step == send:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if send is not None and step == send[0]:
+            os.kill(os.getpid(), send[1])
         return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
 
     optimizer.register_step_pre_hook(
@@ -171,12 +172,14 @@ def test_straight_steps_equal_steps_kill_and_the_rest(tmp_path, killed_at):
         assert all(torch.equal(v, again[2]["state"][key][k]) for k, v in state.items())
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_resumable(tmp_path):
-    handler = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_stop_writes_a_checkpoint_and_exits_resumable(tmp_path, number):
+    handler = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
-        run(tmp_path / "cut", send=4)
+        run(tmp_path / "cut", send=(4, number))
     assert caught.value.code == RESUMABLE_EXIT_CODE and caught.value.step == 5
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.getsignal(number) is handler
+    assert (tmp_path / "cut/checkpoints/step_000005").is_dir()
     again = run(tmp_path / "cut")
     assert len(again[3]) == 7
     assert same(run(tmp_path / "straight")[0].logs, again[0].logs)
@@ -213,6 +216,86 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_signal_before_the_loop_is_not_lost(tmp_path):
+    with pytest.raises(Interrupted) as caught, stop_signals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        run(tmp_path)
+    assert caught.value.step == 1
+
+
+def test_a_damaged_best_checkpoint_falls_back_to_one_that_has_its_best(tmp_path, capfd):
+    """The weights of step 3 are the best that step 4 names; its optimizer is not needed."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", until=5, num_kept=None)
+    checkpoints = tmp_path / "cut/checkpoints"
+    (checkpoints / "step_000003/optimizer.pt").write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", until=4, num_kept=None)
+    assert "resumed at step 4" in capfd.readouterr().err
+    (checkpoints / "step_000003/model/w.safetensors").write_bytes(b"")
+    again = run(tmp_path / "cut", num_kept=None)
+    assert "resumed at step 2" in capfd.readouterr().err
+    straight = run(tmp_path / "straight")
+    assert same(straight[0].logs, again[0].logs)
+    assert all(torch.equal(straight[1][k], again[1][k]) for k in again[1])
+
+
+def test_checkpoints_that_were_passed_over_do_not_come_back(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, until=7)
+    (tmp_path / "checkpoints/step_000006/checkpoint_metadata.json").write_text("{")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, until=5)  # step 5 is not saved, step 4 was there
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, until=6)
+    steps = sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*"))
+    assert "step_000006" in steps
+    metadata = tmp_path / "checkpoints/step_000006/checkpoint_metadata.json"
+    assert json.loads(metadata.read_text())["step"] == 6
+
+
+def test_a_kill_behind_the_last_checkpoint_leaves_the_right_record(tmp_path, monkeypatch):
+    """Between writing a checkpoint and noting that it is the best."""
+    run(tmp_path / "straight")
+    set_best = ExperimentTracker.set_best
+
+    def die(self, step, metrics):
+        if step == 12:
+            raise KeyboardInterrupt
+        set_best(self, step, metrics)
+
+    monkeypatch.setattr(ExperimentTracker, "set_best", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    monkeypatch.setattr(ExperimentTracker, "set_best", set_best)
+    run(tmp_path / "cut")
+    records = [
+        json.loads((tmp_path / name / "experiment_metadata.json").read_text())
+        for name in ("straight", "cut")
+    ]
+    assert records[0]["best_checkpoint_step"] == records[1]["best_checkpoint_step"] == 12
+
+
+def test_a_kill_before_the_fingerprint_does_not_block_the_folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with WorkDirectory(tmp_path, {"problem": 1}, refuse_others=True):
+        pass
+    with (
+        pytest.raises(ValueError, match="holds another experiment, problem differ"),
+        WorkDirectory(tmp_path, {"problem": 2}, refuse_others=True),
+    ):
+        pass
+
+
+def test_a_fresh_start_drops_what_was_measured_before(tmp_path):
+    run(tmp_path, fingerprint={"lr": 1})
+    (tmp_path / "notes/notes.txt").write_text("mine\n")
+    run(tmp_path, num_steps=4, fingerprint={"lr": 2})
+    metrics = sorted(p.name for p in (tmp_path / "metrics").iterdir())
+    assert metrics == [f"step_{i:06d}.json" for i in range(5)]
+    assert (tmp_path / "notes/notes.txt").read_text() == "mine\n"
+
+
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
     """A limit on the size of files stands in for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -269,18 +352,6 @@ PHASE = {
     "own_draft_share": 0.5, "eval_interval": 3, "save_interval": 2, "log_interval": 2,
     "num_validation_windows": 4, "mixed_precision": "no",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokens_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokens")
-    for split, seed in (("train", 0), ("validation", 1), ("test", 2)):
-        tokens = random_ids(3, 60, seed).tolist()
-        table = {"document_id": list("abc"), "tokens": tokens, "num_tokens": [60] * 3}
-        pl.DataFrame(table, schema_overrides={"tokens": pl.List(pl.Int32)}).write_parquet(
-            folder / f"{split}.parquet"
-        )
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,8 @@ def test_the_figure_shows_every_stage(tmp_path, monkeypatch):
         lambda self, *a, **k: labels.append(k.get("label")) or plot(self, *a, **k),
     )
     paths = []
-    for stage, steps in (("baseline", 1), ("after_surgery", 3), ("finetuned_recursive", 5)):
+    stages = {"baseline": 1, "after_surgery": 3, "finetuned_recursive": 5, "finetuned_vanilla_b": 2}
+    for stage, steps in stages.items():
         by_step = [{"step": t, "perplexity": 50.0 - t} for t in range(steps)]
         found = {
             "stage": stage,
@@ -238,5 +239,5 @@ def test_the_figure_shows_every_stage(tmp_path, monkeypatch):
         paths.append(tmp_path / f"{stage}.json")
         paths[-1].write_text(json.dumps(found))
     plot_perplexity_by_step(paths, tmp_path / "figures/p.png")
-    assert [label for label in labels if label] == ["after_surgery", "finetuned_recursive"]
+    assert [label for label in labels if label] == ["recursive", "vanilla"]
     assert (tmp_path / "figures/p.png").read_bytes()[:4] == b"\x89PNG"

@@ -466,8 +466,9 @@ def test_a_corpus_that_cannot_be_used(tmp_path, texts, error):
     assert not project.path("results/base/model").exists()
 
 
-def test_lint_and_dry_run_of_the_default_config_are_clean():
-    for arguments in (["--lint"], ["--dry-run", "all"]):
+def test_lint_and_dry_runs_of_the_shipped_configs_are_clean():
+    full = ["--configfile", "config/full.yaml", "--cores", "1", "--dry-run", "all"]
+    for arguments in (["--lint"], ["--dry-run", "all"], full):
         done = subprocess.run(
             [*SNAKEMAKE, *arguments],
             cwd=ROOT,

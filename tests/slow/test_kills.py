@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, make_base
-from test_phases import SETTINGS, same_run, tokens_dir  # noqa: F401
+from test_phases import SETTINGS, same_run
 
 from kimi_recursive.surgery import insert_cells
 from kimi_recursive.train import train_phase
@@ -66,7 +66,7 @@ def prepare(root: Path) -> Path:
     return root
 
 
-def test_a_hundred_kills_change_nothing(tmp_path, tokens_dir):  # noqa: F811
+def test_a_hundred_kills_change_nothing(tmp_path, tokens_dir):
     straight = prepare(tmp_path / "straight")
     started = time.monotonic()
     assert attempt(straight, tokens_dir, None)
