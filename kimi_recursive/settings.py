@@ -70,6 +70,13 @@ def recursive_subset(config: Mapping[str, Any], *groups: tuple[str, ...]) -> dic
     return {key: full[key] for group in groups for key in group}
 
 
+def phase_overrides(config: Mapping[str, Any], phase: str) -> dict[str, Any]:
+    """Parameters of `RecursiveConfig` that a phase trains with: those of `recursive:` that training
+    reads, and what `training.<phase>.recursive` changes."""
+    shared = recursive_subset(config, TRAINING_KEYS, ("commit", "max_inner_steps"))
+    return shared | config["training"][phase]["recursive"]
+
+
 def upstream_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of the config that decide base and tokens, and with them every result."""
     base, scratch = config["base"], config["base"]["kind"] == "scratch"
@@ -111,6 +118,12 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"recursive.{error}"
     yield from _check_phase_c(config)
     for phase, settings in config["training"].items():
+        changed, where = settings["recursive"], f"training.{phase}.recursive"
+        if unknown := [key for key in changed if key not in TRAINING_KEYS]:
+            yield from (unknown_key_message(key, TRAINING_KEYS, where) for key in unknown)
+        else:
+            merged = {**config["recursive"], **changed, "recursive_enabled": True}
+            yield from (f"{where}: {e}" for e in RecursiveConfig(**merged).validate())
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
         if settings["context_length"] % width:

@@ -28,6 +28,7 @@ from kimi_recursive.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
     TRAINING_KEYS,
+    phase_overrides,
     recursive_subset,
     upstream_settings,
 )
@@ -149,7 +150,7 @@ def _other_settings(
         keys = (*MODEL_KEYS, *GENERATION_KEYS, *(TRAINING_KEYS if evaluation.training else ()))
     want = recursive_subset(config, keys)
     if chain:
-        want |= ARMS[chain[-1].arm]
+        want |= phase_overrides(config, chain[-1].phase) | ARMS[chain[-1].arm]
     differ = [f"recursive.{k}" for k in keys if found["config"][k] != want[k]]
     have = found["upstream"] or {}
     for part, settings in upstream_settings(config).items():

@@ -14,7 +14,7 @@ from kimi_recursive.matrix import (
 from kimi_recursive.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
-    TRAINING_KEYS,
+    phase_overrides,
     recursive_subset,
     upstream_settings,
     validate_settings,

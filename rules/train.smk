@@ -17,7 +17,7 @@ rule train_phase:
         phase=lambda wildcards: TRAININGS[wildcards.key].phase,
         seed=lambda wildcards: TRAININGS[wildcards.key].seed,
         settings=lambda wildcards: config["training"][TRAININGS[wildcards.key].phase],
-        recursive=recursive_subset(config, TRAINING_KEYS, ("commit", "max_inner_steps")),
+        recursive=lambda wildcards: phase_overrides(config, TRAININGS[wildcards.key].phase),
         key=lambda wildcards: wildcards.key,
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
         numerics=NUMERICS_VERSION,

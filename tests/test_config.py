@@ -177,6 +177,8 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ),
         ("training.b.lr_lora", float("nan"), "training.b.lr_lora: must be finite, got nan"),
         ("training.c.lora", {"rank": 2}, "training.c: unknown key 'lora'"),
+        ("training.b.recursive", {"d_state": 2}, "training.b.recursive: unknown key 'd_state'"),
+        ("training.b.recursive", {"lambda_len": -1}, "training.b.recursive: lambda_len must be a"),
         ("phases", ["b"], "phases: must be one of ['a'], ['a', 'b'], ['a', 'b', 'c'], got ['b']"),
         ("seeds", [2**31], "seeds.0: must be at most 2147483647"),
     ],

@@ -226,6 +226,7 @@ def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefact, reruns)
     [
         (("training", "a", "lr"), 1e-3, TRAINING_ON),
         (("training", "b", "lr"), 1e-3, PHASE_B_ON),
+        (("training", "b", "recursive"), {"corruption_rate": 0.2}, PHASE_B_ON),
         (("phases",), ["a"], ["plot_perplexity_by_step", "summarize"]),
         (("repeat",), False, ["summarize"]),
         (("recursive", "lambda_halt"), 0.1, TRAINING_ON),
