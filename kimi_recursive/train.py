@@ -91,27 +91,11 @@ def train_phase(
     Raises:
         ValueError: bad settings or inputs, or a diverged run.
     """
-    if arm not in ARMS:
-        raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
     fresh = _check_parent(phase, parent_dir)
+    reference, config = _configs(arm, parent_dir, fresh, config, overrides or {})
     accelerator = Accelerator(mixed_precision=settings["mixed_precision"])
-    parent = config or RecursiveConfig.from_file(Path(parent_dir) / CONFIG_NAME)
-    if not fresh and parent.single_pass != bool(ARMS[arm].get("single_pass")):
-        kind = "a single-pass" if parent.single_pass else "the recursive"
-        raise ValueError(f"{parent_dir}: is of {kind} arm and cannot go on as arm '{arm}'")
-    reference = RecursiveConfig.from_dict({**parent.to_dict(), **(overrides or {})})
-    if arm == "vanilla_flops" and reference.single_pass and reference.max_inner_steps == 1:
-        raise ValueError(
-            f"{parent_dir}: does not say how many inner steps the recursive arm takes, whose FLOPs "
-            "this arm is given; name them in a config"
-        )
-    reference = dataclasses.replace(reference, single_pass=False)
-    wrapper, tokenizer, config = load_model_with_config(
-        parent_dir,
-        config=dataclasses.replace(reference, **ARMS[arm]),
-        device=accelerator.device,
-        seed=seed,
-        **load_options,
+    wrapper, tokenizer, _ = load_model_with_config(
+        parent_dir, config=config, device=accelerator.device, seed=seed, **load_options
     )
     groups = _parameter_groups(wrapper, phase, settings, seed)
     trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
@@ -236,6 +220,37 @@ def _check_parent(phase: str, parent_dir: str | Path) -> bool:
         needs = f"a model of phase {before}" if before else "a base or untrained cells"
         raise ValueError(f"phase {phase} starts from {needs}; {parent_dir} {is_what}")
     return trained is None
+
+
+def _configs(
+    arm: str,
+    parent_dir: str | Path,
+    fresh: bool,
+    given: RecursiveConfig | None,
+    overrides: Mapping[str, Any],
+) -> tuple[RecursiveConfig, RecursiveConfig]:
+    """The config of the recursive arm, whose FLOPs may count, and that of this arm.
+
+    Raises:
+        ValueError: unknown arm, a parent of another kind of arm, or FLOPs of an unknown depth.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {arm!r}")
+    own = Path(parent_dir) / CONFIG_NAME
+    if not fresh:
+        single_pass = RecursiveConfig.from_file(own).single_pass
+        if single_pass != bool(ARMS[arm].get("single_pass")):
+            kind = "a single-pass" if single_pass else "the recursive"
+            raise ValueError(f"{parent_dir}: is of {kind} arm and cannot go on as arm '{arm}'")
+    parent = given or RecursiveConfig.from_file(own)
+    reference = RecursiveConfig.from_dict({**parent.to_dict(), **overrides})
+    if arm == "vanilla_flops" and reference.single_pass and reference.max_inner_steps == 1:
+        raise ValueError(
+            f"{parent_dir}: does not say how many inner steps the recursive arm takes, whose FLOPs "
+            "this arm is given; name them in a config"
+        )
+    reference = dataclasses.replace(reference, single_pass=False)
+    return reference, dataclasses.replace(reference, **ARMS[arm])
 
 
 def check_windows(wrapper: ChunkRefineWrapper, context: int) -> None:
