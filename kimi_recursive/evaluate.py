@@ -239,7 +239,7 @@ def evaluate_model(
     by_step = summarize_scores(documents)
     at_last = next(row for row in by_step if row["step"] == last)
     first = next(batches(windows, settings["batch_size"]))
-    input_ids = torch.from_numpy(np.stack([w.inputs for w in first])).to(wrapper.device)
+    input_ids = torch.from_numpy(first[0].inputs)[None].to(wrapper.device)
     num_tokens = sum(len(w.targets) for w in windows)
     samples, generation = generate_samples(
         wrapper, tokenizer, settings["prompts"], settings["max_new_tokens"]

@@ -37,7 +37,8 @@ def cumulative_training_flops(
     """FLOPs after each of `num_steps` optimizer steps, forward and backward.
 
     Steps differ only in the length of the prefix before their chunk and in whether the draft is
-    the gold text; each kind is run and counted once.
+    the gold text; each kind is run and counted once, on one window, since every counted product is
+    as large as the batch.
 
     Args:
         windows: A batch as in training [B, T + 1].
@@ -49,9 +50,9 @@ def cumulative_training_flops(
         kind = (drawn.start, drawn.clean)
         if kind not in per_kind:
             per_kind[kind] = count_flops(
-                objective.wrapper.base, lambda s=step: objective(windows, s)[0].backward()
+                objective.wrapper.base, lambda s=step: objective(windows[:1], s)[0].backward()
             )
-        total += per_kind[kind]
+        total += per_kind[kind] * len(windows)
         cumulative.append(total)
     objective.zero_grad(set_to_none=True)
     return cumulative

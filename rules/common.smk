@@ -74,9 +74,9 @@ def evaluated_config(wildcards):
 
 
 def evaluated_depths(wildcards):
-    """More inner steps than trained, for the recursive arm: does the loop do anything with them?"""
+    """More inner steps than trained, for phase A: does the loop do anything with them?"""
     key = EVALUATIONS[wildcards.name].training
-    if not key or TRAININGS[key].arm != "recursive":
+    if not key or (TRAININGS[key].arm, TRAININGS[key].phase) != ("recursive", "a"):
         return []
     trained = recursive_subset(config, MODEL_KEYS)["max_inner_steps"]
     return sorted({0, 1, 2, 4, 2 * trained})

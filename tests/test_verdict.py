@@ -8,8 +8,10 @@ import polars as pl
 import pytest
 import torch
 from conftest import make_base, make_wrapper, perturb, random_ids
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from kimi_recursive.compare import compare_repeat
 from kimi_recursive.figures import plot_perplexity_by_step
 from kimi_recursive.flops import (
     count_flops,
@@ -20,6 +22,8 @@ from kimi_recursive.flops import (
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import ARMS, SINGLE_PASS
 from kimi_recursive.refine import RefineCell
+from kimi_recursive.summary import _read_repeat
+from kimi_recursive.summary_text import _reproducible
 from kimi_recursive.verdict import compare_documents, paired_bootstrap
 
 # ---- the single-pass arm ------------------------------------------------------------------------
@@ -241,3 +245,67 @@ def test_the_figure_shows_every_stage(tmp_path, monkeypatch):
     plot_perplexity_by_step(paths, tmp_path / "figures/p.png")
     assert [label for label in labels if label] == ["recursive", "vanilla"]
     assert (tmp_path / "figures/p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """A run and its repeat, and a comparison of the two."""
+    runs = tmp_path / "runs"
+    for name in ("recursive_a_s0", "recursive_a_s0_repeat"):
+        (runs / name / "sidecar").mkdir(parents=True)
+        save_file({"w": torch.ones(3)}, runs / name / "sidecar/sidecar.safetensors")
+        logs = {"step": [0, 1], "loss": [2.0, 1.0], "tokens_per_second": [1.0, len(name)]}
+        pl.DataFrame(logs).write_parquet(runs / name / "train_logs.parquet")
+        scores = {"document_id": ["a", "b"], "step": [1, 1], "loss_sum": [3.0, 4.0]}
+        pl.DataFrame(scores).write_parquet(runs / name / "documents.parquet")
+
+    def compare():
+        folders = [runs / name for name in ("recursive_a_s0", "recursive_a_s0_repeat")]
+        return compare_repeat(
+            "recursive_a_s0",
+            [folder / "sidecar" for folder in folders],
+            [folder / "train_logs.parquet" for folder in folders],
+            [folder / "documents.parquet" for folder in folders],
+            tmp_path / "compare/repeat.json",
+        )
+
+    return runs / "recursive_a_s0_repeat", compare
+
+
+def reproducible(folder, status="ok") -> str:
+    rows = [{"training": "recursive_a_s0", "status": status}]
+    return "\n".join(_reproducible(_read_repeat(folder, rows)))
+
+
+def test_a_repeat_is_identical_only_when_all_of_it_is(repeated, tmp_path):
+    repeat, compare = repeated
+    found = compare()
+    assert found["identical"] and set(found["max_differences"].values()) == {0.0}
+    assert "are identical, bit for bit" in reproducible(tmp_path)
+    save_file({"w": torch.tensor([1.0, 1.0, 1.5])}, repeat / "sidecar/sidecar.safetensors")
+    assert not compare()["identical"]
+    assert "DIFFERS: weights by 0.5" in reproducible(tmp_path)
+    save_file({"w": torch.ones(3)}, repeat / "sidecar/sidecar.safetensors")
+    logs = {"step": [0, 1], "loss": [2.0, 1.25], "tokens_per_second": [1.0, 1.0]}
+    pl.DataFrame(logs).write_parquet(repeat / "train_logs.parquet")
+    found = compare()
+    assert not found["identical"] and found["max_differences"]["training_loss"] == 0.25
+    logs["loss"][1] = 1.0
+    pl.DataFrame(logs).write_parquet(repeat / "train_logs.parquet")
+    assert compare()["identical"]
+    scores = {"document_id": ["a", "b"], "step": [1, 1], "loss_sum": [3.0, 4.5]}
+    pl.DataFrame(scores).write_parquet(repeat / "documents.parquet")
+    assert not compare()["identical"] and "summed loss by 0.5" in reproducible(tmp_path)
+
+
+def test_a_repeat_of_another_run_is_not_shown_as_one_of_this(repeated, tmp_path):
+    _, compare = repeated
+    assert reproducible(tmp_path) == "Repeated run: missing"
+    compare()
+    assert reproducible(tmp_path, "missing") == "Repeated run: there for another run"
+    (tmp_path / "compare/repeat.json").write_text("{}")
+    assert "repeat.json: has no 'run'" in reproducible(tmp_path)
+    compare()
+    save_file({"w": torch.zeros(3)}, tmp_path / "runs/recursive_a_s0/sidecar/sidecar.safetensors")
+    assert reproducible(tmp_path) == "Repeated run: there for another run"
+    assert _reproducible(None) == ["(not asked for: repeat is false)"]
