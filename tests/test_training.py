@@ -180,6 +180,9 @@ def test_a_signal_to_stop_writes_a_checkpoint_and_exits_resumable(tmp_path, numb
     assert caught.value.code == RESUMABLE_EXIT_CODE and caught.value.step == 5
     assert signal.getsignal(number) is handler
     assert (tmp_path / "cut/checkpoints/step_000005").is_dir()
+    assert (tmp_path / "cut/checkpoints/best").resolve().is_dir(), (
+        "a link, also of an unfinished run"
+    )
     again = run(tmp_path / "cut")
     assert len(again[3]) == 7
     assert same(run(tmp_path / "straight")[0].logs, again[0].logs)

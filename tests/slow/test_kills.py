@@ -1,12 +1,12 @@
 """`make test-slow`: training processes are killed a hundred times, most of them while they write.
 
-Each attempt is a forked process, so that a kill costs milliseconds and not an import of torch.
+Each attempt is forked from a server that has imported everything and run nothing, so that a kill
+costs milliseconds and not an import of torch.
 """
 
-import os
+import multiprocessing
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from kimi_recursive.train import train_phase
 
 pytestmark = pytest.mark.slow
 KILLS = 100
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["conftest", "test_phases"])
 LONGER = {"num_steps": 40, "eval_interval": 10, "save_interval": 1}  # writing all the time
 
 
@@ -38,25 +40,13 @@ def train(root: Path, tokens: Path) -> None:
 
 def attempt(root: Path, tokens: Path, seconds: float | None) -> bool:
     """Train in a process of its own, killed after `seconds`; whether it came to its end."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            log = os.open(root / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            train(root, tokens)
-            code = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    log = (root / "log.txt").read_text()[-2000:]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, log
-    return not os.WIFSIGNALED(status)
+    process = CONTEXT.Process(target=train, args=(root, tokens))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode == 0
 
 
 def prepare(root: Path) -> Path:
