@@ -7,7 +7,6 @@ costs milliseconds and not an import of torch.
 import multiprocessing
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -58,9 +57,7 @@ def prepare(root: Path) -> Path:
 
 def test_a_hundred_kills_change_nothing(tmp_path, tokens_dir):
     straight = prepare(tmp_path / "straight")
-    started = time.monotonic()
     assert attempt(straight, tokens_dir, None)
-    whole = time.monotonic() - started
     generator = random.Random(0)
     kills = rounds = half_written = 0
     while kills < KILLS:
@@ -68,7 +65,7 @@ def test_a_hundred_kills_change_nothing(tmp_path, tokens_dir):
         cut = prepare(tmp_path / f"cut{rounds}")
         done = False
         while not done:
-            seconds = None if kills >= KILLS else generator.uniform(0.2, 0.25 * whole)
+            seconds = None if kills >= KILLS else generator.uniform(0.5, 6.0)
             done = attempt(cut, tokens_dir, seconds)
             kills += not done
             half_written += bool(list(cut.glob("*/work/checkpoints/.step_*.tmp")))
