@@ -12,6 +12,7 @@ rule train_phase:
         "results/logs/train_phase/{key}.log",
     conda:
         "../environment.yml"
+    priority: 10  # the long jobs first, so that the short ones fill the gaps
     params:
         arm=lambda wildcards: TRAININGS[wildcards.key].arm,
         phase=lambda wildcards: TRAININGS[wildcards.key].phase,
