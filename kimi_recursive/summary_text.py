@@ -163,6 +163,11 @@ def _cost(done: list[dict[str, Any]]) -> list[str]:
             + f"{row['generated_tokens_per_second'] or 0:>11.1f}"
         )
     lines.append("(tokens and FLOP of a phase include those of the phases before it)")
+    unchanged = [row["name"] for row in done if row["training"] and row["best_step"] == 0]
+    lines += [
+        f"({name}: no step was better on validation than the start, which is shown)"
+        for name in unchanged
+    ]
     return lines
 
 
