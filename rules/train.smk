@@ -10,9 +10,9 @@ rule train_phase:
         summary="results/runs/{key}/train_summary.json",
     log:
         "results/logs/train_phase/{key}.log",
+    priority: 10  # the long jobs first, so that the short ones fill the gaps
     conda:
         "../environment.yml"
-    priority: 10  # the long jobs first, so that the short ones fill the gaps
     params:
         arm=lambda wildcards: TRAININGS[wildcards.key].arm,
         phase=lambda wildcards: TRAININGS[wildcards.key].phase,
