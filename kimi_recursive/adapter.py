@@ -164,10 +164,12 @@ def lora_config(
     num_layers = len(wrapper.layers)
     first = num_layers - math.ceil(num_layers / 3)
     inside = {id(m) for layer in wrapper.layers[first:] for m in layer.modules()}
+    modules = {n: m for n, m in wrapper.base.named_modules() if id(m) in inside}
+    wrapped = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
     linear = [
         name
-        for name, module in wrapper.base.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear | Conv1D)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer) and not name.startswith(wrapped)
     ]
     there = {name.rsplit(".", 1)[-1] for name in linear}
     if targets != "all-linear":

@@ -496,8 +496,13 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
         train_phase("d", PHASE, 0, phases, tokens_dir, *[tmp_path] * 4)
     with pytest.raises(ValueError, match="is of the recursive arm and cannot go on as"):
         train(tmp_path, "b", phases / "a/sidecar", tokens_dir, arm="vanilla")
-    again = train(tmp_path / "more", "a", phases / "a/sidecar", tokens_dir)
-    assert again["num_steps"] == 6, "more of the same phase is allowed"
+    for phase in "abc":  # more of the same phase is allowed
+        again = train(tmp_path / f"more_{phase}", phase, phases / phase / "sidecar", tokens_dir)
+        before = json.loads((phases / phase / "train_summary.json").read_text())
+        assert again["validation"][0]["validation_loss_step_2"] == before["best_validation_loss"]
+    with pytest.raises(ValueError, match="trained with r 2, not 3"):
+        lora = {"lora": {**LORA, "rank": 3}}
+        train(tmp_path / "other", "b", phases / "b/sidecar", tokens_dir, changes=lora)
 
 
 def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_path):
