@@ -87,7 +87,15 @@ def read_safetensors(
 
 def versions() -> dict[str, str]:
     """Versions that decide numbers."""
-    packages = ("kimi-recursive", "torch", "transformers", "tokenizers", "numpy")
+    packages = (
+        "kimi-recursive",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "peft",
+        "accelerate",
+        "numpy",
+    )
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in packages:
         try:
