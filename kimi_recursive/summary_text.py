@@ -28,7 +28,7 @@ def summary_text(
     absent = [row for row in rows if row["status"] != "ok"]
     if absent:
         lines += ["", "Not there"]
-        lines += [f"{r['name']:<27}{r['status']}  {r['detail']}".rstrip() for r in absent]
+        lines += [f"{r['name']:<29}{r['status']}  {r['detail']}".rstrip() for r in absent]
     return "\n".join(lines) + "\n"
 
 
@@ -95,15 +95,15 @@ def _efficiency(done: list[dict[str, Any]]) -> list[str]:
     low, high = TARGET_INNER_STEPS
     target = f"target {low:.0f}-{high:.0f}"
     lines = [
-        f"{'':<27}{'mean':>7}{target:>12}{'scored':>10}{'generated':>12}{'stopped early':>24}",
-        f"{'evaluation':<27}{'steps':>7}{'':>12}{'tok/s':>10}{'tok/s':>12}{'steps':>12}"
+        f"{'':<29}{'mean':>7}{target:>12}{'scored':>10}{'generated':>12}{'stopped early':>24}",
+        f"{'evaluation':<29}{'steps':>7}{'':>12}{'tok/s':>10}{'tok/s':>12}{'steps':>12}"
         f"{'perplexity':>12}",
     ]
     for stage, rows in arms.items():
         steps = _mean(rows, "mean_inner_steps")
         within = "within" if low <= steps <= high else "outside"
         lines.append(
-            f"{stage:<27}{steps:>7.2f}{within:>12}"
+            f"{stage:<29}{steps:>7.2f}{within:>12}"
             f"{_times(rows, base, 'evaluated_tokens_per_second'):>10}"
             f"{_times(rows, base, 'generated_tokens_per_second'):>12}"
             f"{_mean(rows, 'halting_mean_inner_steps'):>12.2f}"
@@ -145,15 +145,15 @@ def _reproducible(repeat: tuple[dict[str, Any] | None, str] | None) -> list[str]
 
 def _cost(done: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"{'evaluation':<27}{'trained':>9}{'tokens':>9}{'training':>10}{'forward':>11}"
+        f"{'evaluation':<29}{'trained':>9}{'tokens':>9}{'training':>10}{'forward':>11}"
         f"{'mean':>7}{'scored':>9}{'generated':>11}",
-        f"{'':<27}{'params':>9}{'':>9}{'FLOP':>10}{'MFLOP/tok':>11}{'steps':>7}{'tok/s':>9}"
+        f"{'':<29}{'params':>9}{'':>9}{'FLOP':>10}{'MFLOP/tok':>11}{'steps':>7}{'tok/s':>9}"
         f"{'tok/s':>11}",
     ]
     for row in done:
         trained = row["training"]
         lines.append(
-            f"{row['name']:<27}"
+            f"{row['name']:<29}"
             + (f"{row['num_trainable_parameters'] / 1e6:>8.2f}M" if trained else f"{'-':>9}")
             + (f"{row['training_tokens'] / 1e3:>8.0f}k" if trained else f"{'-':>9}")
             + (f"{row['training_flops']:>10.2e}" if trained else f"{'-':>10}")
@@ -177,7 +177,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
 
 def _perplexity(done: list[dict[str, Any]]) -> list[str]:
     base = next((row for row in done if row["stage"] == "baseline"), None)
-    lines = [f"{'evaluation':<27}{'step':>5}{'perplexity':>12}{'vs baseline':>13}{'accuracy':>10}"]
+    lines = [f"{'evaluation':<29}{'step':>5}{'perplexity':>12}{'vs baseline':>13}{'accuracy':>10}"]
     for row in done:
         for step in row["by_step"]:
             change = ""
@@ -186,7 +186,7 @@ def _perplexity(done: list[dict[str, Any]]) -> list[str]:
             label = row["name"] if step["step"] == 0 else ""
             untrained = "  beyond the trained depth" if step["step"] > row["inner_steps"] else ""
             lines.append(
-                f"{label:<27}{step['step']:>5}{step['perplexity']:>12.4f}{change:>13}"
+                f"{label:<29}{step['step']:>5}{step['perplexity']:>12.4f}{change:>13}"
                 f"{100 * step['token_accuracy']:>8.2f} %{untrained}"
             )
     if done:
