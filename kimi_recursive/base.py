@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedModel
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearTopkRouter
 
-from kimi_recursive.checkpoint import WorkDirectory, file_digest
+from kimi_recursive.checkpoint import WorkDirectory, file_digest, token_digests
 from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
 from kimi_recursive.experiment import ExperimentTracker
 from kimi_recursive.files import publishing, write_parquet
@@ -164,7 +164,7 @@ def train_base(
             **config,
             "training": {k: v for k, v in training.items() if k not in NEUTRAL_KEYS},
         },
-        "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
+        "tokens": token_digests(tokens_dir),
         "tokenizer": file_digest(tokenizer_dir / "tokenizer.json"),
         "numerics": NUMERICS_VERSION,
     }

@@ -128,7 +128,7 @@ class WorkDirectory:
         """Where the checkpoint of a step is, or would be."""
         return self.checkpoints / f"step_{step:06d}"
 
-    def save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> Path:
+    def save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> None:
         """Write a checkpoint under a temporary name, sync it, rename it, drop what is too old.
 
         Args:
@@ -138,7 +138,7 @@ class WorkDirectory:
             ValueError: it cannot be written (a full disk); the checkpoints before it are kept.
         """
         try:
-            return self._save(checkpoint, write_model)
+            self._save(checkpoint, write_model)
         except (OSError, SafetensorError, RuntimeError, pl.exceptions.PolarsError) as error:
             shutil.rmtree(self._temporary(checkpoint.step), ignore_errors=True)
             raise ValueError(
@@ -149,7 +149,7 @@ class WorkDirectory:
     def _temporary(self, step: int) -> Path:
         return self.checkpoints / f".step_{step:06d}.tmp"
 
-    def _save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> Path:
+    def _save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> None:
         target = self.folder(checkpoint.step)
         temporary = self._temporary(checkpoint.step)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -176,7 +176,6 @@ class WorkDirectory:
         self.mark_best(checkpoint.metadata["best_step"])
         _sync(self.checkpoints)
         self._drop_old(checkpoint.step)
-        return target
 
     def mark_best(self, step: int) -> None:
         """Let the link `best` point to the checkpoint of a step."""
@@ -250,6 +249,11 @@ def file_digest(path: str | Path) -> str:
     """sha256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def token_digests(tokens_dir: str | Path) -> dict[str, str]:
+    """sha256 of the tokens that a training reads, by split."""
+    return {s: file_digest(Path(tokens_dir) / f"{s}.parquet") for s in ("train", "validation")}
 
 
 def model_digest(directory: str | Path, revision: str | None = None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -117,14 +119,12 @@ def evaluate(
         "prompts": prompt or list(DEFAULT_PROMPTS),
         "max_new_tokens": max_new_tokens,
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        if tokens_dir is None:
-            options = {"revision": revision, "trust_remote_code": trust_remote_code}
-            tokens_dir = _tokenize(corpus or ["sotu"], model_path, Path(scratch), **options)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _tokens(tokens_dir, corpus or ["sotu"], model_path, **options) as tokens:
         results = evaluate_stage(
             stage,
             model_path,
-            tokens_dir,
+            tokens,
             settings,
             output_dir / f"{stage}_results.json",
             output_dir / f"{stage}_documents.parquet",
@@ -132,8 +132,7 @@ def evaluate(
             split=split,
             dtype=dtype,
             device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            **options,
         )
     for row in results["perplexity"]["by_step"]:
         typer.echo(
@@ -288,11 +287,10 @@ def run_experiment(
     from kimi_recursive.run_experiment import run_experiment
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    corpus = corpus or ["sotu"]
     inputs = {"recursive_config": recursive_config}
-    with tempfile.TemporaryDirectory() as scratch:
-        if tokens_dir is None:
-            inputs["corpus"] = ", ".join(corpus or ["sotu"])
-            tokens_dir = _tokenize(corpus or ["sotu"], model_path, Path(scratch), **options)
+    inputs["corpus"] = None if tokens_dir else ", ".join(corpus)
+    with _tokens(tokens_dir, corpus, model_path, **options) as tokens:
         directory = run_experiment(
             experiment_name,
             description,
@@ -301,12 +299,12 @@ def run_experiment(
             phase,
             settings,
             seed,
-            tokens_dir,
+            tokens,
             output_dir,
             arm=arm,
             num_kept=keep_checkpoints,
             force=force,
-            inputs=inputs,
+            inputs={name: value for name, value in inputs.items() if value},
             dtype=dtype,
             **options,
         )
@@ -322,25 +320,35 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{flag}: must be one of {', '.join(allowed)}, got '{value}'")
 
 
-def _tokenize(
-    corpus: list[str], model_path: str, scratch: Path, revision: str | None, trust_remote_code: bool
-) -> Path:
+@contextmanager
+def _tokens(
+    tokens_dir: Path | None,
+    corpus: list[str],
+    model_path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Iterator[Path]:
+    """The tokens that were given, or those of the corpus in a temporary folder."""
+    if tokens_dir is not None:
+        yield tokens_dir
+        return
     from kimi_recursive import data
     from kimi_recursive.loader import base_of, load_tokenizer
 
     source = corpus[0] if len(corpus) == 1 else corpus
-    data.prepare_corpus(
-        {"source": source, "validation": 0.1, "test": 0.1, "seed": 0}, scratch / "corpus"
-    )
+    settings = {"source": source, "validation": 0.1, "test": 0.1, "seed": 0}
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(base_of(model_path), **options)
-    if tokenizer is None:
-        raise ValueError(f"{model_path}: has no tokenizer; give --tokens-dir")
-    tokenizer.save_pretrained(scratch / "tokenizer")
-    data.tokenize_corpus(
-        scratch / "corpus", scratch / "tokenizer", scratch / "tokens", trust_remote_code
-    )
-    return scratch / "tokens"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data.prepare_corpus(settings, folder / "corpus")
+        tokenizer = load_tokenizer(base_of(model_path), **options)
+        if tokenizer is None:
+            raise ValueError(f"{model_path}: has no tokenizer; give --tokens-dir")
+        tokenizer.save_pretrained(folder / "tokenizer")
+        data.tokenize_corpus(
+            folder / "corpus", folder / "tokenizer", folder / "tokens", trust_remote_code
+        )
+        yield folder / "tokens"
 
 
 def main() -> None:

@@ -27,6 +27,10 @@ from kimi_recursive.config import CONFIG_NAME, RecursiveConfig, read_json_object
 from kimi_recursive.files import versions, write_json, write_text
 
 METADATA_NAME = "experiment_metadata.json"
+# How an attempt ended; a new attempt begins without them.
+END_KEYS = (
+    "ended_at", "error", "failed_step", "last_good_step", "last_good_checkpoint", "last_step",
+)  # fmt: skip
 
 
 def now() -> str:
@@ -42,7 +46,7 @@ def environment() -> dict[str, Any]:
         "versions": {**versions(), "cuda": torch.version.cuda},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
         "host": socket.gethostname(),
         "platform": platform.platform(),
     }
@@ -67,7 +71,7 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics as JSON types: numbers as float or int; NaN and infinity as null, named under
     `non_finite`."""
     bad = sorted(k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v))
-    clean = {k: None if k in bad else v for k, v in values.items() if v is not None or k in bad}
+    clean = {k: None if k in bad else v for k, v in values.items() if v is not None}
     return clean | ({"non_finite": bad} if bad else {})
 
 
@@ -135,7 +139,7 @@ class ExperimentTracker:
     # ---- one attempt at a run ----
 
     def __enter__(self) -> ExperimentTracker:
-        for key in ("error", "failed_step", "last_good_step", "last_good_checkpoint", "ended_at"):
+        for key in END_KEYS:
             self.metadata.pop(key, None)
         self._update(status="running", started_at=now(), **environment())
         return self

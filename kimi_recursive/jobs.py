@@ -45,7 +45,8 @@ def job(snakemake) -> Iterator[None]:
     """Run the body of a workflow script.
 
     Caps BLAS threads at the rule's threads (set before torch is imported), copies output to the
-    rule's log, and turns a user error (ValueError) into one line and exit code 2.
+    rule's log, and turns a user error (ValueError), or a file that cannot be read or written
+    (OSError), into one line and exit code 2.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(snakemake.threads)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
+from kimi_recursive.checkpoint import WorkDirectory, model_digest, token_digests
 from kimi_recursive.config import CONFIG_NAME, RecursiveConfig, get_phase_a_config
 from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
 from kimi_recursive.evaluate import losses_by_step
@@ -68,7 +68,10 @@ def run_experiment(
     width = (config or RecursiveConfig.from_file(Path(model_path) / CONFIG_NAME)).chunk_width
     settings = {**settings, "context_length": settings["context_length"] or 4 * width}
     if settings["warmup_steps"] > settings["num_steps"]:
-        raise ValueError("warmup_steps must be at most num_steps")
+        raise ValueError(
+            f"warmup_steps must be at most num_steps ({settings['num_steps']}), "
+            f"got {settings['warmup_steps']}"
+        )
     options = {"refuse_others": not force, "inputs": inputs, **load_options}
     if config is not None and not config.recursive_enabled:
         run_baseline(
@@ -133,7 +136,7 @@ def run_baseline(
         "config": config.to_dict(),
         "load": load_options,
         "base": model_digest(base_of(model_path), load_options.get("revision")),
-        "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
+        "tokens": token_digests(tokens_dir),
         "numerics": NUMERICS_VERSION,
     }
     rows: list[dict[str, Any]] = []

@@ -16,7 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kimi_recursive.checkpoint import NUM_KEPT, WorkDirectory, file_digest, model_digest
+from kimi_recursive.checkpoint import (
+    NUM_KEPT,
+    WorkDirectory,
+    file_digest,
+    model_digest,
+    token_digests,
+)
 from kimi_recursive.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.data import Window, WindowSampler, load_tokens, validation_windows
 from kimi_recursive.evaluate import losses_by_step
@@ -140,7 +146,7 @@ def train_phase(
         "load": load_options,
         "base": model_digest(base_path, revision),
         "parent": _sidecar_digests(parent_dir),
-        "tokens": {s: file_digest(tokens_dir / f"{s}.parquet") for s in ("train", "validation")},
+        "tokens": token_digests(tokens_dir),
         "numerics": NUMERICS_VERSION,
     }
     torch.manual_seed(seed)
@@ -153,7 +159,9 @@ def train_phase(
             description,
             config,
             {"phase": phase, "arm": arm, "seed": seed, "total_steps": num_steps, **settings},
-            {"model_path": parent_dir, "base": base_path, "tokens": tokens_dir, **(inputs or {})},
+            {"model_path": parent_dir, "base": base_path, "tokens": tokens_dir}
+            | {"recursive_config": Path(parent_dir) / CONFIG_NAME}
+            | (inputs or {}),
         ) as tracker,
     ):
         result = train_loop(

@@ -1,6 +1,7 @@
 """Tiny models of every kind that the wrapper must serve, built from their configs."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import polars as pl
 import pytest
 import torch
 import transformers
+from project import EXPECTED, Project
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -23,7 +25,9 @@ from transformers import (
 )
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, cli, data
+from kimi_recursive.adapter import Adapter, lora_config
 from kimi_recursive.loader import build_wrapper, load_tokenizer, save_sidecar
+from kimi_recursive.surgery import insert_cells
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -106,6 +110,24 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
     return wrapper
 
 
+LORA = {"rank": 2, "alpha": 4, "targets": "all-linear"}
+
+
+def adapted(base, layers=(), std=0.3, **config):
+    """A perturbed wrapper with LoRA that does something, and with changed whole layers."""
+    wrapper = perturb(make_wrapper(base, **config))
+    adapter = wrapper.adapter = Adapter(wrapper)
+    adapter.add_lora(lora_config(wrapper, **LORA), seed=0)
+    if layers:
+        adapter.unfreeze(layers)
+    changed = [p for n, p in adapter.lora_parameters().items() if "lora_B" in n]
+    changed += adapter.layer_parameters().values()
+    with torch.no_grad():
+        for parameter in changed:
+            parameter.add_(torch.randn_like(parameter) * std)
+    return wrapper
+
+
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
@@ -156,3 +178,41 @@ def call(monkeypatch, *arguments) -> int:
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     return exit_.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def surgery_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_base("kimi").save_pretrained(folder / "base")
+    insert_cells(folder / "base", {**SMALL, "max_inner_steps": 2}, 0, folder / "surgery")
+    return folder / "surgery"
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Project:
+    """The whole matrix, run once."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    assert project.planned() == sorted(EXPECTED)
+    done = project.snakemake("all")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return project
+
+
+@pytest.fixture
+def copy(project, tmp_path) -> Project:
+    """A copy of the finished project that a test may damage."""
+    target = tmp_path / "copy"
+    shutil.copytree(project.folder, target, symlinks=True)
+    twin = object.__new__(Project)
+    twin.folder = target
+    return twin
+
+
+def error_of(function, *arguments) -> str:
+    """The message of the ValueError, which has to be one line."""
+    with pytest.raises(ValueError) as caught:
+        function(*arguments)
+    assert type(caught.value) is ValueError
+    message = str(caught.value)
+    assert message and len(message.splitlines()) == 1, message
+    return message

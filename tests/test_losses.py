@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_base, make_wrapper, perturb, random_ids
+from conftest import adapted, make_base, make_wrapper, perturb, random_ids
 
 from kimi_recursive import RecursiveConfig
 from kimi_recursive.losses import DraftRepair, chunk_losses, corrupt, corruption_rate_at, edit
@@ -181,3 +181,118 @@ def test_chunks_are_drawn_from_the_whole_grid():
     for step in range(30):
         objective(random_ids(1, 33), step)
     assert starts == {0, 8, 16, 24}
+
+
+# ---- with a base that trains -------------------------------------------------------------------
+
+
+def test_scheduled_sampling_takes_the_models_own_draft():
+    tokens, predicted = random_ids(400, 33), torch.full((400, 32), 96)
+
+    def draft(rate, sampling):
+        generator = torch.Generator().manual_seed(0)
+        return corrupt(tokens, predicted, rate, 0.0, 96, generator, sampling)
+
+    drafted = draft(0.0, 0.25)
+    changed = drafted.inputs[:, 1:] != tokens[:, 1:-1]
+    assert not (changed & ~drafted.editable[:, :-1]).any()
+    assert (drafted.inputs[:, 1:][changed] == 96).all()
+    assert 0.23 < changed.sum() / drafted.editable[:, :-1].sum() < 0.27
+    both, alone = draft(0.3, 0.25), draft(0.3, 0.0)
+    random_ones = alone.inputs != tokens[:, :-1]
+    assert torch.equal(both.inputs[random_ones], alone.inputs[random_ones]), "what was corrupted is"
+    assert (both.inputs[:, 1:] == 96).sum() > 0.2 * 0.5 * changed.numel() * 0.7
+
+
+def test_the_share_of_own_tokens_grows_from_zero():
+    wrapper = make_wrapper(make_base("llama"), corruption_rate=0.0, corruption_rate_final=0.0)
+    objective = DraftRepair(wrapper, 5, 0.5, seed=0, scheduled_sampling=0.4)
+    assert [objective.draw(16, s).sampling for s in range(5)] == pytest.approx(
+        [0, 0.1, 0.2, 0.3, 0.4]
+    )
+    assert objective.draw(16, 0).clean and not objective.draw(16, 1).clean
+
+
+def gradients(wrapper, loss) -> dict[str, torch.Tensor]:
+    named = {n: p for n, p in wrapper.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+    return dict(zip(named, found, strict=True))
+
+
+def trainable(wrapper):
+    wrapper.base.requires_grad_(False)
+    for parameter in wrapper.adapter.lora_parameters().values():
+        parameter.requires_grad_(True)
+    for parameter in wrapper.adapter.layer_parameters().values():
+        parameter.requires_grad_(True)
+    return wrapper
+
+
+def test_step_0_is_supervised_and_part_of_the_loop_where_the_base_trains():
+    wrapper = trainable(adapted(make_base("llama"), std=0.05))
+    wrapper.config.lambda_len = 0.0
+    windows = random_ids(2, 17)
+    objective = DraftRepair(wrapper, 4, 0.5, seed=0)
+    seen = {}
+    import kimi_recursive.losses as module
+
+    real = module.chunk_losses
+    try:
+        module.chunk_losses = lambda w, c, d, s: seen.update(chunk=c, draft=d) or real(w, c, d, s)
+        objective(windows, 2)
+    finally:
+        module.chunk_losses = real
+    chunk, draft = seen["chunk"], seen["draft"]
+    assert chunk.logits.requires_grad
+    with_step_0 = chunk_losses(wrapper, chunk, draft, trains_step_0=True)["masked"]
+    without = chunk_losses(wrapper, chunk, draft)["masked"]
+    ce = torch.nn.functional.cross_entropy(
+        chunk.logits.transpose(1, 2), draft.targets, reduction="none"
+    )
+    step_0 = (ce * draft.editable).sum() / draft.editable.sum()
+    torch.testing.assert_close(with_step_0, (step_0 + 2 * without) / 3)  # K = 3: steps 1 and 2
+    final = chunk_losses(wrapper, chunk, draft)["final"]
+    through = gradients(wrapper, final)
+    wrapper.config.backprop_steps = 3
+    cut = gradients(wrapper, chunk_losses(wrapper, chunk, draft)["final"])
+    name = next(n for n in through if "lora_B" in n)
+    assert cut[name].abs().max() > 0 and not torch.allclose(cut[name], through[name])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_step_0_trains_on_clean_and_on_corrupted_drafts(rate):
+    """With one inner step, `masked` is the loss of step 0 alone."""
+    base = make_base("llama")
+    wrapper = trainable(adapted(base, max_inner_steps=1))
+    wrapper.config.corruption_rate = wrapper.config.corruption_rate_final = rate
+
+    def loss():
+        return DraftRepair(wrapper, 4, 0.5, seed=0)(random_ids(2, 17), 2)[0]
+
+    with_it = loss()
+    with torch.no_grad():
+        torch.testing.assert_close(loss(), with_it.detach())  # the same with and without gradients
+    name = next(n for n, p in wrapper.named_parameters() if p.requires_grad and "lora_B" in n)
+    gradient = gradients(wrapper, with_it)[name]
+    wrapper.config.lambda_masked = 0.0
+    assert not torch.allclose(gradients(wrapper, loss())[name], gradient)
+
+
+def test_the_pull_is_half_the_squared_distance():
+    wrapper = trainable(adapted(make_base("kimi"), layers=[3], std=0.0))
+    objective = DraftRepair(wrapper, 4, 0.5, seed=0, pull=0.3)
+    windows = random_ids(2, 17)
+    total, parts = objective(windows, 1)
+    assert parts["loss_pull"] == 0
+    weight = wrapper.adapter.layer_parameters()["model.layers.3.self_attn.q_proj.weight"]
+    before = wrapper.adapter.pretrained["model.layers.3.self_attn.q_proj.weight"]
+    with torch.no_grad():
+        weight.add_(0.1)
+    assert objective.distance().item() == pytest.approx(0.5 * 0.01 * weight.numel(), rel=1e-4)
+    [gradient] = torch.autograd.grad(objective.distance(), [weight])
+    torch.testing.assert_close(gradient, weight.detach() - before)
+    total, parts = objective(windows, 1)
+    names = {"final": 1, "masked": 0.5, "halt": 0.5, "len": 0.05, "ponder": 0.01,
+             "stability": 0.01, "pull": 0.3}  # fmt: skip
+    expected = sum(w * parts[f"loss_{k}"] for k, w in names.items())
+    torch.testing.assert_close(total.detach(), expected)

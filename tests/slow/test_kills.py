@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, make_base
-from test_phases import SETTINGS, same_run
+from runs import same_run
+from test_phases import SETTINGS
 
 from kimi_recursive.surgery import insert_cells
 from kimi_recursive.train import train_phase
