@@ -1,5 +1,6 @@
 # Give a pretrained decoder a recursive refinement loop and measure what it does.
-# Targets: all (default), summarize (from what is there, without training).
+# Targets: all (default), track_b (the embedding students alone), summarize and summarize_track_b
+# (from what is there, without training).
 
 
 configfile: "config/config.yaml"
@@ -10,11 +11,14 @@ include: "rules/base.smk"
 include: "rules/evaluate.smk"
 include: "rules/train.smk"
 include: "rules/report.smk"
+include: "rules/track_b.smk"
 
 
 localrules:
     all,
+    track_b,
     summarize,
+    summarize_track_b,
 
 
 rule all:
@@ -24,3 +28,9 @@ rule all:
         matrix_artefacts(),
         rules.summarize.output,
         rules.plot_perplexity_by_step.output,
+        track_b_results(),
+
+
+rule track_b:
+    input:
+        track_b_results(),

@@ -35,7 +35,8 @@ def publishing(output_dir: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary sibling path that takes the place of `path` when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -48,19 +49,19 @@ def _replacing(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON; NaN and infinity are refused, since JSON has neither."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_parquet(path: str | Path, table: pl.DataFrame) -> None:
     """Write a table as parquet."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         table.write_parquet(temporary)
 
 

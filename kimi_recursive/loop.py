@@ -95,7 +95,7 @@ class LoopResult:
 
     Attributes:
         logs: One row a step; validation columns are null where no validation ran.
-        best_step, best_metric: Where the watched metric was lowest.
+        best_step, best_metric: Where the watched metric was best.
     """
 
     logs: pl.DataFrame
@@ -119,17 +119,19 @@ def train_loop(
     write_model: Callable[[Path], None],
     read_model: Callable[[Path], None],
     after_step: Callable[[], None] | None = None,
+    higher_is_better: bool = False,
+    counted: str = "tokens",
 ) -> LoopResult:
     """Train `objective` and load the weights that were best on validation.
 
     Args:
         objective: `objective(batch(step), step)` returns the loss and a dict of its named parts,
-            and the number of target tokens under `tokens`.
+            and the number of target tokens under `tokens` (or what else is `counted`).
         trainable: The parameters that train; `optimizer` holds them, in groups with a `name` and
             their peak learning rate.
         validate: Metrics of the model as it is after a step; run at step 0, each `eval_interval`
             and the end.
-        watch: The metric of `validate` whose lowest value marks the best weights.
+        watch: The metric of `validate` whose lowest value (or highest) marks the best weights.
         work: An entered `WorkDirectory`; every new best is a checkpoint, too.
         tracker: Gets metrics, and which checkpoint is best.
         write_model: Writes all that trains into a folder of a checkpoint, to be loaded by users.
@@ -143,7 +145,7 @@ def train_loop(
     """
     scheduler = LambdaLR(optimizer, lambda done: lr_factor(done + 1, settings))
     rows: list[dict[str, Any]] = []
-    step, best_step, best_metric = 0, 0, math.inf
+    step, best_step, best_metric = 0, 0, -math.inf if higher_is_better else math.inf
 
     def measure() -> bool:
         """Validate; whether it is the best so far."""
@@ -155,7 +157,8 @@ def train_loop(
             message = f"{description}: {watch} is {metrics[watch]} at step {step}"
             raise Diverged(message, step)
         rows[-1] |= metrics
-        better = metrics[watch] < best_metric
+        difference = metrics[watch] - best_metric
+        better = difference > 0 if higher_is_better else difference < 0
         if better:
             best_metric, best_step = metrics[watch], step
         return better
@@ -192,8 +195,8 @@ def train_loop(
         save()
 
     started = time.perf_counter()
-    tokens = rows[-1].get("tokens") or 0
-    tokens_here = 0
+    total = rows[-1].get(counted) or 0
+    total_here = 0
     bar = tqdm(
         total=settings.num_steps, initial=step, desc=description, unit="step", mininterval=2.0
     )
@@ -216,8 +219,8 @@ def train_loop(
             step += 1
             if after_step is not None:
                 after_step()
-            num_tokens = parts.pop("tokens")
-            tokens, tokens_here = tokens + num_tokens, tokens_here + num_tokens
+            number = parts.pop(counted)
+            total, total_here = total + number, total_here + number
             rows.append(
                 {
                     "step": step,
@@ -225,8 +228,8 @@ def train_loop(
                     **{k: float(v) for k, v in parts.items()},
                     **rates,
                     "grad_norm": norm,
-                    "tokens": tokens,
-                    "tokens_per_second": tokens_here / (time.perf_counter() - started),
+                    counted: total,
+                    f"{counted}_per_second": total_here / (time.perf_counter() - started),
                 }
             )
             last = step == settings.num_steps

@@ -44,17 +44,19 @@ def validate_settings(config: Mapping[str, Any], schema_path: str | Path) -> dic
             unknown key the nearest valid one.
     """
     schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
-    errors = [
-        line
-        for error in sorted(_Validator(schema).iter_errors(config), key=_where)
-        for line in _explain(error)
-    ]
+    errors = schema_errors(config, schema)
     errors += [f"{where}: must be finite, got {x}" for where, x in _not_finite(config)]
     errors = errors or _check_recursive(config["recursive"])
     errors = errors or list(_check_together(config))
     if errors:
         raise ValueError("\n".join(errors))
     return dict(config)
+
+
+def schema_errors(value: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
+    """One line for each thing that a JSON Schema does not allow."""
+    found = sorted(_Validator(schema).iter_errors(value), key=_where)
+    return [line for error in found for line in _explain(error)]
 
 
 def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:
@@ -101,12 +103,7 @@ def _check_recursive(values: Mapping[str, Any]) -> list[str]:
 def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
     base, width = config["base"], config["recursive"].get("chunk_width", 128)
     if base["kind"] == "pretrained":
-        if bool(base.get("path")) == bool(base.get("hub_id")):
-            yield "base: kind 'pretrained' needs either path (a local directory) or hub_id"
-        if base.get("hub_id") and not base.get("revision"):
-            yield "base.revision: a hub_id needs a pinned revision (a commit hash or tag)"
-        if base.get("path") and not Path(base["path"]).is_dir():
-            yield f"base.path: no such directory: {base['path']}"
+        yield from _check_pretrained(base, "base")
     elif base["kind"] == "scratch":
         architecture = base["architecture"]
         if architecture["num_experts_per_token"] > architecture["num_experts"]:
@@ -131,8 +128,27 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
                 f"training.{phase}.context_length: must be a multiple of recursive.chunk_width "
                 f"({width}), got {settings['context_length']}"
             )
+    yield from _check_teacher(config["track_b"]["teacher"])
     if config["corpus"]["validation"] + config["corpus"]["test"] >= 1:
         yield "corpus: validation and test together must be below 1"
+
+
+def _check_pretrained(model: Mapping[str, Any], where: str) -> Iterator[str]:
+    if bool(model.get("path")) == bool(model.get("hub_id")):
+        yield f"{where}: kind 'pretrained' needs either path (a local directory) or hub_id"
+    if model.get("hub_id") and not model.get("revision"):
+        yield f"{where}.revision: a hub_id needs a pinned revision (a commit hash or tag)"
+    if model.get("path") and not Path(model["path"]).is_dir():
+        yield f"{where}.path: no such directory: {model['path']}"
+
+
+def _check_teacher(teacher: Mapping[str, Any]) -> Iterator[str]:
+    if teacher["kind"] == "pretrained":
+        yield from _check_pretrained(teacher, "track_b.teacher")
+    elif teacher["kind"] == "vectors" and not Path(teacher["path"] or "").is_file():
+        yield f"track_b.teacher.path: kind 'vectors' needs a file, got {teacher['path']}"
+    elif teacher["kind"] == "minilm" and (teacher["path"] or teacher["hub_id"]):
+        yield "track_b.teacher: path and hub_id need kind 'pretrained' or 'vectors'"
 
 
 def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:

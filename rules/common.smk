@@ -19,10 +19,12 @@ from kimi_recursive.settings import (
     upstream_settings,
     validate_settings,
 )
+from kimi_recursive.track_b.sheet import neighbour_settings, runs_of, select_experiments
 
 try:
     validate_settings(config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
     CORPUS_FILES = source_files(config["corpus"])
+    TRACK_B = select_experiments(config["track_b"])
 except ValueError as error:
     print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
     sys.exit(2)
@@ -41,6 +43,12 @@ TRAININGS = {run.key: run for run in [*trainings(config), REPEATED] if run}
 MATRIX = {run.name: run for run in evaluations(config)}  # the rows of the summary
 EVALUATIONS = MATRIX | ({REPEATED_EVALUATION.name: REPEATED_EVALUATION} if REPEATED else {})
 RUN_FILES = ["sidecar", "train_logs.parquet", "train_summary.json"]
+STUDENTS = runs_of(TRACK_B)
+# What finding neighbours reads of the sheet: another learning rate does not find them again.
+NEIGHBOUR_SETTINGS = neighbour_settings(TRACK_B)
+REFERENCE_DIMS = sorted({e.settings["dim"] for e in TRACK_B})
+TRACK_B_DIR = "results/track_b_quick" if config["track_b"]["quick"] else "results/track_b"
+SENTENCE_KEYS = ("num_sentences", "num_validation_queries", "num_test_queries", "seed")
 ZERO_INIT = {zero_init_name(config, seed): seed for seed in config["seeds"]}
 
 
@@ -48,6 +56,7 @@ wildcard_constraints:
     key="|".join(TRAININGS),
     name="|".join(EVALUATIONS),
     proof="|".join(ZERO_INIT),
+    student="|".join(STUDENTS),
     seed=r"\d+",
 
 
@@ -92,9 +101,9 @@ def zero_init_proof(wildcards):
     return f"results/compare/{zero_init_name(config, seed)}.json"
 
 
-def summarize_alone():
+def summarize_alone(rule="summarize"):
     """Whether the summary itself was asked for, of whatever is there."""
-    return "summarize" in workflow.dag_settings.targets
+    return rule in workflow.dag_settings.targets
 
 
 def existing_results(wildcards):
@@ -103,6 +112,14 @@ def existing_results(wildcards):
         f"{path} {path.stat().st_mtime_ns}"
         for folder in ("eval", "compare", "runs/*")
         for path in Path("results").glob(f"{folder}/*.*")
+    )
+
+
+def existing_students(wildcards):
+    """Changes when a student appears or changes, so that `snakemake summarize_track_b` sees it."""
+    return summarize_alone("summarize_track_b") and sorted(
+        f"{path} {path.stat().st_mtime_ns}"
+        for path in Path("results/track_b").glob("students/*/logs/*")
     )
 
 
@@ -130,3 +147,33 @@ def matrix_artefacts():
 def summarized(wildcards):
     """What the matrix expects; for the summary alone nothing, so that nothing is trained for it."""
     return [] if summarize_alone() else matrix_results()
+
+
+STUDENT_FILES = [
+    "logs/train_logs.parquet",
+    "checkpoints/student_best.safetensors",
+    "evaluation.parquet",
+]
+
+
+def track_b_artefacts():
+    """Every file that Track-B makes, but for the summary."""
+    if not TRACK_B:
+        return []
+    vectors = config["track_b"]["teacher"]["kind"] == "vectors"
+    return (
+        ([] if vectors else rules.prepare_sentences.output)
+        + ["results/track_b/teacher", *rules.find_neighbours.output, *rules.check_sanity.output]
+        + rules.evaluate_references.output
+        + expand("results/track_b/students/{student}/{file}", student=STUDENTS, file=STUDENT_FILES)
+    )
+
+
+def track_b_results():
+    """Everything of Track-B, summary and figure among it."""
+    return [*track_b_artefacts(), *rules.summarize_track_b.output] if TRACK_B else []
+
+
+def summarized_students(wildcards):
+    """What the sheet expects; for the summary alone nothing, so that nothing is trained for it."""
+    return [] if summarize_alone("summarize_track_b") else track_b_artefacts()

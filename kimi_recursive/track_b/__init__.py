@@ -1,0 +1,1 @@
+"""Track-B: distil an embedding teacher into a small student, and see what a student is worth."""

@@ -1,0 +1,69 @@
+"""The folder of an experiment, as the guide has it: the logs of its seeds, and their students.
+
+logs/train_logs.parquet, .jsonl   rows of all seeds, with a column `seed`
+logs/train_summary.json           run_id, status, and the summary of each seed
+logs/sweep_seed<N>.log            what the run printed
+checkpoints/seed<N>               link to the checkpoints of a seed
+checkpoints/student_best.*, student_step_<N>.*   links to those of the best seed
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from kimi_recursive.files import write_json
+from kimi_recursive.track_b.status import write_logs
+from kimi_recursive.track_b.summary import Result, run_id
+
+
+def collect_experiment(
+    result: Result,
+    students_dir: Path,
+    run_logs: Mapping[int, Path],
+    run_dir: Path,
+    final_dir: Path | None = None,
+) -> None:
+    """Fill an experiment's folder from the runs of its seeds, as far as they are there.
+
+    Args:
+        students_dir: Where the runs are, by key.
+        run_logs: What each seed's run printed.
+        final_dir: Where the folder is moved to afterwards; links are made for that place.
+    """
+    keys = result.experiment.keys
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    logs = {seed: students_dir / key / "logs/train_logs.parquet" for seed, key in keys.items()}
+    tables = [
+        pl.read_parquet(path).insert_column(0, pl.lit(seed).alias("seed"))
+        for seed, path in logs.items()
+        if result.runs[seed].status in ("success", "incomplete") and path.is_file()
+    ]
+    if tables:
+        write_logs(run_dir, pl.concat(tables, how="diagonal_relaxed"))
+    seeds = {str(seed): run.summary for seed, run in result.runs.items()}
+    facts = {"run_id": run_id(result), "status": result.status, "seeds": seeds}
+    write_json(run_dir / "logs/train_summary.json", facts)
+    for seed, path in run_logs.items():
+        if path.is_file():
+            shutil.copyfile(path, run_dir / f"logs/sweep_seed{seed}.log")
+    _link_checkpoints(result, students_dir, run_dir / "checkpoints", final_dir or run_dir)
+
+
+def _link_checkpoints(result: Result, students_dir: Path, folder: Path, final_dir: Path) -> None:
+    def link(name: str, target: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(os.path.relpath(target, final_dir / "checkpoints"))
+
+    found = {s: students_dir / key / "checkpoints" for s, key in result.experiment.keys.items()}
+    for seed, target in found.items():
+        if target.is_dir():
+            link(f"seed{seed}", target)
+    best = max(found, key=lambda seed: result.runs[seed].best_recall or -1.0)
+    for target in sorted(found[best].glob("student_*.safetensors")):
+        link(target.name, target)

@@ -1,0 +1,108 @@
+"""Scores of a student and of the references, query by query, also as a vector database stores them.
+
+A table has a row for each method, precision, split and query:
+
+    method      `student`, or a reference with the length it shortens to, such as `svd_128`
+    precision   `float32`; `int8`, one scale for all entries; `binary`, signs, ranked by Hamming
+                distance; `binary_float_query`, signs ranked by the query as it is
+    split       `validation`, `test`, or `train`: training sentences asked like queries
+    row         of the query in `vectors.npy`
+    recall@10, ndcg@10
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from kimi_recursive.files import write_parquet
+from kimi_recursive.track_b.metrics import score_vectors
+from kimi_recursive.track_b.neighbours import Floats
+from kimi_recursive.track_b.student import svd_projection
+from kimi_recursive.track_b.teacher import load_vectors
+from kimi_recursive.track_b.truth import Truth, load_truth
+
+# Bits of an entry in the database.
+PRECISIONS = {"float32": 32, "int8": 8, "binary": 1, "binary_float_query": 1}
+TEACHER = "teacher"
+
+
+def bytes_per_vector(dim: int, precision: str) -> int:
+    """What a vector takes in a database, without the database's own overhead."""
+    return -(-dim * PRECISIONS[precision] // 8)
+
+
+def quantize(vectors: Floats, precision: str, scale: float) -> Floats:
+    """Entries as a precision stores them, as whole numbers in float32.
+
+    Args:
+        scale: What int8 takes for 127, the largest entry of the training vectors.
+    """
+    if precision == "int8":
+        return np.clip(np.rint(vectors * (127 / scale)), -127, 127)
+    if precision.startswith("binary"):
+        return np.where(vectors >= 0, np.float32(1), np.float32(-1))
+    return vectors
+
+
+def score_all(method: str, encoded: Floats, truth: Truth) -> pl.DataFrame:
+    """The table of one method.
+
+    Args:
+        encoded: Of all sentences [N, dim], unit length.
+    """
+    scale = float(np.abs(encoded[: len(truth.train)]).max())
+    tables = []
+    for precision in PRECISIONS:
+        database = quantize(encoded, precision, scale)
+        for split, rows in truth.queries.items():
+            queries = (encoded if precision == "binary_float_query" else database)[rows]
+            recall, ndcg = score_vectors(queries, database, rows, truth.relevant[split])
+            facts = {"method": method, "precision": precision, "split": split, "row": rows}
+            tables.append(pl.DataFrame({**facts, "recall@10": recall, "ndcg@10": ndcg}))
+    return pl.concat(tables)
+
+
+def references(vectors: Floats, dim: int) -> Mapping[str, Callable[[Floats], Floats]]:
+    """Ways to shorten vectors without training.
+
+    Args:
+        vectors: Training vectors [N, D] that SVD (not centred) and PCA (centred) are fitted on.
+    """
+    mean = vectors.mean(0, dtype=np.float64).astype(np.float32)
+    svd, pca = (svd_projection(vectors, dim, centred).T for centred in (False, True))
+    shape = (vectors.shape[1], dim)
+    random = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    return {
+        "svd": lambda x: x @ svd,
+        "pca": lambda x: (x - mean) @ pca,
+        "truncation": lambda x: x[:, :dim],
+        "random_projection": lambda x: x @ random,
+    }
+
+
+def evaluate_references(
+    teacher_dir: str | Path,
+    neighbours_path: str | Path,
+    dims: Sequence[int],
+    output_path: str | Path,
+) -> None:
+    """Write the table of all references at these lengths and of the teacher itself, with a column
+    `dim`."""
+    vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
+    everything = np.ascontiguousarray(vectors["all"])
+    methods = {
+        f"{name}_{dim}": shorten
+        for dim in dims
+        for name, shorten in references(vectors["train"], dim).items()
+    }
+    tables = []
+    for name, shorten in {**methods, TEACHER: lambda x: x}.items():
+        encoded = shorten(everything)
+        encoded = encoded / np.linalg.norm(encoded, axis=1, keepdims=True)
+        dim = pl.lit(encoded.shape[1]).alias("dim")
+        tables.append(score_all(name, np.ascontiguousarray(encoded), truth).with_columns(dim))
+    write_parquet(output_path, pl.concat(tables))

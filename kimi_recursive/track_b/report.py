@@ -1,0 +1,61 @@
+"""All that is made of the students once they are there: summaries, experiment folders, figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kimi_recursive.config import read_json_object
+from kimi_recursive.figures import plot_recall_by_step
+from kimi_recursive.files import publishing
+from kimi_recursive.track_b.collect import collect_experiment
+from kimi_recursive.track_b.sheet import select_experiments
+from kimi_recursive.track_b.summary import read_results, summarize
+
+
+def summarize_track_b(
+    track_b: Mapping[str, Any],
+    results_dir: Path,
+    table: str,
+    text: str,
+    comparison: str,
+    runs: str,
+    figure: str,
+) -> None:
+    """Write everything from whatever is in `results/track_b`.
+
+    Args:
+        track_b: That subtree of the workflow config.
+        table, text, comparison, runs, figure: What to write.
+    """
+    students = results_dir / "track_b/students"
+    results = read_results(
+        select_experiments(track_b), students, results_dir / "track_b/references.parquet"
+    )
+    summarize(results, _heading(track_b, results_dir), table, text, comparison)
+    with publishing(runs) as folder:
+        for result in results:
+            if result.experiment is not None:
+                keys = result.experiment.keys.items()
+                logs = {s: results_dir / f"logs/train_student/{key}.log" for s, key in keys}
+                target = Path(runs) / result.experiment.run_id
+                collect_experiment(result, students, logs, folder / target.name, target)
+    plot_recall_by_step(results, Path(runs), Path(figure))
+
+
+def _heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
+    """What the numbers were made on."""
+    try:
+        teacher = read_json_object(results_dir / "track_b/teacher/teacher.json")
+    except ValueError:
+        return "Track-B: the teacher's vectors are not there yet"
+    name = teacher["hub_id"] or teacher["path"] or "all-MiniLM-L6-v2"
+    scale = (
+        "quick: 10 steps each" if track_b["quick"] else f"{track_b['scale']:g} of the sheet's steps"
+    )
+    return (
+        f"Track-B: {teacher['num_train']} training sentences, {teacher['num_validation']} validation "
+        f"and {teacher['num_test']} test queries\n"
+        f"Teacher {Path(name).name} ({teacher['dim']}-d); {scale}"
+    )

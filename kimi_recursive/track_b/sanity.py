@@ -1,0 +1,103 @@
+"""A quick look at Track-B on the real vectors, before hours are spent: it warns, it never stops."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kimi_recursive.files import write_json
+from kimi_recursive.track_b.metrics import score_vectors
+from kimi_recursive.track_b.neighbours import Floats
+from kimi_recursive.track_b.objectives import build_objective
+from kimi_recursive.track_b.student import build_student
+from kimi_recursive.track_b.teacher import load_vectors
+from kimi_recursive.track_b.truth import Truth, load_truth
+
+NUM_STEPS = 20
+
+
+def check_sanity(
+    teacher_dir: str | Path,
+    neighbours_path: str | Path,
+    settings: Mapping[str, Mapping[str, Any]],
+    output_path: str | Path,
+) -> list[dict[str, Any]]:
+    """Write which checks passed; what fails is printed as a warning.
+
+    Args:
+        settings: By name, the experiments of which one of each objective is tried for a few steps.
+    """
+    checks: list[dict[str, Any]] = []
+
+    def check(name: str, measure: Callable[[], tuple[bool, str]]) -> None:
+        try:
+            passed, value = measure()
+        except Exception as error:
+            traceback.print_exc()
+            passed, value = False, f"{type(error).__name__}: {error}"
+        checks.append({"check": name, "passed": bool(passed), "value": value})
+        if not passed:
+            print(f"warning: sanity check failed: {name}: {value}", file=sys.stderr)
+
+    vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
+    everything = np.ascontiguousarray(vectors["all"])
+    check("vectors have unit length", lambda: _unit_length(everything))
+    check("the teacher's own vectors score 1", lambda: _teacher_scores_one(everything, truth))
+    check("random vectors score below 0.1", lambda: _random_scores_low(everything, truth))
+    tried = {one["objective"]: (name, one) for name, one in settings.items()}
+    for name, one in tried.values():
+        train = everything[: len(truth.train)]
+        check(
+            f"{name}: {NUM_STEPS} steps lower the loss",
+            lambda one=one, x=train: _learns(x, truth, one),
+        )
+    passed = sum(c["passed"] for c in checks)
+    print(f"sanity: {passed} of {len(checks)} checks passed", file=sys.stderr)
+    write_json(output_path, {"passed": passed == len(checks), "checks": checks})
+    return checks
+
+
+def _unit_length(vectors: Floats) -> tuple[bool, str]:
+    error = float(np.abs(np.linalg.norm(vectors, axis=1) - 1).max())
+    return error < 1e-5, f"off by at most {error:.2g}"
+
+
+def _score(vectors: Floats, truth: Truth) -> float:
+    rows = truth.queries["validation"]
+    return float(
+        score_vectors(vectors[rows], vectors, rows, truth.relevant["validation"])[0].mean()
+    )
+
+
+def _teacher_scores_one(vectors: Floats, truth: Truth) -> tuple[bool, str]:
+    recall = _score(vectors, truth)
+    return recall > 0.999, f"recall@10 {recall:.4f}"
+
+
+def _random_scores_low(vectors: Floats, truth: Truth) -> tuple[bool, str]:
+    random = np.random.default_rng(0).standard_normal((len(vectors), 16), dtype=np.float32)
+    recall = _score(random / np.linalg.norm(random, axis=1, keepdims=True), truth)
+    return recall < 0.1, f"recall@10 {recall:.4f}"
+
+
+def _learns(vectors: Floats, truth: Truth, settings: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the mean loss of the last quarter is below that of the first."""
+    student = build_student(settings, vectors, seed=0)
+    objective = build_objective(student, vectors, truth, settings, seed=0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=settings["lr"], weight_decay=0.0)
+    losses = []
+    for _ in range(NUM_STEPS):
+        loss, _ = objective(None, 0)  # the same batch
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    quarter = NUM_STEPS // 4
+    first, last = np.mean(losses[:quarter]), np.mean(losses[-quarter:])
+    return last < first, f"{first:.4g} to {last:.4g}"

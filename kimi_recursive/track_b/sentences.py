@@ -1,0 +1,93 @@
+"""Sentences for Track-B: split from the corpus, each once, drawn and divided by a hash of the text.
+
+The order in which sentences are drawn depends on nothing but the text and the seed, so 8,000
+sentences are the first half of 16,000, and a sentence is a query in both or in neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from kimi_recursive.data import read_documents
+from kimi_recursive.files import write_parquet
+
+SPLITS = ("train", "validation", "test")
+MIN_WORDS = 4
+_PARAGRAPH = re.compile(r"\n\s*\n")
+# After a closing mark, with or without a closing quote, before what can start a sentence.
+_BREAK = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+(?=[\"'“‘(\[]*[A-Z0-9])")
+_ABBREVIATION = re.compile(
+    r"\b(?:Mr|Mrs|Ms|Dr|Messrs|Gen|Gov|Sen|Rep|Hon|Col|Capt|Lieut|Lt|Maj|Rev|St|Ste|Nos?|Arts?|"
+    r"Secs?|Jr|Sr|vs|viz|cf|[A-Z])\.$"
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, white space collapsed. A blank line ends one too; the full stop of
+    a title (`Mr.`), an initial or a reference (`No.`) does not."""
+    sentences = []
+    for paragraph in _PARAGRAPH.split(text):
+        open_end = False
+        for piece in _BREAK.split(" ".join(paragraph.split())):
+            if open_end:
+                piece = f"{sentences.pop()} {piece}"
+            if piece:
+                sentences.append(piece)
+            open_end = bool(_ABBREVIATION.search(piece))
+    return sentences
+
+
+def prepare_sentences(
+    corpus: Mapping[str, Any],
+    num_sentences: int | None,
+    num_validation_queries: int,
+    num_test_queries: int,
+    seed: int,
+    output_path: str | Path,
+) -> None:
+    """Write the sentences of a corpus: columns `sentence`, `document_id`, `split`.
+
+    Training sentences come first, then the validation and the test queries. Sentences of fewer
+    than four words and repeats (case aside) are left out.
+
+    Args:
+        num_sentences: How many in all, queries among them; None for every one.
+        num_validation_queries, num_test_queries: Held-out queries.
+
+    Raises:
+        ValueError: the corpus cannot be read, or has too few distinct sentences.
+    """
+    documents = read_documents(corpus)
+    table = (
+        documents.select(
+            "document_id",
+            sentence=pl.col("text").map_elements(split_sentences, pl.List(pl.String)),
+        )
+        .explode("sentence")
+        .filter(pl.col("sentence").str.split(" ").list.len() >= MIN_WORDS)
+        .unique(pl.col("sentence").str.to_lowercase(), keep="first", maintain_order=True)
+    )
+    num_queries = num_validation_queries + num_test_queries
+    wanted = table.height if num_sentences is None else num_sentences
+    if table.height < max(wanted, num_queries + 2):
+        raise ValueError(
+            f"track_b: {max(wanted, num_queries + 2)} distinct sentences of at least {MIN_WORDS} "
+            f"words are needed ({num_queries} of them queries), the corpus has {table.height}"
+        )
+    order = pl.col("sentence").map_elements(lambda text: _order(text, seed), pl.String)
+    table = table.sort(order).head(wanted)
+    splits = ["validation"] * num_validation_queries + ["test"] * num_test_queries
+    splits += ["train"] * (wanted - num_queries)
+    table = table.with_columns(split=pl.Series(splits, dtype=pl.String))
+    parts = [table.filter(pl.col("split") == split) for split in SPLITS]
+    write_parquet(output_path, pl.concat(parts).select("sentence", "document_id", "split"))
+
+
+def _order(text: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()

@@ -1,0 +1,234 @@
+"""The sheet of experiments: one row each, its hyperparameters checked before anything runs.
+
+A run is one student: one set of hyperparameters and one seed. It is keyed by both, so two
+experiments that need the same student share it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kimi_recursive.config import unknown_key_message
+from kimi_recursive.settings import schema_errors
+
+SCHEMA_PATH = Path(__file__).parents[2] / "workflow/schemas/track_b.schema.yaml"
+SCALED_KEYS = ("steps", "warmup", "save_every", "eval_every")
+QUICK = {"steps": 10, "warmup": 2, "save_every": 5, "eval_every": 5}
+_CASTS = {"integer": int, "number": float, "string": str}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row of the sheet.
+
+    Attributes:
+        settings: Hyperparameters by column, without name and seeds.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        """The guide's id, without the time; names the folder, so that a rerun resumes."""
+        s = self.settings
+        seeds = ",".join(map(str, self.seeds))
+        return (
+            f"trackB_v1_{self.name}_s{s['steps']}_seeds{seeds}_tau{s['tau']:g}_m{s['neg_m']}"
+            f"_q{s['queue_size']}"
+        )
+
+    @property
+    def keys(self) -> dict[int, str]:
+        """The key of each seed's run."""
+        return {seed: student_key(self.settings, seed) for seed in self.seeds}
+
+
+def student_key(settings: Mapping[str, Any], seed: int) -> str:
+    """Names a run by what it computes."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{settings['objective']}_{settings['steps']}_tau{settings['tau']:g}_{digest}_s{seed}"
+
+
+def runs_of(experiments: list[Experiment]) -> dict[str, tuple[dict[str, Any], int]]:
+    """Settings and seed of every run, each once, by key."""
+    return {key: (e.settings, seed) for e in experiments for seed, key in e.keys.items()}
+
+
+def neighbour_settings(experiments: list[Experiment]) -> list[dict[str, Any]]:
+    """What finding neighbours reads of the sheet, each combination once."""
+    keys = ("dim", "k", "false_neg_mode", "threshold")
+    found = [{key: e.settings[key] for key in keys} for e in experiments]
+    return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
+def select_experiments(track_b: Mapping[str, Any]) -> list[Experiment]:
+    """The experiments that the config asks for, at its scale.
+
+    Args:
+        track_b: The `track_b` subtree of the workflow config.
+
+    Raises:
+        ValueError: one line for each error of the sheet, or of the choice from it.
+    """
+    if not track_b["enabled"]:
+        return []
+    found = {e.name: e for e in read_sheet(track_b["sheet"])}
+    wanted = list(found) if track_b["experiments"] == "all" else track_b["experiments"]
+    if unknown := [name for name in wanted if name not in found]:
+        where = "track_b.experiments"
+        raise ValueError("\n".join(unknown_key_message(name, found, where) for name in unknown))
+    chosen = [
+        Experiment(e.name, e.seeds, _scaled(e.settings, track_b["scale"], track_b["quick"]))
+        for e in (found[name] for name in wanted)
+    ]
+    if errors := list(_check_corpus(chosen, track_b)):
+        raise ValueError("\n".join(errors))
+    return chosen
+
+
+def read_schema() -> dict[str, Any]:
+    """JSON Schema of a row."""
+    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+
+
+def read_sheet(path: str | Path) -> list[Experiment]:
+    """All experiments of a sheet: tab-separated, with a header; an empty cell takes the default.
+
+    Raises:
+        ValueError: one line for each error: line, column, what it holds, what is allowed.
+    """
+    schema = read_schema()
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file (track_b.sheet)")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 (track_b.sheet)") from error
+    rows = [row for row in csv.reader(text.splitlines(), delimiter="\t")]
+    header = rows[0] if rows else []
+    errors = [
+        unknown_key_message(name, schema["properties"], f"{path}: column")
+        for name in header
+        if name not in schema["properties"]
+    ]
+    errors += [
+        f"{path}: column '{n}' appears {c} times" for n, c in Counter(header).items() if c > 1
+    ]
+    if "experiment" not in header:
+        errors.append(f"{path}: a header with a column 'experiment' is needed")
+    experiments = []
+    for line, cells in enumerate(rows[1:], 2):
+        if not any(cells) or errors[:1]:
+            continue
+        where = f"{path}:{line}"
+        if len(cells) > len(header):
+            raise ValueError(f"{where}: {len(cells)} cells, the header has {len(header)}")
+        values = {n: v for n, v in zip(header, cells, strict=False) if v}
+        experiments.append((where, parse_row(values, schema, where)))
+    names = Counter(e.name for _, e in experiments)
+    errors += [
+        f"{where}: experiment '{e.name}' appears {names[e.name]} times"
+        for where, e in experiments
+        if names[e.name] > 1
+    ]
+    if not errors and not experiments:
+        errors = [f"{path}: no experiments"]
+    if errors:
+        raise ValueError("\n".join(errors))
+    return [experiment for _, experiment in experiments]
+
+
+def parse_row(values: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> Experiment:
+    """An experiment from texts by column; what is left out takes the schema's default.
+
+    Raises:
+        ValueError: one line for each error.
+    """
+    row = {
+        name: values.get(name, column.get("default"))
+        for name, column in schema["properties"].items()
+        if name in values or "default" in column
+    }
+    row |= {name: _cast(value, schema["properties"][name]) for name, value in row.items()}
+    errors = schema_errors(row, schema) or list(_check_row(row))
+    if errors:
+        raise ValueError("\n".join(f"{where}: {error}" for error in errors))
+    name, seeds = row.pop("experiment"), row.pop("seeds")
+    return Experiment(name, tuple(seeds), row)
+
+
+def _cast(value: Any, column: Mapping[str, Any]) -> Any:
+    """A text as the type of its column, or as it is where it is none of that type."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if column["type"] == "array":
+            return [int(item) for item in value.split(",")]
+        return _CASTS[column["type"]](value)
+    except ValueError:
+        return value
+
+
+def _check_row(row: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name}: must be finite, got {value}"
+    if row["warmup"] > row["steps"]:
+        yield f"warmup: must be at most steps ({row['steps']}), got {row['warmup']}"
+    if row["objective"] == "infonce" and row["queue_size"] < row["neg_m"]:
+        yield f"queue_size: must be at least neg_m ({row['neg_m']}), got {row['queue_size']}"
+    if row["objective"] == "infonce" and row["num_positives"] != 1:
+        yield f"num_positives: infonce takes 1, got {row['num_positives']}"
+    if row["num_positives"] > row["k"]:
+        yield f"num_positives: must be at most k ({row['k']}), got {row['num_positives']}"
+    if row["student"] == "mlp" and not row["hidden"]:
+        yield "hidden: an mlp needs at least 1"
+    if row["student"] == "mlp" and row["init"] == "svd":
+        yield "init: svd needs student residual"
+
+
+def check_against_teacher(settings: Mapping[str, Any], teacher_dim: int, num_train: int) -> None:
+    """Raises ValueError where a student does not fit its teacher."""
+    if settings["dim"] > teacher_dim:
+        raise ValueError(
+            f"dim: must be at most the teacher's ({teacher_dim}), got {settings['dim']}"
+        )
+    if settings["k"] >= num_train:
+        raise ValueError(
+            f"k: must be below the number of training sentences ({num_train}), got {settings['k']}"
+        )
+
+
+def _check_corpus(experiments: list[Experiment], track_b: Mapping[str, Any]) -> Iterator[str]:
+    """What would fail only after the teacher has encoded, where it can be known before."""
+    if track_b["num_sentences"] is None:
+        return
+    queries = track_b["num_validation_queries"] + track_b["num_test_queries"]
+    num_train = track_b["num_sentences"] - queries
+    if num_train < 2:
+        yield f"track_b.num_sentences: must exceed the {queries} queries by 2 or more"
+        return
+    for experiment in experiments:
+        try:
+            check_against_teacher(experiment.settings, experiment.settings["dim"], num_train)
+        except ValueError as error:
+            yield f"{track_b['sheet']}: {experiment.name}: {error}"
+
+
+def _scaled(settings: Mapping[str, Any], scale: float, quick: bool) -> dict[str, Any]:
+    if quick:
+        return {**settings, **QUICK}
+    scaled = {key: max(1, round(settings[key] * scale)) for key in SCALED_KEYS if settings[key]}
+    return {**settings, **scaled}

@@ -1,0 +1,115 @@
+"""The student: a small network from the teacher's vector to a short one of unit length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kimi_recursive.files import read_safetensors, replacing
+
+STUDENTS = ("mlp", "residual")
+INITS = ("random", "svd")
+RESIDUAL_SCALE = 0.05  # an Adam step moves the residual path about as far as the linear one
+ENCODE_BLOCK = 8192
+
+
+class Student(nn.Module):
+    """Teacher's vectors [..., D] to unit vectors [..., dim].
+
+    `mlp`: `out(gelu(inp(x)))`. `residual`: a linear map with an MLP beside it that starts at zero,
+    `map(x) + s * out(gelu(inp(x)))`; without the MLP when `hidden` is 0. Inputs of the MLP are
+    scaled by sqrt(D), so that their entries are of order 1.
+    """
+
+    def __init__(self, kind: str, teacher_dim: int, dim: int, hidden: int):
+        super().__init__()
+        assert kind in STUDENTS and (hidden or kind == "residual")
+        self.facts = {"kind": kind, "teacher_dim": teacher_dim, "dim": dim, "hidden": hidden}
+        self.map = nn.Linear(teacher_dim, dim, bias=False) if kind == "residual" else None
+        self.inp = nn.Linear(teacher_dim, hidden) if hidden else None
+        self.out = nn.Linear(hidden, dim) if hidden else None
+        if self.map is not None and self.out is not None:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 0.0 if self.map is None else self.map(x)
+        if self.inp is not None:
+            update = self.out(F.gelu(self.inp(x * x.shape[-1] ** 0.5)))
+            y = update if self.map is None else y + RESIDUAL_SCALE * update
+        return F.normalize(y, dim=-1)
+
+    @torch.no_grad()
+    def encode(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Vectors [N, D] to [N, dim], block by block, in float32."""
+        device = next(self.parameters()).device
+        blocks = [
+            self(torch.tensor(vectors[i : i + ENCODE_BLOCK], device=device)).float().cpu().numpy()
+            for i in range(0, len(vectors), ENCODE_BLOCK)
+        ]
+        return np.concatenate(blocks)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights as safetensors, with what rebuilds the module in the metadata."""
+        from safetensors.torch import save_file
+
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        with replacing(path) as temporary:
+            save_file(weights, temporary, metadata={"student": json.dumps(self.facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Student:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: missing or damaged file, or not a student.
+        """
+        weights, metadata = read_safetensors(path)
+        try:
+            student = cls(**json.loads(metadata["student"]))
+            student.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a saved student") from error
+        return student
+
+
+def build_student(settings: Mapping[str, Any], vectors: NDArray[np.float32], seed: int) -> Student:
+    """A student as a run starts it; `svd` puts the projection of least squared error into its map.
+
+    Args:
+        settings: A row of the sheet.
+        vectors: Of the teacher, for training [N, D].
+    """
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    student = Student(settings["student"], vectors.shape[1], settings["dim"], settings["hidden"])
+    torch.set_rng_state(generator_state)
+    if settings["init"] == "svd":
+        with torch.no_grad():
+            student.map.weight.copy_(torch.from_numpy(svd_projection(vectors, settings["dim"])))
+    return student
+
+
+def svd_projection(
+    vectors: NDArray[np.float32], dim: int, centred: bool = False
+) -> NDArray[np.float32]:
+    """The first right singular vectors [dim, D]: of the vectors as they are (truncated SVD), or
+    minus their mean (PCA). Signs are such that the largest entry of each is positive."""
+    gram = np.zeros((vectors.shape[1],) * 2)
+    for start in range(0, len(vectors), ENCODE_BLOCK):
+        block = np.asarray(vectors[start : start + ENCODE_BLOCK], np.float64)
+        gram += block.T @ block
+    if centred:
+        mean = vectors.mean(0, dtype=np.float64)
+        gram -= len(vectors) * np.outer(mean, mean)
+    axes = np.linalg.eigh(gram)[1][:, ::-1][:, :dim].T
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)
+    return (axes * np.sign(largest)).astype(np.float32)

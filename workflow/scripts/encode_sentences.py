@@ -1,0 +1,13 @@
+from pathlib import Path
+
+from kimi_recursive.jobs import job
+
+with job(snakemake):
+    from kimi_recursive.track_b.teacher import encode_sentences
+
+    encode_sentences(
+        snakemake.params.teacher,
+        snakemake.input.sentences,
+        snakemake.output.teacher,
+        Path(snakemake.output.teacher).with_name("teacher_work"),
+    )
