@@ -19,6 +19,7 @@ from kimi_recursive.config import (
 )
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
 from kimi_recursive.matrix import ARMS, MAX_SEED, PHASES, STAGES
+from kimi_recursive.track_b.cli import app as track_b
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Give a pretrained decoder a recursive refinement loop and measure what it does.",
 )
+
+app.add_typer(track_b, name="track-b")
 
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import TextIO
 
 USER_ERROR_EXIT_CODE = 2
@@ -52,18 +53,26 @@ def job(snakemake) -> Iterator[None]:
         os.environ[name] = str(snakemake.threads)
     quiet_libraries()
     os.environ["POLARS_MAX_THREADS"] = str(snakemake.threads)
-    with open(snakemake.log[0], "w", encoding="utf-8") as log:
+    with logging_to(snakemake.log[0]):
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(USER_ERROR_EXIT_CODE)
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+        except Exception as error:
+            traceback.print_exc()
+            first = (str(error).splitlines() or [""])[0]
+            print(f"error: {type(error).__name__}: {first}", file=sys.stderr)
+            sys.exit(1)
+
+
+@contextmanager
+def logging_to(path: str | Path, append: bool = False) -> Iterator[None]:
+    """Copy what is printed to a file as well."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a" if append else "w", encoding="utf-8") as log:
         tee = _Tee(sys.stderr, log)
         with redirect_stderr(tee), redirect_stdout(tee):
-            try:
-                yield
-            except (ValueError, OSError) as error:
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(USER_ERROR_EXIT_CODE)
-            except KeyboardInterrupt:
-                sys.exit("interrupted")
-            except Exception as error:
-                traceback.print_exc()
-                first = (str(error).splitlines() or [""])[0]
-                print(f"error: {type(error).__name__}: {first}", file=sys.stderr)
-                sys.exit(1)
+            yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,25 @@ def validate_settings(config: Mapping[str, Any], schema_path: str | Path) -> dic
     if errors:
         raise ValueError("\n".join(errors))
     return dict(config)
+
+
+def read_config(paths: Sequence[str | Path], schema_path: str | Path) -> dict[str, Any]:
+    """The config that Snakemake would have from these files, the later ones on top, when valid.
+
+    Raises:
+        ValueError: a file does not parse, or as in `validate_settings`.
+    """
+    from snakemake.utils import update_config
+
+    config: dict[str, Any] = {}
+    for path in paths:
+        try:
+            update_config(config, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: not a YAML mapping ({' '.join(str(error).split())})"
+            ) from error
+    return validate_settings(config, schema_path)
 
 
 def schema_errors(value: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:

@@ -50,8 +50,9 @@ def collect_experiment(
     facts = {"run_id": run_id(result), "status": result.status, "seeds": seeds}
     write_json(run_dir / "logs/train_summary.json", facts)
     for seed, path in run_logs.items():
-        if path.is_file():
-            shutil.copyfile(path, run_dir / f"logs/sweep_seed{seed}.log")
+        target = run_dir / f"logs/sweep_seed{seed}.log"
+        if path.is_file() and path != target:
+            shutil.copyfile(path, target)
     _link_checkpoints(result, students_dir, run_dir / "checkpoints", final_dir or run_dir)
 
 

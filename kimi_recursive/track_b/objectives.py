@@ -140,7 +140,7 @@ def _lists(nearest_rows: Rows, close_pairs: Rows) -> tuple[Rows, Rows]:
 
 
 class Listwise(nn.Module):
-    """KL divergence from the teacher's softmax over a batch to the student's, for every point of it.
+    """KL divergence from the teacher's softmax over a batch to the student's, for each point of it.
 
     A batch is `batch_size` anchors with `num_positives` each of their k nearest, and `neg_m` other
     rows, each once. Both softmaxes are over similarities to the other points, at temperature tau.

@@ -50,12 +50,11 @@ def _heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
         teacher = read_json_object(results_dir / "track_b/teacher/teacher.json")
     except ValueError:
         return "Track-B: the teacher's vectors are not there yet"
-    name = teacher["hub_id"] or teacher["path"] or "all-MiniLM-L6-v2"
     scale = (
         "quick: 10 steps each" if track_b["quick"] else f"{track_b['scale']:g} of the sheet's steps"
     )
     return (
-        f"Track-B: {teacher['num_train']} training sentences, {teacher['num_validation']} validation "
-        f"and {teacher['num_test']} test queries\n"
-        f"Teacher {Path(name).name} ({teacher['dim']}-d); {scale}"
+        f"Track-B: {teacher['num_train']} training sentences, "
+        f"{teacher['num_validation']} validation and {teacher['num_test']} test queries\n"
+        f"Teacher {Path(teacher['name']).name} ({teacher['dim']}-d); {scale}"
     )

