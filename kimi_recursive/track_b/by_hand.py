@@ -47,7 +47,7 @@ def run_by_hand(
         raise ValueError(unknown_key_message(name, rows, f"--experiment, {sheet}"))
     row = rows[name]
     values = {"experiment": name, "seeds": list(row.seeds), **row.settings, **changed}
-    if "steps" in changed and "warmup" not in changed:
+    if changed.get("steps", "").isdigit() and "warmup" not in changed:
         values["warmup"] = min(row.settings["warmup"], int(changed["steps"]))
     experiment = parse_row(values, read_schema(), "track-b run")
     folder = output_dir / (run_id or experiment.run_id)

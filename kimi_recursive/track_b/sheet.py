@@ -128,26 +128,27 @@ def read_sheet(path: str | Path) -> list[Experiment]:
     ]
     if "experiment" not in header:
         errors.append(f"{path}: a header with a column 'experiment' is needed")
+    if errors:
+        raise ValueError("\n".join(errors))
     experiments = []
     for line, cells in enumerate(rows[1:], 2):
-        if not any(cells) or errors[:1]:
-            continue
         where = f"{path}:{line}"
         if len(cells) > len(header):
-            raise ValueError(f"{where}: {len(cells)} cells, the header has {len(header)}")
-        values = {n: v for n, v in zip(header, cells, strict=False) if v}
-        experiments.append((where, parse_row(values, schema, where)))
-    names = Counter(e.name for _, e in experiments)
-    errors += [
-        f"{where}: experiment '{e.name}' appears {names[e.name]} times"
-        for where, e in experiments
-        if names[e.name] > 1
-    ]
+            errors.append(f"{where}: {len(cells)} cells, the header has {len(header)}")
+        elif any(cells):
+            values = {n: v for n, v in zip(header, cells, strict=False) if v}
+            try:
+                experiments.append(parse_row(values, schema, where))
+            except ValueError as error:
+                errors += str(error).splitlines()
+    for name, count in Counter(e.name for e in experiments).items():
+        if count > 1:
+            errors.append(f"{path}: experiment '{name}' appears {count} times")
     if not errors and not experiments:
         errors = [f"{path}: no experiments"]
     if errors:
         raise ValueError("\n".join(errors))
-    return [experiment for _, experiment in experiments]
+    return experiments
 
 
 def parse_row(values: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> Experiment:

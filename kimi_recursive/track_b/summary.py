@@ -255,14 +255,14 @@ def _text(
         "All runs (test queries, best student of each seed; train: training sentences asked)",
     ]
     lines.append(
-        f"  {'':<31}{'steps':>6}{'seeds':>6}{'bytes':>6}{'recall@10':>17}{'ndcg@10':>8}{'train':>7}"
+        f"  {'':<22}{'steps':>6}{'seeds':>6}{'bytes':>6}{'recall@10':>17}{'ndcg@10':>8}{'train':>7}"
         "   recall - SVD"
     )
     shown = {result.name for result in _shown_in_all_precisions(results, ranked)}
     for result in results:
         rows = [r for r in compared if r["name"] == result.name]
         if not rows:
-            lines.append(f"  {result.name:<31}{result.status}")
+            lines.append(f"  {result.name:<22.22}{result.status}")
         for row in rows:
             if row["precision"] == "float32" or result.name in shown:
                 lines.append(_line(result, row))
@@ -271,12 +271,12 @@ def _text(
 
 def _line(result: Result, row: Mapping[str, Any]) -> str:
     precision = "" if row["precision"] == "float32" else row["precision"]
-    name = f"  {precision}" if precision else result.name
+    name = f"  {precision}" if precision else result.name.removeprefix("reference_")
     steps = result.experiment.settings["steps"] if result.experiment else ""
     spread = row["test_recall@10_std"]
     spread = "" if spread is None else f" ± {spread:.4f}"
     line = (
-        f"  {name:<31}{steps:>6}{row['num_seeds'] or '':>6}{row['bytes_per_vector']:>6}"
+        f"  {name:<22.22}{steps:>6}{row['num_seeds'] or '':>6}{row['bytes_per_vector']:>6}"
         f"{row['test_recall@10']:>8.4f}{spread:<9}{row['test_ndcg@10']:>8.4f}"
         f"{row['train_recall@10']:>7.3f}"
     )

@@ -1,0 +1,357 @@
+"""The sheet, what becomes of damaged runs, and the summaries."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import error_of
+from project import ROOT
+from track_b import V1, V2, clustered_vectors, make_teacher, settings_of
+
+from kimi_recursive.track_b.evaluate import (
+    PRECISIONS,
+    bytes_per_vector,
+    evaluate_references,
+    quantize,
+    references,
+)
+from kimi_recursive.track_b.metrics import NDCG, RECALL
+from kimi_recursive.track_b.sanity import check_sanity
+from kimi_recursive.track_b.sheet import (
+    Experiment,
+    read_sheet,
+    runs_of,
+    select_experiments,
+    student_key,
+)
+from kimi_recursive.track_b.status import read_status
+from kimi_recursive.track_b.summary import COLUMNS, compare, read_results, summarize
+from kimi_recursive.track_b.teacher import load_vectors
+from kimi_recursive.track_b.train import train_student
+
+SHEET = ROOT / "config/track_b.tsv"
+CONFIG = {
+    "enabled": True, "sheet": str(SHEET), "experiments": "all", "scale": 1.0, "quick": False,
+    "num_sentences": 8000, "num_validation_queries": 500, "num_test_queries": 500,
+}  # fmt: skip
+GUIDE_COLUMNS = (
+    "timestamp,run_id,experiment,steps,seeds,lr,warmup,tau,k,neg_m,queue_size,false_neg_mode,"
+    "threshold,status,vs_teacher_recall10,vs_teacher_ndcg10"
+)
+
+
+# ---- the sheet ----
+
+
+def test_the_five_experiments_of_the_guide():
+    found = {e.name: e for e in read_sheet(SHEET)}
+    expected = {
+        "core_20k_seed0": (20000, (0,), 0.07),
+        "core_20k_seeds012": (20000, (0, 1, 2), 0.07),
+        "core_50k_seeds012": (50000, (0, 1, 2), 0.07),
+        "tuning_tau0.05": (20000, (0,), 0.05),
+        "tuning_tau0.10": (20000, (0,), 0.10),
+    }
+    shared = {
+        "lr": 0.0005, "lr_schedule": "cosine", "warmup": 2000, "amp": "none", "dim": 128, "k": 50,
+        "neg_m": 1024, "queue_size": 32768, "false_neg_mode": "threshold", "threshold": 0.8,
+        "save_every": 2000, "eval_every": 1000, "objective": "infonce",
+    }  # fmt: skip
+    for name, (steps, seeds, tau) in expected.items():
+        settings = found[name].settings
+        assert (settings["steps"], found[name].seeds, settings["tau"]) == (steps, seeds, tau)
+        assert {key: settings[key] for key in shared} == shared
+    five = [found[name] for name in expected]
+    assert len(runs_of(five)) == 8, "seed 0 of 20k steps is trained once"
+    guide = "trackB_v1_core_20k_seed0_s20000_seeds0_tau0.07_m1024_q32768"
+    assert found["core_20k_seed0"].run_id == guide
+
+
+def test_scale_and_quick_change_steps_and_intervals_alone():
+    full = {e.name: e for e in select_experiments(CONFIG)}
+    small = {e.name: e for e in select_experiments({**CONFIG, "scale": 0.01})}
+    quick = {e.name: e for e in select_experiments({**CONFIG, "quick": True})}
+    name = "core_50k_seeds012"
+    keys = ("steps", "warmup", "save_every", "eval_every")
+    assert [small[name].settings[key] for key in keys] == [500, 20, 20, 10]
+    assert quick[name].settings["steps"] == 10 and quick[name].settings["warmup"] <= 10
+    for other in (small, quick):
+        rest = {k: v for k, v in other[name].settings.items() if k not in keys}
+        assert rest == {k: v for k, v in full[name].settings.items() if k not in keys}
+    assert not runs_of(list(full.values())).keys() & runs_of(list(small.values())).keys()
+    chosen = select_experiments({**CONFIG, "experiments": ["tuning_tau0.05"]})
+    assert [e.name for e in chosen] == ["tuning_tau0.05"]
+    assert select_experiments({**CONFIG, "enabled": False}) == []
+
+
+def test_every_hyperparameter_changes_the_key():
+    settings = settings_of(V1)
+    keys = {student_key({**settings, name: "changed" if isinstance(value, str) else value + 1}, 0)
+            if name not in ("objective", "steps", "tau") else name
+            for name, value in settings.items()}  # fmt: skip
+    assert len(keys) == len(settings)
+    assert student_key(settings, 1) not in keys | {student_key(settings, 0)}
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("experiment\tstep\na\t5\n", ": unknown key 'step'; did you mean 'steps'?"),
+        ("experiment\twarmup\na\t5\na\t6\n", "x.tsv: experiment 'a' appears 2 times"),
+        ("experiment\tsteps\tsteps\na\t5\t5\n", "column 'steps' appears 2 times"),
+        ("experiment\tsteps\na\tmany\n", "x.tsv:2: steps: must be of type integer, got 'many'"),
+        ("experiment\tsteps\na\t0\n", "x.tsv:2: steps: must be at least 1, got 0"),
+        ("experiment\tseeds\na\t0,x\n", "x.tsv:2: seeds: must be of type array, got '0,x'"),
+        ("experiment\tseeds\na\t0,0\n", "x.tsv:2: seeds: must be a list without repetition"),
+        ("experiment\tlr\na\tnan\n", "x.tsv:2: lr: must be finite, got nan"),
+        ("experiment\tqueue_size\tneg_m\na\t9\t10\n", "queue_size: must be at least neg_m (10)"),
+        ("experiment\tsteps\na\t5\n", "x.tsv:2: warmup: must be at most steps (5), got 2000"),
+        ("experiment\tfalse_neg_mode\na\toff\n", "false_neg_mode: must be one of threshold, none"),
+        ("experiment\tinit\na\tsvd\n", "init: svd needs student residual"),
+        ("experiment\thidden\na\t0\n", "hidden: an mlp needs at least 1"),
+        ("experiment\tnum_positives\na\t2\n", "num_positives: infonce takes 1, got 2"),
+        ("experiment\tobjective\tnum_positives\na\tlistwise\t51\n", "at most k (50), got 51"),
+        ("experiment\tsteps\na b\t5\n", "experiment: must be"),
+        ("experiment\tsteps\na\t5\t6\n", "x.tsv:2: 3 cells, the header has 2"),
+        ("steps\n5\n", "a header with a column 'experiment' is needed"),
+        ("experiment\n", "no experiments"),
+        ("", "a header with a column 'experiment' is needed"),
+        (None, "no such file"),
+        (b"\xff\xfe\x00", "not a text file in UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_sheet_that_is_refused(tmp_path, content, expected):
+    path = tmp_path / "x.tsv"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = error_of(read_sheet, path)
+    assert str(path) in message and expected in message
+
+
+def test_a_choice_that_is_refused():
+    wrong = {**CONFIG, "experiments": ["core_20k_seed1"]}
+    assert "did you mean 'core_20k_seed0'?" in error_of(select_experiments, wrong)
+    few = {**CONFIG, "num_sentences": 1040, "experiments": ["core_20k_seed0"]}
+    message = error_of(select_experiments, few)
+    assert "core_20k_seed0: k: must be below the number of training sentences (40)" in message
+    assert "must exceed the 1000 queries" in error_of(
+        select_experiments, {**CONFIG, "num_sentences": 900}
+    )
+
+
+# ---- statuses, on a run that was really made ----
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A teacher, references, and a finished run of each objective."""
+    folder = make_teacher(tmp_path_factory.mktemp("track_b"))
+    evaluate_references(folder / "teacher", folder / "neighbours.npz", [8], folder / "refs.parquet")
+    for name, values in (("v1", V1), ("v2", V2)):
+        for seed in (0, 1):
+            experiment = Experiment(name, (0, 1), settings_of(values))
+            target = folder / "students" / experiment.keys[seed]
+            inputs = (folder / "teacher", folder / "neighbours.npz")
+            train_student(experiment.settings, seed, *inputs, target)
+    return folder
+
+
+EXPERIMENTS = [Experiment("v1", (0, 1), settings_of(V1)), Experiment("v2", (0, 1), settings_of(V2))]
+
+
+@pytest.fixture
+def damaged(finished, tmp_path) -> Path:
+    """A copy of one run that a test may damage."""
+    key = EXPERIMENTS[0].keys[0]
+    return Path(shutil.copytree(finished / "students" / key, tmp_path / "run"))
+
+
+def test_success_and_its_numbers_from_parquet_and_from_json_lines(damaged):
+    rows = [json.loads(x) for x in (damaged / "logs/train_logs.jsonl").read_text().splitlines()]
+    found = read_status(damaged, 12)
+    evaluated = [row for row in rows if RECALL in row]
+    assert found.status == "success"
+    assert found.best_recall == max(row[RECALL] for row in evaluated)
+    assert found.final_ndcg == evaluated[-1][NDCG] and len(evaluated) == 5
+    (damaged / "logs/train_logs.parquet").unlink()
+    assert read_status(damaged, 12) == found
+    (damaged / "logs/train_logs.parquet").write_bytes(b"PAR1 torn")
+    assert read_status(damaged, 12) == found, "the second log where the first cannot be read"
+
+
+def test_damaged_runs_are_told_apart(damaged):
+    logs = damaged / "logs"
+    table = pl.read_parquet(logs / "train_logs.parquet")
+    text = (logs / "train_logs.jsonl").read_text()
+
+    def status(parquet=None, jsonl=None) -> tuple[str, str]:
+        (logs / "train_logs.parquet").unlink(missing_ok=True)
+        (logs / "train_logs.jsonl").unlink(missing_ok=True)
+        if parquet is not None:
+            parquet.write_parquet(logs / "train_logs.parquet")
+        if jsonl is not None:
+            (logs / "train_logs.jsonl").write_text(jsonl)
+        found = read_status(damaged, 12)
+        return found.status, found.detail
+
+    assert status() == ("missing_logs", "started, no attempt has ended")
+    assert read_status(damaged / "nowhere", 12).detail == "not started"
+    assert status(table.drop(RECALL, NDCG))[0] == "no_eval"
+    assert status(table.with_columns(pl.lit(None).alias(RECALL)))[0] == "no_eval"
+    assert status(table.drop("step"))[0] == "parse_error"
+    assert status(table.head(0)) == ("parse_error", "train_logs.parquet: empty")
+    assert status(table.with_columns(pl.lit(float("nan")).alias(RECALL)))[0] == "parse_error"
+    assert status(table.head(8)) == ("incomplete", "step 7 of 12")
+    assert status(jsonl=text[: len(text) // 2])[0] == "parse_error", "torn in the middle of a line"
+    assert status(jsonl="[1]\n")[0] == "parse_error"
+    assert status(jsonl="".join(text.splitlines(keepends=True)[:5]))[0] == "incomplete"
+    (logs / "train_logs.jsonl").write_bytes(b"\xff\xfe")
+    assert read_status(damaged, 12).status == "parse_error"
+    assert status(table)[0] == "success"
+    summary = json.loads((logs / "train_summary.json").read_text())
+    failed = {**summary, "status": "failed", "error": "Diverged: loss nan"}
+    (logs / "train_summary.json").write_text(json.dumps(failed))
+    assert status(table) == ("failed", "Diverged: loss nan")
+    (logs / "train_summary.json").write_text("{torn")
+    assert status(table)[0] == "success", "the log decides"
+
+
+# ---- evaluation ----
+
+
+def test_bytes_and_values_of_stored_vectors():
+    assert [bytes_per_vector(128, p) for p in PRECISIONS] == [512, 128, 16, 16]
+    assert bytes_per_vector(9, "binary") == 2
+    vectors = np.array([[0.5, -0.25, 0.0, 1.0]], np.float32)
+    assert quantize(vectors, "int8", 0.5).tolist() == [[127, -64, 0, 127]]
+    assert quantize(vectors, "binary", 0.5).tolist() == [[1, -1, 1, 1]]
+    assert quantize(vectors, "float32", 0.5) is vectors
+
+
+def test_int8_and_binary_are_those_of_sentence_transformers():
+    """Its packed bits rank like our signs, its int8 like ours when it has the same range."""
+    from sentence_transformers.util.quantization import quantize_embeddings
+
+    vectors = clustered_vectors(60, 16)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    bits = np.unpackbits(quantize_embeddings(vectors, "ubinary"), axis=1)
+    ours = quantize(vectors, "binary", 1.0)
+    hamming = (bits[:, None] != bits[None]).sum(2)
+    assert np.array_equal(ours @ ours.T, 16 - 2 * hamming)
+    scale = np.abs(vectors).max()
+    ranges = np.array([[-scale] * 16, [scale] * 16])
+    theirs = quantize_embeddings(vectors, "int8", ranges=ranges).astype(np.float32)
+    assert np.abs(theirs - quantize(vectors, "int8", scale)).max() <= 1
+
+
+def test_references(finished):
+    vectors = load_vectors(finished / "teacher")
+    found = references(vectors["train"], 8)
+    assert list(found) == ["svd", "pca", "truncation", "random_projection"]
+    x = np.array(vectors["test"])
+    assert all(shorten(x).shape == (50, 8) for shorten in found.values())
+    assert np.array_equal(found["truncation"](x), x[:, :8])
+    assert np.abs(found["pca"](np.array(vectors["train"])).mean(0)).max() < 1e-5
+    table = pl.read_parquet(finished / "refs.parquet")
+    mean = {
+        name: part.filter(split="test", precision="float32")["recall@10"].mean()
+        for (name,), part in table.group_by("method")
+    }
+    assert mean["teacher"] == 1 and mean["svd_8"] > mean["truncation_8"] > 0.1
+    assert set(table["split"]) == {"validation", "test", "train"}
+
+
+def test_sanity_warns_and_does_not_stop(finished, tmp_path, capsys):
+    inputs = (finished / "teacher", finished / "neighbours.npz")
+    settings = {"v1": settings_of(V1), "v2": settings_of(V2)}
+    checks = check_sanity(*inputs, settings, tmp_path / "sanity.json")
+    assert len(checks) == 5 and all(check["passed"] for check in checks), checks
+    broken = {"v1": settings_of(V1, lr=1e-12), "v2": {**settings_of(V2), "objective": "nothing"}}
+    capsys.readouterr()
+    checks = check_sanity(*inputs, {"v1": broken["v1"]}, tmp_path / "sanity.json")
+    written = json.loads((tmp_path / "sanity.json").read_text())
+    assert written["checks"] == checks
+    check_sanity(*inputs, {"v2": {**settings_of(V2), "k": "x"}}, tmp_path / "sanity.json")
+    assert "warning: sanity check failed: v2" in capsys.readouterr().err
+    assert not json.loads((tmp_path / "sanity.json").read_text())["passed"]
+
+
+# ---- summaries ----
+
+
+def summarized(folder: Path, students: Path, tmp_path: Path):
+    results = read_results(EXPERIMENTS, students, folder / "refs.parquet")
+    paths = [tmp_path / name for name in ("summary.csv", "summary.txt", "comparison.csv")]
+    summarize(results, "Heading", *paths)
+    text = paths[1].read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    with open(paths[0], newline="") as file:
+        rows = {row["experiment"]: row for row in csv.DictReader(file)}
+    assert paths[0].read_text().splitlines()[0] == GUIDE_COLUMNS == ",".join(COLUMNS)
+    return results, rows, text, pl.read_csv(paths[2])
+
+
+def test_the_summary_of_a_whole_matrix(finished, tmp_path):
+    results, rows, text, compared = summarized(finished, finished / "students", tmp_path)
+    for title in ("Top 3 runs by vs_teacher_recall@10", "Average of the 2 successful runs",
+                  "Failed or incomplete runs\n  (none)", "All runs"):  # fmt: skip
+        assert title in text
+    runs = [read_status(finished / "students" / key, 12) for key in EXPERIMENTS[1].keys.values()]
+    assert float(rows["v2"]["vs_teacher_recall10"]) == pytest.approx(
+        np.mean([run.best_recall for run in runs]), rel=1e-5
+    )
+    assert float(rows["v2"]["vs_teacher_ndcg10"]) == pytest.approx(
+        np.mean([run.final_ndcg for run in runs]), rel=1e-5
+    )
+    assert rows["v2"]["seeds"] == "0,1" and rows["v2"]["status"] == "success"
+    started = runs[0].summary["started_at"][:10].replace("-", "")
+    assert rows["v1"]["run_id"].startswith(f"{EXPERIMENTS[0].run_id}_{started}_")
+    assert set(rows) >= {"reference_svd_8", "reference_pca_8", "v2_int8", "reference_svd_8_binary"}
+    best = max(results[:2], key=lambda result: result.recall).name
+    assert f"1. {best} " in text
+    by_name = {(r["name"], r["precision"]): r for r in compared.to_dicts()}
+    own = by_name["v2", "float32"]
+    tables = [pl.read_parquet(finished / "students" / key / "evaluation.parquet")
+              for key in EXPERIMENTS[1].keys.values()]  # fmt: skip
+    tests = [t.filter(split="test", precision="float32")["recall@10"].mean() for t in tables]
+    assert own["test_recall@10"] == pytest.approx(np.mean(tests), rel=1e-5)
+    assert own["test_recall@10_std"] == pytest.approx(np.std(tests, ddof=1), rel=1e-4)
+    svd = by_name["reference_svd_8", "float32"]
+    assert svd["difference_to_svd"] is None and svd["num_parameters"] is None
+    difference = own["test_recall@10"] - svd["test_recall@10"]
+    assert own["difference_to_svd"] == pytest.approx(difference, abs=1e-5)
+    assert own["low"] <= own["difference_to_svd"] <= own["high"]
+    verdict = by_name["reference_truncation_8", "float32"]
+    assert verdict["verdict"] == "loses to SVD" and verdict["high"] < 0
+    assert by_name["reference_random_projection_8", "int8"]["bytes_per_vector"] == 8
+
+
+def test_the_summary_of_a_part_of_it(finished, tmp_path):
+    students = Path(shutil.copytree(finished / "students", tmp_path / "students"))
+    shutil.rmtree(students / EXPERIMENTS[0].keys[1])
+    key = EXPERIMENTS[1].keys[0]
+    summary = json.loads((students / key / "logs/train_summary.json").read_text())
+    (students / key / "logs/train_summary.json").write_text(
+        json.dumps({**summary, "status": "failed", "error": "Diverged: loss nan"})
+    )
+    _, rows, text, _ = summarized(finished, students, tmp_path)
+    assert rows["v1"]["status"] == "missing_logs" and rows["v1"]["vs_teacher_recall10"] == ""
+    assert rows["v2"]["status"] == "failed"
+    assert "v1                          seed 1: missing_logs, not started" in text
+    assert "v2                          seed 0: failed, Diverged: loss nan" in text
+    assert "Average of the 0 successful runs" in text
+    _, rows, text, _ = summarized(tmp_path / "no", tmp_path / "nothing", tmp_path)
+    assert {row["status"] for row in rows.values()} == {"missing_logs"} and len(rows) == 2
+
+
+def test_a_student_that_is_the_svd_does_not_beat_it(finished):
+    results = read_results(EXPERIMENTS[1:], finished / "students", finished / "refs.parquet")
+    svd = next(r for r in results if r.name == "reference_svd_8")
+    results[0].tables = [svd.tables[0].with_columns(method=pl.lit("student"))] * 2
+    row = compare(results)[0]
+    assert (row["difference_to_svd"], row["low"], row["high"]) == (0, 0, 0)
+    assert row["verdict"] == "same as SVD"
