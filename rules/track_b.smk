@@ -79,7 +79,6 @@ if config["track_b"]["enabled"]:
         conda:
             "../environment.yml"
         params:
-            settings={e.name: e.settings for e in TRACK_B},
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/check_sanity.py"
@@ -104,7 +103,7 @@ if config["track_b"]["enabled"]:
         input:
             teacher="results/track_b/teacher",
             neighbours=rules.find_neighbours.output.neighbours,
-            checks=ancient(rules.check_sanity.output.checks),
+            checks=rules.check_sanity.output.checks,
         output:
             logs="results/track_b/students/{student}/logs/train_logs.parquet",
             best="results/track_b/students/{student}/checkpoints/student_best.safetensors",

@@ -49,6 +49,7 @@ TINY = {
         "b": {**PHASE, "num_steps": 3, "lora": {"rank": 2}},
         "c": PHASE,
     },
+    "track_b": {"enabled": False},
 }  # fmt: skip
 ONLY_A = {**TINY, "phases": ["a"], "repeat": False}
 

@@ -17,7 +17,7 @@ from kimi_recursive.checkpoint import complete_checkpoints
 from kimi_recursive.loop import Diverged, Interrupted
 from kimi_recursive.track_b.evaluate import score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL
-from kimi_recursive.track_b.objectives import NOISY_SHARE, InfoNCE, Listwise, build_objective
+from kimi_recursive.track_b.objectives import MOVED_SHARE, InfoNCE, Listwise, build_objective
 from kimi_recursive.track_b.status import read_status
 from kimi_recursive.track_b.student import Student, build_student, svd_projection
 from kimi_recursive.track_b.teacher import load_vectors
@@ -152,7 +152,7 @@ def test_the_false_negative_filter_masks_more_than_the_positives(vectors, truth)
 
 
 def test_listwise_is_what_it_says(vectors, truth):
-    settings = settings_of(V2, noise=0, neg_m=20)
+    settings = settings_of(V2, noise=0, mix=0, neg_m=20)
     student = build_student(settings_of(V2, init="random"), vectors, seed=0)
     objective = build_objective(student, vectors, truth, settings, seed=5)
     assert isinstance(objective, Listwise)
@@ -178,23 +178,52 @@ def test_listwise_is_what_it_says(vectors, truth):
     assert float(same(None, 2)[0].detach()) < 1e-6, "the teacher itself has no loss"
 
 
-def test_noise_moves_about_half_of_the_points_for_teacher_and_student_alike(vectors, truth):
-    seen = {}
+class Spy(torch.nn.Module):
+    """A student that is the teacher, and remembers what it saw."""
 
-    class Spy(torch.nn.Module):
-        def forward(self, x):
-            seen["points"] = x
-            return x
+    def forward(self, x):
+        self.points = x
+        return x
 
-    settings = settings_of(V2)
-    loss, _ = Listwise(Spy(), vectors, truth.train, settings, 0)(None, 0)
-    points, originals = seen["points"], torch.from_numpy(vectors)
+
+def seen(vectors, truth, **more):
+    spy = Spy()
+    settings = settings_of(V2, **{"noise": 0, "mix": 0, **more})
+    loss, _ = Listwise(spy, vectors, truth.train, settings, 0)(None, 0)
+    assert float(loss) < 1e-6, "teacher and student see the same points"
+    assert (spy.points.norm(dim=1) - 1).abs().max() < 1e-5
+    return spy.points
+
+
+@pytest.mark.parametrize("moves", [{"noise": 0.3}, {"mix": 0.5}])
+def test_about_half_of_the_points_are_moved(vectors, truth, moves):
+    originals = torch.from_numpy(vectors)
+    points = seen(vectors, truth, **moves)
     there = ((points @ originals.T).amax(1) > 1 - 1e-6).float().mean()
-    assert 0.3 < there < 0.7 and NOISY_SHARE == 0.5
-    assert (points.norm(dim=1) - 1).abs().max() < 1e-5
-    assert float(loss) == 0, "both see the moved points"
-    Listwise(Spy(), vectors, truth.train, settings_of(V2, noise=0), 0)(None, 0)
-    assert ((seen["points"] @ originals.T).amax(1) > 1 - 1e-6).all()
+    assert 0.3 < there < 0.7 and MOVED_SHARE == 0.5
+    still = seen(vectors, truth)
+    assert ((still @ originals.T).amax(1) > 1 - 1e-6).all() and len(still) == len(points)
+
+
+def test_mixed_points_lie_between_a_point_and_one_of_its_nearest(vectors, truth):
+    """At most half way: still nearest to where they come from."""
+    originals = torch.from_numpy(vectors)
+    still, mixed = seen(vectors, truth), seen(vectors, truth, mix=0.5)
+    moved = ((still * mixed).sum(1) < 1 - 1e-6).nonzero()[:, 0]
+    for i in moved.tolist():
+        row = int((originals @ still[i]).argmax())
+        near = originals[torch.from_numpy(truth.train[row])]
+        # The part of the way: mixed is in the plane of both, between them.
+        plane = torch.stack([(mixed[i] - (mixed[i] @ still[i]) * still[i]) @ n for n in near])
+        rest = [_distance_from_plane(mixed[i], still[i], n) for n in near]
+        best = int(np.argmin(rest))
+        assert rest[best] < 1e-3 and plane[best] > 0
+        assert mixed[i] @ still[i] >= mixed[i] @ near[best] - 1e-5
+
+
+def _distance_from_plane(x, a, b) -> float:
+    basis = torch.linalg.qr(torch.stack([a, b], 1)).Q
+    return float((x - basis @ (basis.T @ x)).norm())
 
 
 # ---- a run ----

@@ -12,6 +12,7 @@ from conftest import error_of
 from project import ROOT
 from track_b import V1, V2, clustered_vectors, make_teacher, settings_of
 
+from kimi_recursive.track_b import sanity
 from kimi_recursive.track_b.evaluate import (
     PRECISIONS,
     bytes_per_vector,
@@ -32,6 +33,7 @@ from kimi_recursive.track_b.status import read_status
 from kimi_recursive.track_b.summary import COLUMNS, compare, read_results, summarize
 from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.train import train_student
+from kimi_recursive.track_b.truth import load_truth
 
 SHEET = ROOT / "config/track_b.tsv"
 CONFIG = {
@@ -245,7 +247,8 @@ def test_int8_and_binary_are_those_of_sentence_transformers():
     scale = np.abs(vectors).max()
     ranges = np.array([[-scale] * 16, [scale] * 16])
     theirs = quantize_embeddings(vectors, "int8", ranges=ranges).astype(np.float32)
-    assert np.abs(theirs - quantize(vectors, "int8", scale)).max() <= 1
+    # Theirs cuts off what ours rounds, from -128 instead of -127 on.
+    assert np.abs(theirs - quantize(vectors, "int8", scale)).max() <= 2
 
 
 def test_references(finished):
@@ -265,19 +268,35 @@ def test_references(finished):
     assert set(table["split"]) == {"validation", "test", "train"}
 
 
-def test_sanity_warns_and_does_not_stop(finished, tmp_path, capsys):
-    inputs = (finished / "teacher", finished / "neighbours.npz")
-    settings = {"v1": settings_of(V1), "v2": settings_of(V2)}
-    checks = check_sanity(*inputs, settings, tmp_path / "sanity.json")
+def test_sanity_warns_and_does_not_stop(finished, tmp_path, capsys, monkeypatch):
+    inputs = (finished / "teacher", finished / "neighbours.npz", tmp_path / "sanity.json")
+    checks = check_sanity(*inputs)
     assert len(checks) == 5 and all(check["passed"] for check in checks), checks
-    broken = {"v1": settings_of(V1, lr=1e-12), "v2": {**settings_of(V2), "objective": "nothing"}}
-    capsys.readouterr()
-    checks = check_sanity(*inputs, {"v1": broken["v1"]}, tmp_path / "sanity.json")
-    written = json.loads((tmp_path / "sanity.json").read_text())
-    assert written["checks"] == checks
-    check_sanity(*inputs, {"v2": {**settings_of(V2), "k": "x"}}, tmp_path / "sanity.json")
-    assert "warning: sanity check failed: v2" in capsys.readouterr().err
-    assert not json.loads((tmp_path / "sanity.json").read_text())["passed"]
+    assert json.loads(inputs[2].read_text()) == {"passed": True, "checks": checks}
+
+    def failing(name, broken):
+        with monkeypatch.context() as patch:
+            patch.setattr(sanity, name, broken)
+            capsys.readouterr()
+            found = [check["check"] for check in check_sanity(*inputs) if not check["passed"]]
+        printed = capsys.readouterr().err
+        assert all(f"warning: sanity check failed: {check}" in printed for check in found)
+        assert not json.loads(inputs[2].read_text())["passed"]
+        return found
+
+    def raises(*_arguments):
+        raise RuntimeError("broken")
+
+    assert failing("build_objective", raises) == [
+        "20 steps of infonce lower the loss",
+        "20 steps of listwise lower the loss",
+    ]
+    twice = load_vectors(finished / "teacher")
+    twice = {name: 2 * part for name, part in twice.items()}
+    assert "vectors have unit length" in failing("load_vectors", lambda _: twice)
+    wrong = load_truth(finished / "neighbours.npz")
+    wrong.relevant["validation"] = wrong.relevant["validation"][::-1]
+    assert "the teacher's own vectors score 1" in failing("load_truth", lambda _: wrong)
 
 
 # ---- summaries ----

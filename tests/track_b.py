@@ -15,7 +15,8 @@ V1 = {
 }  # fmt: skip
 V2 = {
     **V1, "objective": "listwise", "student": "residual", "init": "svd", "num_positives": 3,
-    "queue_size": 0, "false_neg_mode": "none", "noise": 0.3, "weight_decay": 0.01,
+    "queue_size": 0, "false_neg_mode": "none", "noise": 0.3, "mix": 0.5,
+    "weight_decay": 0.01,
 }  # fmt: skip
 
 

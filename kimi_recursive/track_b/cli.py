@@ -25,7 +25,7 @@ STUDENTS = RESULTS / "students"
 
 
 @app.callback(invoke_without_command=True)
-def track_b(
+def drive(
     context: typer.Context,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-d", help="Show what would run, and what is skipped.")
@@ -56,14 +56,16 @@ def track_b(
         raise ValueError("no Snakefile here: run this in the folder of the checkout")
     if configfile is not None and not configfile.is_file():
         raise ValueError(f"{configfile}: no such file (--configfile)")
-    states = _states(configfile, quick)
+    configs = [Path("config/config.yaml"), *([configfile] if configfile else [])]
+    configs += [Path("config/quick.yaml")] if quick else []
+    track_b = _track_b_config(configs)
+    states = _states(track_b)
     missing = [key for key, (status, _) in states.items() if force or status != "success"]
     for key, (status, detail) in states.items():
         what = "run" if key in missing else "skip"
         typer.echo(f"{what:<5}{key}  {status}{', ' if detail else ''}{detail}", err=True)
     snakemake = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going"]
-    snakemake += ["--configfile", str(configfile)] if configfile else []
-    snakemake += ["--config", "track_b={quick: true}"] if quick else []
+    snakemake += ["--configfile", *map(str, configs[1:])] if configs[1:] else []
     again = [str(STUDENTS / key / "logs/train_logs.parquet") for key in missing]
     command = [*snakemake, "--forcerun", *again, "summarize_track_b", "--", "track_b"]
     if dry_run:
@@ -77,7 +79,7 @@ def track_b(
         raise SystemExit(code)
     if aside:
         shutil.rmtree(aside)
-    folder = RESULTS.with_name("track_b_quick") if quick else RESULTS
+    folder = RESULTS.with_name("track_b_quick") if track_b["quick"] else RESULTS
     typer.echo((folder / "summary.txt").read_text(encoding="utf-8"), nl=False)
 
 
@@ -98,17 +100,20 @@ def _set_aside(keys: Iterable[str]) -> Path:
     return aside
 
 
-def _states(configfile: Path | None, quick: bool) -> dict[str, tuple[str, str]]:
-    """Status and detail of every run that the config asks for, by key."""
+def _track_b_config(paths: list[Path]) -> dict[str, Any]:
     from kimi_recursive.settings import read_config
+
+    track_b = read_config(paths, Path("workflow/schemas/config.schema.yaml"))["track_b"]
+    if not track_b["enabled"]:
+        raise ValueError("track_b.enabled is false in the config")
+    return track_b
+
+
+def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Status and detail of every run that the config asks for, by key."""
     from kimi_recursive.track_b.sheet import runs_of, select_experiments
     from kimi_recursive.track_b.status import read_status
 
-    paths = [Path("config/config.yaml"), *([configfile] if configfile else [])]
-    config = read_config(paths, Path("workflow/schemas/config.schema.yaml"))
-    track_b = {**config["track_b"], "quick": quick or config["track_b"]["quick"]}
-    if not track_b["enabled"]:
-        raise ValueError("track_b.enabled is false in the config")
     found = {}
     for key, (settings, _) in runs_of(select_experiments(track_b)).items():
         status = read_status(STUDENTS / key, settings["steps"])

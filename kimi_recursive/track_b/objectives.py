@@ -18,7 +18,7 @@ from kimi_recursive.track_b.neighbours import Floats, Rows
 from kimi_recursive.track_b.student import Student
 from kimi_recursive.track_b.truth import Truth
 
-NOISY_SHARE = 0.5
+MOVED_SHARE = 0.5
 
 
 def build_objective(
@@ -144,9 +144,11 @@ class Listwise(nn.Module):
 
     A batch is `batch_size` anchors with `num_positives` each of their k nearest, and `neg_m` other
     rows, each once. Both softmaxes are over similarities to the other points, at temperature tau.
-    With `noise`, half of the points are moved before teacher and student see them, by that share of
-    a draw from a normal distribution with the covariance of the vectors: any unit vector is a point
-    whose similarities the teacher knows, so there is no end of training data.
+
+    Any unit vector is a point whose similarities the teacher knows, so there is no end of training
+    data: with `mix`, half of the points are moved towards one of their k nearest, by at most that
+    share of the way; with `noise`, half are moved by that share of a draw from a normal
+    distribution with the covariance of the vectors. Teacher and student see the moved points.
 
     Args: as for `InfoNCE`.
     """
@@ -179,15 +181,24 @@ class Listwise(nn.Module):
         others = rng.integers(num_rows, size=settings["neg_m"])
         rows = np.unique(np.concatenate([anchors, positives, others]))
         points = self.vectors[torch.from_numpy(rows).to(self.vectors.device)]
-        if settings["noise"]:
-            moved = torch.from_numpy(np.flatnonzero(rng.random(len(rows)) < NOISY_SHARE))
-            noise = rng.standard_normal((len(moved), points.shape[1]), dtype=np.float32)
-            points[moved] += torch.from_numpy(noise).to(points.device) @ self.factor
-            points = F.normalize(points, dim=1)
+        points = self._moved(points, rows, rng)
         encoded = self.student(points)
         teacher, student = (_log_softmax(x, settings["tau"]) for x in (points, encoded))
         loss = (teacher.exp() * (teacher - student)).sum(1).mean()
         return loss, {"num_points": len(rows), "batch_size": size, "anchors": size}
+
+    def _moved(self, points: Tensor, rows: Rows, rng: np.random.Generator) -> Tensor:
+        mix, noise, device = self.settings["mix"], self.settings["noise"], points.device
+        if mix:
+            near = self.nearest_rows[rows, rng.integers(self.settings["k"], size=len(rows))]
+            share = mix * rng.random(len(rows)) * (rng.random(len(rows)) < MOVED_SHARE)
+            share = torch.from_numpy(share[:, None].astype(np.float32)).to(device)
+            points = points.lerp(self.vectors[torch.from_numpy(near).to(device)], share)
+        if noise:
+            moved = torch.from_numpy(np.flatnonzero(rng.random(len(rows)) < MOVED_SHARE)).to(device)
+            draw = rng.standard_normal((len(moved), points.shape[1]), dtype=np.float32)
+            points = points.index_add(0, moved, torch.from_numpy(draw).to(device) @ self.factor)
+        return F.normalize(points, dim=1) if mix or noise else points
 
 
 def _log_softmax(x: Tensor, tau: float) -> Tensor:

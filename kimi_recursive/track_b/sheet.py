@@ -21,7 +21,7 @@ import yaml
 from kimi_recursive.config import unknown_key_message
 from kimi_recursive.settings import schema_errors
 
-SCHEMA_PATH = Path(__file__).parents[2] / "workflow/schemas/track_b.schema.yaml"
+SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/track_b.schema.yaml"
 SCALED_KEYS = ("steps", "warmup", "save_every", "eval_every")
 QUICK = {"steps": 10, "warmup": 2, "save_every": 5, "eval_every": 5}
 _CASTS = {"integer": int, "number": float, "string": str}
