@@ -245,8 +245,9 @@ def test_the_schema_describes_every_key_and_the_readme_names_it(settings):
     walk(schema, "")
     section: list[str] = []  # the tables show the defaults of config.yaml
     for line in readme.splitlines():
-        if heading := re.match(r"## `([\w.]+)`", line):
-            section = heading[1].split(".")
+        if line.startswith("## "):
+            heading = re.match(r"## `([\w.]+)`", line)
+            section = heading[1].split(".") if heading else []
         row = re.match(r"\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", line)
         if row and section:
             node = settings
@@ -257,6 +258,18 @@ def test_the_schema_describes_every_key_and_the_readme_names_it(settings):
                 assert yaml.safe_load(shown.strip("`")) == node[row[1]], line
     for key in RecursiveConfig().to_dict():
         assert f"`{key}`" in readme, f"config/README.md does not name `{key}`"
+
+
+def test_the_readme_shows_every_column_of_the_sheet_with_its_default():
+    schema = yaml.safe_load((ROOT / "workflow/schemas/track_b.schema.yaml").read_text())
+    readme = (ROOT / "config/README.md").read_text().partition("## The sheet")[2]
+    rows = dict(re.findall(r"\| `(\w+)` \| (.+) \|", readme))
+    assert list(rows) == list(schema["properties"])
+    for name, column in schema["properties"].items():
+        assert rows[name].endswith(column["description"]), name
+        if "default" in column:
+            shown = ",".join(map(str, column["default"])) if name == "seeds" else column["default"]
+            assert f"| `{shown}` |" in rows[name], name
 
 
 def test_environment_yml_and_pyproject_hold_the_same_set():
