@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from conftest import error_of
 from track_b import V1, V2, make_teacher, settings_of
 
@@ -408,12 +407,8 @@ def test_other_hyperparameters_start_afresh_other_intervals_do_not(teacher, tmp_
     assert "starting afresh, settings changed" in capsys.readouterr().err
 
 
-def test_bf16_is_close(teacher, tmp_path):
-    found = []
-    for amp in ("none", "bf16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        found.append(run(teacher, tmp_path / amp, V1, amp=amp, steps=30))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    a, b = found
+@pytest.mark.parametrize("values", [V1, V2])
+def test_bf16_is_close(teacher, tmp_path, values):
+    a, b = (run(teacher, tmp_path / amp, values, amp=amp, steps=30) for amp in ("none", "bf16"))
     assert a["final_loss"] != b["final_loss"]
     assert a["final_loss"] == pytest.approx(b["final_loss"], rel=0.1)

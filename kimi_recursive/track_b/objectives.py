@@ -40,6 +40,14 @@ def _close_pairs(truth: Truth, vectors: Floats, settings: Mapping[str, Any]) -> 
     return truth.close[np.einsum("ij,ij->i", first, second) >= settings["threshold"]]
 
 
+def _encode(student: nn.Module, vectors: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """The student's vectors in float32; with `amp: bf16` its matrix products are in bfloat16. What
+    the teacher says, similarities and loss stay in float32."""
+    bf16 = settings["amp"] == "bf16"
+    with torch.autocast(vectors.device.type, torch.bfloat16, enabled=bf16):
+        return student(vectors).float()
+
+
 class InfoNCE(nn.Module):
     """InfoNCE (van den Oord et al., 2018) with negatives from a queue of rows of the teacher.
 
@@ -91,13 +99,12 @@ class InfoNCE(nn.Module):
         negatives = self.queue.cpu().numpy()[slots]
         mask = self._mask(anchors, negatives)
         rows = torch.from_numpy(np.concatenate([anchors, positives, negatives]))
-        encoded = self.student(self.vectors[rows.to(self.vectors.device)]).split(
-            [size, size, len(negatives)]
-        )
+        inputs = self.vectors[rows.to(self.vectors.device)]
+        encoded = _encode(self.student, inputs, settings).split([size, size, len(negatives)])
         positive = (encoded[0] * encoded[1]).sum(1, keepdim=True)
         negative = encoded[0] @ encoded[2].T
         negative = negative.masked_fill(torch.from_numpy(mask).to(negative.device), -torch.inf)
-        logits = torch.cat([positive, negative], 1).float() / settings["tau"]
+        logits = torch.cat([positive, negative], 1) / settings["tau"]
         loss = -logits.log_softmax(1)[:, 0].mean()
         num_negatives = mask.size - np.count_nonzero(mask)
         facts = {"num_negatives": num_negatives / size, "queue_fill": fill}
@@ -182,7 +189,7 @@ class Listwise(nn.Module):
         rows = np.unique(np.concatenate([anchors, positives, others]))
         points = self.vectors[torch.from_numpy(rows).to(self.vectors.device)]
         points = self._moved(points, rows, rng)
-        encoded = self.student(points)
+        encoded = _encode(self.student, points, settings)
         teacher, student = (_log_softmax(x, settings["tau"]) for x in (points, encoded))
         loss = (teacher.exp() * (teacher - student)).sum(1).mean()
         return loss, {"num_points": len(rows), "batch_size": size, "anchors": size}
@@ -204,4 +211,4 @@ class Listwise(nn.Module):
 def _log_softmax(x: Tensor, tau: float) -> Tensor:
     """Of each point's similarities to the others [n, n]; the point itself has a logarithm far
     below all others, yet finite."""
-    return ((x @ x.T).float() / tau).fill_diagonal_(-1e4).log_softmax(1)
+    return ((x @ x.T) / tau).fill_diagonal_(-1e4).log_softmax(1)

@@ -72,9 +72,7 @@ def train_student(
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
     train = np.ascontiguousarray(vectors["train"])
     check_against_teacher(settings, train.shape[1], len(train))
-    accelerator = Accelerator(
-        mixed_precision="no" if settings["amp"] == "none" else settings["amp"]
-    )
+    accelerator = Accelerator()
     fingerprint = {
         "settings": {k: v for k, v in settings.items() if k not in NEUTRAL},
         "seed": seed,
@@ -185,8 +183,7 @@ class _Run:
 
         def objective(batch: None, step: int):
             self.step = step + 1
-            with accelerator.autocast():
-                return self.objective(batch, step)
+            return self.objective(batch, step)
 
         return train_loop(
             objective=objective,
