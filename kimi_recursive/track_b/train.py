@@ -72,7 +72,6 @@ def train_student(
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
     train = np.ascontiguousarray(vectors["train"])
     check_against_teacher(settings, train.shape[1], len(train))
-    accelerator = Accelerator()
     fingerprint = {
         "settings": {k: v for k, v in settings.items() if k not in NEUTRAL},
         "seed": seed,
@@ -90,28 +89,9 @@ def train_student(
         ) as tracker,
     ):
         summary["started_at"] = tracker.metadata["created_at"]
-        size_path = work.checkpoints / "batch_size.json"
-        while True:
-            now_used = dict(settings)
-            if size_path.is_file():
-                now_used["batch_size"] = json.loads(size_path.read_text())
-            student = build_student(settings, train, seed).to(accelerator.device)
-            run = _Run(student, now_used, seed, vectors, truth, run_dir, work)
-            try:
-                result = run.train(accelerator, tracker, name)
-                break
-            except Exception as error:
-                smaller = now_used["batch_size"] // 2
-                if not should_reduce_batch_size(error) or not smaller:
-                    raise
-                tracker.add_issue(f"batch of {now_used['batch_size']} does not fit: {smaller}")
-                print(
-                    f"{name}: a batch of {now_used['batch_size']} does not fit in memory; going on "
-                    f"with {smaller}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                write_json(size_path, smaller)
+        inputs = (settings, seed, vectors, truth, run_dir, work)
+        run, result = _fit(inputs, tracker, name)
+        student = run.student
         student.save(run_dir / "checkpoints" / "student_best.safetensors")
         scores = score_all("student", student.encode(vectors["all"]), truth)
         write_parquet(run_dir / "evaluation.parquet", scores)
@@ -120,10 +100,28 @@ def train_student(
         results = {"best_step": result.best_step, f"best_{RECALL}": result.best_metric}
         results |= {f"final_{name}": last[name] for name in (RECALL, NDCG, "loss")}
         results["num_parameters"] = sum(p.numel() for p in student.parameters())
-        results["batch_size"] = now_used["batch_size"]
+        results["batch_size"] = run.settings["batch_size"]
         tracker.finish(results)
         summary |= results
     return summary
+
+
+def _fit(inputs: tuple[Any, ...], tracker: ExperimentTracker, name: str) -> tuple[_Run, LoopResult]:
+    """Train, with half the batch whenever one does not fit; the size outlives the process."""
+    accelerator = Accelerator()
+    while True:
+        run = _Run(*inputs, accelerator)
+        try:
+            return run, run.train(tracker, name)
+        except Exception as error:
+            size = run.settings["batch_size"]
+            too_large = should_reduce_batch_size(error) or isinstance(error, MemoryError)
+            if not too_large or size == 1:
+                raise
+        message = f"a batch of {size} does not fit in memory; going on with {size // 2}"
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+        tracker.add_issue(message)
+        write_json(run.size_path, size // 2)
 
 
 @contextmanager
@@ -156,21 +154,26 @@ class _Run:
 
     def __init__(
         self,
-        student: Student,
         settings: Mapping[str, Any],
         seed: int,
         vectors: Mapping[str, Floats],
         truth: Truth,
         run_dir: Path,
         work: WorkDirectory,
+        accelerator: Accelerator,
     ):
-        self.student, self.settings, self.vectors, self.truth = student, settings, vectors, truth
-        self.run_dir, self.work, self.step = run_dir, work, 0
+        self.vectors, self.truth, self.run_dir, self.work = vectors, truth, run_dir, work
+        self.accelerator, self.step = accelerator, 0
+        self.size_path = work.checkpoints / "batch_size.json"
+        self.settings = dict(settings)
+        if self.size_path.is_file():
+            self.settings["batch_size"] = json.loads(self.size_path.read_text())
         train = np.ascontiguousarray(vectors["train"])
-        self.objective = build_objective(student, train, truth, settings, seed)
-        self.objective.to(next(student.parameters()).device)
+        self.student = build_student(settings, train, seed)
+        self.objective = build_objective(self.student, train, truth, self.settings, seed)
+        self.objective.to(accelerator.device)
 
-    def train(self, accelerator: Accelerator, tracker: ExperimentTracker, name: str) -> LoopResult:
+    def train(self, tracker: ExperimentTracker, name: str) -> LoopResult:
         settings = self.settings
         matrices = {n: p for n, p in self.student.named_parameters() if p.ndim > 1}
         decayed = [p for n, p in matrices.items() if n != "map.weight"]
@@ -205,7 +208,7 @@ class _Run:
             counted="anchors",
             work=self.work,
             tracker=tracker,
-            accelerator=accelerator,
+            accelerator=self.accelerator,
             description=name,
             write_model=self.write_model,
             read_model=self.read_model,
