@@ -18,7 +18,7 @@ from kimi_recursive.track_b.evaluate import score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 from kimi_recursive.track_b.objectives import MOVED_SHARE, InfoNCE, Listwise, build_objective
 from kimi_recursive.track_b.status import read_status
-from kimi_recursive.track_b.student import Student, build_student, svd_projection
+from kimi_recursive.track_b.student import Student, build_student, scatter, svd_projection
 from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.train import train_student
 from kimi_recursive.track_b.truth import load_truth
@@ -52,6 +52,13 @@ def test_the_residual_student_starts_as_the_svd(vectors):
     with torch.no_grad():
         student.out.weight.normal_()
     assert np.abs(student.encode(vectors) - found.numpy()).max() > 1e-2, "the MLP is in the path"
+
+
+def test_scatter_is_the_covariance(vectors):
+    covariance = np.cov(vectors, rowvar=False, dtype=np.float64)
+    assert np.abs(scatter(vectors, centred=True) / 299 - covariance).max() < 1e-12
+    plain = vectors.T.astype(np.float64) @ vectors
+    assert np.abs(scatter(vectors, centred=False) - plain).max() < 1e-9
 
 
 def test_pca_is_centred(vectors):

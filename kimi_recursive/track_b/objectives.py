@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_recursive.track_b.neighbours import Floats, Rows
-from kimi_recursive.track_b.student import Student
+from kimi_recursive.track_b.student import Student, scatter
 from kimi_recursive.track_b.truth import Truth
 
 MOVED_SHARE = 0.5
@@ -173,8 +173,8 @@ class Listwise(nn.Module):
         self.nearest_rows = nearest_rows[:, : settings["k"]]
         self.register_buffer("vectors", torch.tensor(vectors), persistent=False)
         if settings["noise"]:
-            covariance = np.cov(vectors, rowvar=False, dtype=np.float64)
-            covariance += 1e-7 * np.eye(len(covariance))
+            covariance = scatter(vectors, centred=True) / (len(vectors) - 1)
+            covariance += 1e-7 * np.eye(len(covariance))  # some directions may be empty
             factor = settings["noise"] * np.linalg.cholesky(covariance).T
             self.register_buffer("factor", torch.from_numpy(factor).float(), persistent=False)
 

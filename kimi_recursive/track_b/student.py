@@ -98,18 +98,24 @@ def build_student(settings: Mapping[str, Any], vectors: NDArray[np.float32], see
     return student
 
 
+def scatter(vectors: NDArray[np.float32], centred: bool) -> NDArray[np.float64]:
+    """Sum over rows of their outer products [D, D], block by block; centred: minus their mean."""
+    total = np.zeros((vectors.shape[1],) * 2)
+    for start in range(0, len(vectors), ENCODE_BLOCK):
+        block = np.asarray(vectors[start : start + ENCODE_BLOCK], np.float64)
+        total += block.T @ block
+    if centred:
+        mean = vectors.mean(0, dtype=np.float64)
+        total -= len(vectors) * np.outer(mean, mean)
+    return total
+
+
 def svd_projection(
     vectors: NDArray[np.float32], dim: int, centred: bool = False
 ) -> NDArray[np.float32]:
     """The first right singular vectors [dim, D]: of the vectors as they are (truncated SVD), or
     minus their mean (PCA). Signs are such that the largest entry of each is positive."""
-    gram = np.zeros((vectors.shape[1],) * 2)
-    for start in range(0, len(vectors), ENCODE_BLOCK):
-        block = np.asarray(vectors[start : start + ENCODE_BLOCK], np.float64)
-        gram += block.T @ block
-    if centred:
-        mean = vectors.mean(0, dtype=np.float64)
-        gram -= len(vectors) * np.outer(mean, mean)
+    gram = scatter(vectors, centred)
     axes = np.linalg.eigh(gram)[1][:, ::-1][:, :dim].T
     largest = np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)
     return (axes * np.sign(largest)).astype(np.float32)
