@@ -18,7 +18,8 @@ SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(C
 
 all: env config
 	$(SNAKEMAKE) all
-	@cat results/summary.txt results/track_b/summary.txt
+	@cat results/summary.txt
+	@! test -f results/track_b/summary.txt || { echo; cat results/track_b/summary.txt; }
 
 test: env
 	$(BIN)/python -m pytest
@@ -50,7 +51,7 @@ dry-run: env config
 
 summarize: env config
 	$(SNAKEMAKE) summarize
-	@cat results/summary.txt results/track_b/summary.txt
+	@cat results/summary.txt
 
 unlock: env
 	$(SNAKEMAKE) --unlock
