@@ -21,7 +21,7 @@ from kimi_recursive.track_b.status import read_status
 from kimi_recursive.track_b.student import Student, build_student, scatter, svd_projection
 from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.train import train_student
-from kimi_recursive.track_b.truth import load_truth
+from kimi_recursive.track_b.truth import find_neighbours, load_truth
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +412,18 @@ def test_other_hyperparameters_start_afresh_other_intervals_do_not(teacher, tmp_
     assert "resumed at step 12" in capsys.readouterr().err
     run(teacher, tmp_path, V1, tau=0.2)
     assert "starting afresh, settings changed" in capsys.readouterr().err
+
+
+def test_neighbours_found_for_others_too_do_not_train_again(teacher, tmp_path, capsys):
+    run(teacher, tmp_path, V1)
+    more = [settings_of(V1), settings_of(V1, k=9, threshold=0.5)]
+    find_neighbours(teacher / "teacher", more, tmp_path / "neighbours.npz")
+    (tmp_path / "teacher").symlink_to(teacher / "teacher")
+    capsys.readouterr()
+    run(tmp_path, tmp_path, V1)
+    assert "resumed at step 12" in capsys.readouterr().err
+    run(tmp_path, tmp_path, V1, threshold=0.5)
+    assert "starting afresh, neighbours, settings changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("values", [V1, V2])

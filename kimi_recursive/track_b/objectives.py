@@ -27,17 +27,8 @@ def build_objective(
     """The objective that a row of the sheet names, over training vectors [N, D]."""
     if settings["objective"] == "listwise":
         return Listwise(student, vectors, truth.train, settings, seed)
-    close = _close_pairs(truth, vectors, settings)
+    close = truth.close_pairs(vectors, settings)
     return InfoNCE(student, vectors, truth.train, close, settings, seed)
-
-
-def _close_pairs(truth: Truth, vectors: Floats, settings: Mapping[str, Any]) -> Rows:
-    """The pairs [P, 2] that the false-negative filter of these settings masks."""
-    if settings["false_neg_mode"] == "none":
-        return truth.close[:0]
-    assert truth.threshold <= settings["threshold"]
-    first, second = vectors[truth.close[:, 0]], vectors[truth.close[:, 1]]
-    return truth.close[np.einsum("ij,ij->i", first, second) >= settings["threshold"]]
 
 
 def _encode(student: nn.Module, vectors: Tensor, settings: Mapping[str, Any]) -> Tensor:

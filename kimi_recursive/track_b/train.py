@@ -76,7 +76,7 @@ def train_student(
         "settings": {k: v for k, v in settings.items() if k not in NEUTRAL},
         "seed": seed,
         "vectors": file_digest(Path(teacher_dir) / "vectors.npy"),
-        "neighbours": file_digest(neighbours_path),
+        "neighbours": truth.digest(train, settings),
         "numerics": NUMERICS_VERSION,
     }
     paths = {"teacher": teacher_dir, "neighbours": neighbours_path}

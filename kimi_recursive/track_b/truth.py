@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 
 from kimi_recursive.files import replacing
 from kimi_recursive.track_b.metrics import TOP
-from kimi_recursive.track_b.neighbours import Rows, nearest, nearest_to_each_other
+from kimi_recursive.track_b.neighbours import Floats, Rows, nearest, nearest_to_each_other
 from kimi_recursive.track_b.sheet import check_against_teacher
 from kimi_recursive.track_b.teacher import load_vectors
 
@@ -42,6 +43,29 @@ class Truth:
     threshold: float
     queries: dict[str, Rows]
     relevant: dict[str, Rows]
+
+    def close_pairs(self, vectors: Floats, settings: Mapping[str, Any]) -> Rows:
+        """The pairs [P, 2] that the false-negative filter of these settings masks.
+
+        Args:
+            vectors: Training vectors [N, D].
+        """
+        if settings["false_neg_mode"] == "none":
+            return self.close[:0]
+        assert self.threshold <= settings["threshold"]
+        first, second = vectors[self.close[:, 0]], vectors[self.close[:, 1]]
+        return self.close[np.einsum("ij,ij->i", first, second) >= settings["threshold"]]
+
+    def digest(self, vectors: Floats, settings: Mapping[str, Any]) -> str:
+        """Of what a run with these settings reads: more neighbours for others change nothing."""
+        used = [self.train[:, : settings["k"]], self.close_pairs(vectors, settings)]
+        used += [
+            rows for split in self.queries for rows in (self.queries[split], self.relevant[split])
+        ]
+        found = hashlib.sha256()
+        for rows in used:
+            found.update(f"{rows.shape}".encode() + np.ascontiguousarray(rows).tobytes())
+        return found.hexdigest()
 
 
 def find_neighbours(
