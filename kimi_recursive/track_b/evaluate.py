@@ -3,8 +3,8 @@
 A table has a row for each method, precision, split and query:
 
     method      `student`, or a reference with the length it shortens to, such as `svd_128`
-    precision   `float32`; `int8`, one scale for all entries; `binary`, signs, ranked by Hamming
-                distance; `binary_float_query`, signs ranked by the query as it is
+    precision   `float32`; `int8`, each vector up to its largest entry, ranked by cosine; `binary`,
+                signs, by Hamming distance; `binary_float_query`, signs, by the query as it is
     split       `validation`, `test`, or `train`: training sentences asked like queries
     row         of the query in `vectors.npy`
     recall@10, ndcg@10
@@ -35,14 +35,12 @@ def bytes_per_vector(dim: int, precision: str) -> int:
     return -(-dim * PRECISIONS[precision] // 8)
 
 
-def quantize(vectors: Floats, precision: str, scale: float) -> Floats:
-    """Entries as a precision stores them, as whole numbers in float32.
-
-    Args:
-        scale: What int8 takes for 127, the largest entry of the training vectors.
-    """
+def quantize(vectors: Floats, precision: str) -> Floats:
+    """What is left of vectors [N, dim] in a precision, in float32 and ready for inner products:
+    int8 of unit length again, binary as signs."""
     if precision == "int8":
-        return np.clip(np.rint(vectors * (127 / scale)), -127, 127)
+        whole = np.rint(vectors * (127 / np.abs(vectors).max(1, keepdims=True)))
+        return whole / np.linalg.norm(whole, axis=1, keepdims=True)
     if precision.startswith("binary"):
         return np.where(vectors >= 0, np.float32(1), np.float32(-1))
     return vectors
@@ -54,10 +52,9 @@ def score_all(method: str, encoded: Floats, truth: Truth) -> pl.DataFrame:
     Args:
         encoded: Of all sentences [N, dim], unit length.
     """
-    scale = float(np.abs(encoded[: len(truth.train)]).max())
     tables = []
     for precision in PRECISIONS:
-        database = quantize(encoded, precision, scale)
+        database = quantize(encoded, precision)
         for split, rows in truth.queries.items():
             queries = (encoded if precision == "binary_float_query" else database)[rows]
             recall, ndcg = score_vectors(queries, database, rows, truth.relevant[split])
