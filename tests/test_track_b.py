@@ -39,6 +39,7 @@ SHEET = ROOT / "config/track_b.tsv"
 CONFIG = {
     "enabled": True, "sheet": str(SHEET), "experiments": "all", "scale": 1.0, "quick": False,
     "num_sentences": 8000, "num_validation_queries": 500, "num_test_queries": 500,
+    "teacher": {"kind": "minilm", "path": None},
 }  # fmt: skip
 GUIDE_COLUMNS = (
     "timestamp,run_id,experiment,steps,seeds,lr,warmup,tau,k,neg_m,queue_size,false_neg_mode,"
@@ -143,6 +144,24 @@ def test_a_choice_that_is_refused():
     assert "must exceed the 1000 queries" in error_of(
         select_experiments, {**CONFIG, "num_sentences": 900}
     )
+
+
+def test_what_the_teacher_cannot_give_is_known_before_it_encodes(tmp_path):
+    (tmp_path / "sheet.tsv").write_text("experiment\tdim\nlong\t385\n")
+    wrong = {**CONFIG, "sheet": str(tmp_path / "sheet.tsv")}
+    message = error_of(select_experiments, wrong)
+    assert "long: dim: must be at most the teacher's (384), got 385" in message
+    np.save(tmp_path / "v.npy", np.zeros((1030, 100), np.float32))
+    brought = {"kind": "vectors", "path": str(tmp_path / "v.npy")}
+    wrong = {**CONFIG, "teacher": brought, "num_sentences": None, "experiments": ["v2"]}
+    assert "dim: must be at most the teacher's (100), got 128" in error_of(
+        select_experiments, wrong
+    )
+    (tmp_path / "sheet.tsv").write_text("experiment\tdim\nfew\t64\n")
+    wrong = {**wrong, "sheet": str(tmp_path / "sheet.tsv"), "experiments": "all"}
+    assert "number of training sentences (30), got 50" in error_of(select_experiments, wrong)
+    (tmp_path / "v.npy").write_bytes(b"torn")
+    assert [e.name for e in select_experiments(wrong)] == ["few"], "the import says what is wrong"
 
 
 # ---- statuses, on a run that was really made ----

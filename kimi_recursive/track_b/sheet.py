@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from kimi_recursive.config import unknown_key_message
 from kimi_recursive.settings import schema_errors
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/track_b.schema.yaml"
+MINILM_DIM = 384
 SCALED_KEYS = ("steps", "warmup", "save_every", "eval_every")
 QUICK = {"steps": 10, "warmup": 2, "save_every": 5, "eval_every": 5}
 _CASTS = {"integer": int, "number": float, "string": str}
@@ -200,7 +202,9 @@ def _check_row(row: Mapping[str, Any]) -> Iterator[str]:
         yield "init: svd needs student residual"
 
 
-def check_against_teacher(settings: Mapping[str, Any], teacher_dim: int, num_train: int) -> None:
+def check_against_teacher(
+    settings: Mapping[str, Any], teacher_dim: float, num_train: float
+) -> None:
     """Raises ValueError where a student does not fit its teacher."""
     if settings["dim"] > teacher_dim:
         raise ValueError(
@@ -214,18 +218,33 @@ def check_against_teacher(settings: Mapping[str, Any], teacher_dim: int, num_tra
 
 def _check_corpus(experiments: list[Experiment], track_b: Mapping[str, Any]) -> Iterator[str]:
     """What would fail only after the teacher has encoded, where it can be known before."""
-    if track_b["num_sentences"] is None:
-        return
+    total, dim = _known_shape(track_b["teacher"])
+    total = track_b["num_sentences"] or total
     queries = track_b["num_validation_queries"] + track_b["num_test_queries"]
-    num_train = track_b["num_sentences"] - queries
+    num_train = math.inf if total is None else total - queries
     if num_train < 2:
-        yield f"track_b.num_sentences: must exceed the {queries} queries by 2 or more"
+        yield f"track_b.num_sentences: must exceed the {queries} queries by 2 or more, got {total}"
         return
     for experiment in experiments:
         try:
-            check_against_teacher(experiment.settings, experiment.settings["dim"], num_train)
+            check_against_teacher(experiment.settings, dim, num_train)
         except ValueError as error:
             yield f"{track_b['sheet']}: {experiment.name}: {error}"
+
+
+def _known_shape(teacher: Mapping[str, Any]) -> tuple[int | None, float]:
+    """Number and length of the teacher's vectors, as far as one can tell without loading it."""
+    if teacher["kind"] == "minilm":
+        return None, MINILM_DIM
+    path = str(teacher["path"])
+    if teacher["kind"] == "vectors" and path.endswith(".npy"):
+        try:
+            shape = np.load(path, mmap_mode="r").shape
+        except (OSError, ValueError):  # import_vectors says what is wrong
+            return None, math.inf
+        if len(shape) == 2:
+            return shape
+    return None, math.inf
 
 
 def _scaled(settings: Mapping[str, Any], scale: float, quick: bool) -> dict[str, Any]:
