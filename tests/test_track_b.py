@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from project import ROOT
 from track_b import V1, V2, clustered_vectors, make_teacher, settings_of
 
 from kimi_recursive.track_b import sanity
+from kimi_recursive.track_b.collect import collect_experiment
 from kimi_recursive.track_b.evaluate import (
     PRECISIONS,
     bytes_per_vector,
@@ -379,6 +381,22 @@ def test_the_summary_of_a_part_of_it(finished, tmp_path):
     assert "Average of the 0 successful runs" in text
     _, rows, text, _ = summarized(tmp_path / "no", tmp_path / "nothing", tmp_path)
     assert {row["status"] for row in rows.values()} == {"missing_logs"} and len(rows) == 2
+
+
+def test_the_folder_of_an_experiment_shows_the_student_of_its_best_seed(finished, tmp_path):
+    result = read_results(EXPERIMENTS[1:], finished / "students", finished / "refs.parquet")[0]
+    for best in (0, 1):
+        runs = {
+            seed: replace(run, best_recall=float(seed == best)) for seed, run in result.runs.items()
+        }
+        shown = replace(result, runs=runs)
+        collect_experiment(shown, finished / "students", {}, tmp_path / "run")
+        folder = tmp_path / "run/checkpoints"
+        links = {path.name: path.resolve() for path in folder.iterdir()}
+        own = finished / "students" / EXPERIMENTS[1].keys[best] / "checkpoints"
+        assert links["student_best.safetensors"] == (own / "student_best.safetensors").resolve()
+        assert links["student_step_12.safetensors"].parent == own.resolve()
+        assert {"seed0", "seed1"} <= set(links)
 
 
 def test_a_student_that_is_the_svd_does_not_beat_it(finished):
