@@ -399,6 +399,19 @@ def test_the_folder_of_an_experiment_shows_the_student_of_its_best_seed(finished
         assert {"seed0", "seed1"} <= set(links)
 
 
+def test_a_damaged_parquet_is_no_loss_to_the_folder_where_json_lines_are_whole(finished, tmp_path):
+    students = Path(shutil.copytree(finished / "students", tmp_path / "students"))
+    logs = students / EXPERIMENTS[1].keys[0] / "logs/train_logs.parquet"
+    whole = read_results(EXPERIMENTS[1:], students)[0]
+    collect_experiment(whole, students, {}, tmp_path / "whole")
+    logs.write_bytes(b"PAR1 torn")
+    torn = read_results(EXPERIMENTS[1:], students)[0]
+    assert torn.status == "success"
+    collect_experiment(torn, students, {}, tmp_path / "torn")
+    a, b = (pl.read_parquet(tmp_path / x / "logs/train_logs.parquet") for x in ("whole", "torn"))
+    assert a.equals(b.select(a.columns)) and a.height == 26
+
+
 def test_a_student_that_is_the_svd_does_not_beat_it(finished):
     results = read_results(EXPERIMENTS[1:], finished / "students", finished / "refs.parquet")
     svd = next(r for r in results if r.name == "reference_svd_8")

@@ -60,7 +60,7 @@ def run_by_hand(
             with logging_to(logs[seed], append=True):
                 train_student(experiment.settings, seed, teacher_dir, neighbours, target, key)
     finally:
-        result = read_results([experiment], folder / "students", folder / "none")[0]
+        result = read_results([experiment], folder / "students")[0]
         collect_experiment(result, folder / "students", logs, folder)
     return result, folder
 

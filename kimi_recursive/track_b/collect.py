@@ -17,7 +17,7 @@ from pathlib import Path
 import polars as pl
 
 from kimi_recursive.files import write_json
-from kimi_recursive.track_b.status import write_logs
+from kimi_recursive.track_b.status import read_logs, write_logs
 from kimi_recursive.track_b.summary import Result, run_id
 
 
@@ -26,23 +26,20 @@ def collect_experiment(
     students_dir: Path,
     run_logs: Mapping[int, Path],
     run_dir: Path,
-    final_dir: Path | None = None,
 ) -> None:
     """Fill an experiment's folder from the runs of its seeds, as far as they are there.
 
     Args:
         students_dir: Where the runs are, by key.
         run_logs: What each seed's run printed.
-        final_dir: Where the folder is moved to afterwards; links are made for that place.
     """
     keys = result.experiment.keys
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     (run_dir / "checkpoints").mkdir(exist_ok=True)
-    logs = {seed: students_dir / key / "logs/train_logs.parquet" for seed, key in keys.items()}
     tables = [
-        pl.read_parquet(path).insert_column(0, pl.lit(seed).alias("seed"))
-        for seed, path in logs.items()
-        if result.runs[seed].status in ("success", "incomplete") and path.is_file()
+        read_logs(students_dir / key).insert_column(0, pl.lit(seed).alias("seed"))
+        for seed, key in keys.items()
+        if result.runs[seed].status in ("success", "incomplete")
     ]
     if tables:
         write_logs(run_dir, pl.concat(tables, how="diagonal_relaxed"))
@@ -53,13 +50,13 @@ def collect_experiment(
         target = run_dir / f"logs/sweep_seed{seed}.log"
         if path.is_file() and path != target:
             shutil.copyfile(path, target)
-    _link_checkpoints(result, students_dir, run_dir / "checkpoints", final_dir or run_dir)
+    _link_checkpoints(result, students_dir, run_dir / "checkpoints")
 
 
-def _link_checkpoints(result: Result, students_dir: Path, folder: Path, final_dir: Path) -> None:
+def _link_checkpoints(result: Result, students_dir: Path, folder: Path) -> None:
     def link(name: str, target: Path) -> None:
         (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(os.path.relpath(target, final_dir / "checkpoints"))
+        (folder / name).symlink_to(os.path.relpath(target, folder))
 
     found = {s: students_dir / key / "checkpoints" for s, key in result.experiment.keys.items()}
     for seed, target in found.items():

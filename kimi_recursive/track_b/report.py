@@ -39,8 +39,9 @@ def summarize_track_b(
             if result.experiment is not None:
                 keys = result.experiment.keys.items()
                 logs = {s: results_dir / f"logs/train_student/{key}.log" for s, key in keys}
-                target = Path(runs) / result.experiment.run_id
-                collect_experiment(result, students, logs, folder / target.name, target)
+                # The temporary folder is a sibling: links from it hold in its final place.
+                run_dir = folder / result.experiment.run_id
+                collect_experiment(result, students, logs, run_dir)
     plot_recall_by_step(results, Path(runs), Path(figure))
 
 

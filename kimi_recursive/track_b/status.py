@@ -13,8 +13,6 @@ Status of a run:
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,26 +48,23 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     summary = _read_summary(logs / "train_summary.json")
     if summary.get("status") == "failed":
         return RunStatus("failed", detail=str(summary.get("error")), summary=summary)
-    found = [p for p in (logs / "train_logs.parquet", logs / "train_logs.jsonl") if p.is_file()]
-    if not found:
+    try:
+        table = read_logs(run_dir)
+    except ValueError as error:
+        return RunStatus("parse_error", detail=str(error), summary=summary)
+    if table is None:
         started = (Path(run_dir) / "work").is_dir()
         detail = "started, no attempt has ended" if started else "not started"
         return RunStatus("missing_logs", detail=detail, summary=summary)
-    errors = []
-    for path in found:
-        try:
-            rows = _read_log(path)
-            break
-        except (ValueError, KeyError, TypeError, OSError, pl.exceptions.PolarsError) as error:
-            errors.append(f"{path.name}: {(str(error).splitlines() or ['unreadable'])[0]}")
-    else:
-        return RunStatus("parse_error", detail="; ".join(errors), summary=summary)
-    evaluations = [row for row in rows if row[RECALL] is not None]
-    if not evaluations:
-        return RunStatus("no_eval", detail=f"{path.name}: no {RECALL}", summary=summary)
-    best = max(row[RECALL] for row in evaluations)
-    scores = {"best_recall": best, "final_ndcg": evaluations[-1][NDCG], "summary": summary}
-    last = rows[-1]["step"]
+    evaluations = table.drop_nulls(RECALL)
+    if evaluations.is_empty():
+        return RunStatus("no_eval", detail=f"no {RECALL}", summary=summary)
+    scores = {
+        "best_recall": evaluations[RECALL].max(),
+        "final_ndcg": evaluations[NDCG][-1],
+        "summary": summary,
+    }
+    last = table["step"][-1]
     if last != num_steps:
         return RunStatus("incomplete", detail=f"step {last} of {num_steps}", **scores)
     return RunStatus("success", **scores)
@@ -82,30 +77,42 @@ def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
     write_text(run_dir / "logs" / "train_logs.jsonl", "\n".join(lines) + "\n")
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows with `step` and the two scores, None where there was no evaluation."""
-    if path.suffix == ".parquet":
-        rows = pl.read_parquet(path).to_dicts()
-    else:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    if not rows:
+def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
+    """The log of a run, from parquet, else from JSON lines; None when there is neither.
+
+    Raises:
+        ValueError: none that is there can be read; what is wrong with each.
+    """
+    errors = []
+    readers = {"train_logs.parquet": pl.read_parquet, "train_logs.jsonl": _read_json_lines}
+    for name, read in readers.items():
+        path = Path(run_dir) / "logs" / name
+        if path.is_file():
+            try:
+                return _checked(read(path))
+            except (ValueError, OSError, pl.exceptions.PolarsError) as error:
+                errors.append(f"{name}: {(str(error).splitlines() or ['unreadable'])[0]}")
+    if errors:
+        raise ValueError("; ".join(errors))
+    return None
+
+
+def _read_json_lines(path: Path) -> pl.DataFrame:
+    return pl.read_ndjson(path, infer_schema_length=None)
+
+
+def _checked(table: pl.DataFrame) -> pl.DataFrame:
+    """A log with `step` and finite scores; the columns of scores are there, if only of nulls."""
+    if table.is_empty():
         raise ValueError("empty")
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no JSON object")
-    return [
-        {"step": int(row["step"]), **{name: _score(row, name) for name in (RECALL, NDCG)}}
-        for row in rows
-    ]
-
-
-def _score(row: Mapping[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r} at step {row['step']}")
-    return float(value)
+    if "step" not in table.columns or not table["step"].dtype.is_integer():
+        raise ValueError("no whole numbers in a column 'step'")
+    for name in (RECALL, NDCG):
+        column = pl.col(name) if name in table.columns else pl.lit(None)
+        table = table.with_columns(column.cast(pl.Float64).alias(name))
+        if not table[name].drop_nulls().is_finite().all():
+            raise ValueError(f"{name} is not finite")
+    return table
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

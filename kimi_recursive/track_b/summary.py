@@ -75,7 +75,7 @@ class Result:
 
 
 def read_results(
-    experiments: Sequence[Experiment], students_dir: Path, references_path: Path
+    experiments: Sequence[Experiment], students_dir: Path, references_path: Path | None = None
 ) -> list[Result]:
     """Experiments in the order of the sheet, then the references; each with what is there."""
     results = []
@@ -86,7 +86,7 @@ def read_results(
         tables = [_read_table(f / "evaluation.parquet") for f in done]
         found = [t for t in tables if t is not None]
         results.append(Result(e.name, e.settings["dim"], e, runs, found))
-    references = _read_table(references_path)
+    references = references_path and _read_table(references_path)
     if references is not None:
         for (name, dim), table in references.group_by("method", "dim", maintain_order=True):
             results.append(Result(f"reference_{name}", dim, tables=[table]))
