@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
-from kimi_recursive.files import versions, write_json, write_parquet
+from kimi_recursive.files import git_state, versions, write_json, write_parquet
 from kimi_recursive.flops import forward_flops_per_token
 from kimi_recursive.loader import check_context, load_model_with_config
 from kimi_recursive.model import ChunkRefineWrapper
@@ -313,6 +313,7 @@ def evaluate_stage(
         "dtype": str(wrapper.base.dtype).removeprefix("torch."),
         "upstream": upstream,
         "versions": versions(),
+        **git_state(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_parquet(documents_path, documents)

@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import socket
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from typing import Any
 
 from kimi_recursive.checkpoint import complete_checkpoints
 from kimi_recursive.config import CONFIG_NAME, RecursiveConfig, read_json_object
-from kimi_recursive.files import versions, write_json, write_text
+from kimi_recursive.files import git_state, versions, write_json, write_text
 
 METADATA_NAME = "experiment_metadata.json"
 # How an attempt ended; a new attempt begins without them.
@@ -44,27 +43,10 @@ def environment() -> dict[str, Any]:
 
     return {
         "versions": {**versions(), "cuda": torch.version.cuda},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
-        "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
+        **git_state(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

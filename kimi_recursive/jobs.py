@@ -76,3 +76,13 @@ def logging_to(path: str | Path, append: bool = False) -> Iterator[None]:
         tee = _Tee(sys.stderr, log)
         with redirect_stderr(tee), redirect_stdout(tee):
             yield
+
+
+def logged_error(path: str | Path) -> str:
+    """The last `error: ` line of a log, without that word; empty where there is none, or no log."""
+    path = Path(path)
+    if not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else ""

@@ -110,7 +110,7 @@ def existing_results(wildcards):
     """Changes when a result appears or changes, so that `snakemake summarize` sees it."""
     return summarize_alone() and sorted(
         f"{path} {path.stat().st_mtime_ns}"
-        for folder in ("eval", "compare", "runs/*")
+        for folder in ("eval", "compare", "runs/*", "logs/*")
         for path in Path("results").glob(f"{folder}/*.*")
     )
 
@@ -119,7 +119,8 @@ def existing_students(wildcards):
     """Changes when a student appears or changes, so that `snakemake summarize_track_b` sees it."""
     return summarize_alone("summarize_track_b") and sorted(
         f"{path} {path.stat().st_mtime_ns}"
-        for path in Path("results/track_b").glob("students/*/logs/*")
+        for pattern in ("track_b/students/*/logs/*", "logs/train_student/*")
+        for path in Path("results").glob(pattern)
     )
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 from kimi_recursive.jobs import job
 
 with job(snakemake):
+    from kimi_recursive.records.runs import record_runs
     from kimi_recursive.summary import summarize
 
     summarize(
@@ -12,3 +13,4 @@ with job(snakemake):
         txt_path=Path(snakemake.output.text),
         verdicts_path=Path(snakemake.output.verdicts),
     )
+    record_runs("results")

@@ -1,0 +1,154 @@
+"""Does a run reach what its experiment type asks for? The criteria are in a YAML of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kimi_recursive.records.kinds import find, get, identity, kind_of, number, parse_time
+
+# One of these in each criterion.
+TESTS = ("above", "below", "equals", "above_best_of", "below_best_of", "decreasing")
+PASSED, FAILED, NOT_MEASURED = "passed", "failed", "not measured"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A criterion applied to a run: its value, what was wanted, and `passed`, `failed` or
+    `not measured`."""
+
+    run_id: str
+    type: str
+    criterion: str
+    value: Any
+    wanted: str
+    result: str
+
+
+def read_criteria(path: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Criteria by experiment type and name.
+
+    Raises:
+        ValueError: no such file, no YAML, or a criterion that is none; where, and what is allowed.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file (--criteria)") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must map experiment types to criteria")
+    for type_, criteria in found.items():
+        for name, criterion in criteria.items() if isinstance(criteria, dict) else [("", None)]:
+            if problem := _problem(criterion):
+                raise ValueError(f"{path}: {type_}.{name}: {problem}")
+    return found
+
+
+def _problem(criterion: Any) -> str:
+    if not isinstance(criterion, dict) or not isinstance(criterion.get("field"), str):
+        return "must have a 'field'"
+    tests = [key for key in criterion if key in TESTS]
+    unknown = sorted(set(criterion) - {"field", "same", *TESTS})
+    if unknown:
+        return f"unknown key '{unknown[0]}'; allowed: field, same, {', '.join(TESTS)}"
+    if len(tests) != 1:
+        return f"must have one of {', '.join(TESTS)}"
+    value = criterion[tests[0]]
+    if tests[0] in ("above", "below") and number(value) is None:
+        return f"{tests[0]} must be a number, got {value!r}"
+    if tests[0].endswith("best_of") and not isinstance(value, dict):
+        return f"{tests[0]} must map fields to values, got {value!r}"
+    if tests[0] == "decreasing" and value is not True:
+        return f"decreasing must be true, got {value!r}"
+    return ""
+
+
+def check_records(
+    records: Sequence[Mapping[str, Any]],
+    criteria: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> list[Check]:
+    """Apply the criteria of its type to every run that has ended; a failed run fails.
+
+    `above_best_of` and `below_best_of` are the best value that completed runs before this one have,
+    of those whose fields have the values given, and which agree with it in the fields under `same`.
+    """
+    checks = []
+    for record in records:
+        kind = kind_of(record)
+        type_, status = get(record, kind.type), get(record, kind.status)
+        if type_ not in criteria or status == "running":
+            continue
+        name = identity(record) or "without a name"
+        if status == "failed":
+            error = find(record, "error_message")
+            checks.append(Check(name, type_, "status", error, "completed", FAILED))
+            continue
+        for criterion, settings in criteria[type_].items():
+            checks.append(Check(name, type_, criterion, *_apply(record, settings, records)))
+    return checks
+
+
+def _apply(
+    record: Mapping[str, Any], criterion: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> tuple[Any, str, str]:
+    """The value, what is wanted, and the result."""
+    field = criterion["field"]
+    test = next(key for key in TESTS if key in criterion)
+    limit = criterion[test]
+    if test == "equals":
+        value = find(record, field)
+        result = NOT_MEASURED if value is None else PASSED if value == limit else FAILED
+        return value, f"equals {limit}", result
+    if test == "decreasing":
+        history = find(record, "metrics_history") or []
+        values = [v for row in history if (v := number(get(row, field))) is not None]
+        falls = all(b <= a for a, b in pairwise(values))
+        result = NOT_MEASURED if len(values) < 2 else PASSED if falls else FAILED
+        return values[-1] if values else None, "never rises", result
+    value, wanted = number(find(record, field)), f"{test.split('_')[0]} {limit}"
+    if test.endswith("best_of"):
+        others = _earlier(record, limit, criterion.get("same") or (), records)
+        found = [v for other in others if (v := number(find(other, field))) is not None]
+        limit = (max if test == "above_best_of" else min)(found, default=None)
+        of = ", ".join(f"{k} = {v}" for k, v in criterion[test].items()) or "earlier runs"
+        best = "none" if limit is None else f"{limit:.6g}"
+        wanted = f"{test.split('_')[0]} {best}, the best of {of}"
+    if value is None or limit is None:
+        return value, wanted, NOT_MEASURED
+    passed = value > limit if test.startswith("above") else value < limit
+    return value, wanted, PASSED if passed else FAILED
+
+
+def _earlier(
+    record: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    same: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+) -> list[Mapping[str, Any]]:
+    """Completed runs before this one with these values."""
+
+    def time(of: Mapping[str, Any]) -> Any:
+        try:
+            return parse_time(of["timestamp"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    mine = time(record)
+    return [
+        other
+        for other in records
+        if other is not record
+        and get(other, kind_of(other).status) in ("completed", None)
+        and (then := time(other)) is not None
+        and mine is not None
+        and then <= mine
+        and all(find(other, key) == value for key, value in fields.items())
+        and all(find(other, key) == find(record, key) for key in same)
+    ]

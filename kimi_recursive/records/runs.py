@@ -1,0 +1,272 @@
+"""Records of what this project ran: from experiment directories, evaluations, and logs of failures.
+
+A run is recorded once, when it has ended: the run id is its name and the time at which its last
+attempt began. One that was interrupted is recorded when it has been resumed and has ended.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kimi_recursive.config import CONFIG_NAME, read_json_object
+from kimi_recursive.experiment import METADATA_NAME
+from kimi_recursive.jobs import logged_error
+from kimi_recursive.records.kinds import number, parse_time
+from kimi_recursive.records.log import append_records
+
+BASELINES_PATH = Path("baselines.jsonl")
+TRAINING_LOG_PATH = Path("experiments/training_log.jsonl")
+ENDED = ("completed", "failed")
+
+
+def record_runs(
+    results_dir: str | Path,
+    baselines: Path = BASELINES_PATH,
+    training_log: Path = TRAINING_LOG_PATH,
+) -> None:
+    """Append what lies in `results_dir` and is not in the logs yet; say what was appended.
+
+    What cannot be read or written is said, and stops nothing: the results are complete without.
+    """
+    results_dir = Path(results_dir)
+    found = {
+        training_log: [*_trainings(results_dir), *_failed_trainings(results_dir)],
+        baselines: [*_evaluations(results_dir), *_failed_evaluations(results_dir)],
+    }
+    for path, records in found.items():
+        records.sort(key=lambda record: record["timestamp"])
+        try:
+            done = append_records(path, records, skip_existing=True)
+        except ValueError as error:
+            print(f"warning: nothing is recorded: {error}", file=sys.stderr)
+            continue
+        if done.repaired:
+            print(f"warning: {path}: {done.repaired}", file=sys.stderr)
+        if done.num_appended:
+            print(f"{path}: {done.num_appended} runs recorded", file=sys.stderr)
+
+
+def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
+    """The training record of an experiment directory; None while the run has not ended.
+
+    Raises:
+        ValueError: it holds no metadata that can be read.
+    """
+    directory = Path(directory)
+    meta = read_json_object(directory / METADATA_NAME)
+    if meta.get("status") not in ENDED or "ended_at" not in meta:
+        return None
+    params, results = meta.get("training_params") or {}, meta.get("final_results") or {}
+    type_ = _type(meta)
+    history = results.get("validation") or []
+    metrics = {**(meta.get("best_metrics") or {}), **results}
+    metrics = {k: v for k, v in metrics.items() if number(v) is not None}
+    best_loss = results.get("best_validation_loss", results.get("validation_loss"))
+    if history and number(best_loss) is not None:
+        start = list(history[0].values())[-1]  # of the last inner step
+        metrics["validation_loss_change"] = best_loss - start
+    started, ended = parse_time(meta["started_at"]), parse_time(meta["ended_at"])
+    data = {
+        "run_id": _run_id(meta["experiment_name"], started),
+        "domain": "embedding" if type_ == "embedding_distillation" else "language_modeling",
+        "status": meta["status"],
+        "experiment_type": type_,
+        "experiment_name": meta["experiment_name"],
+        "description": meta.get("description"),
+        "dataset_config": _dataset(meta.get("paths") or {}),
+        "hyperparameters": {**params, "learning_rate": params.get("lr")},
+        "architecture": _architecture(directory, params),
+        "metrics_history": history,
+        "best_val_loss": best_loss,
+        "best_step": results.get("best_step"),
+        "final_metrics": metrics or None,
+        "training_time_seconds": (ended - started).total_seconds(),
+        "start_time": started.isoformat(),
+        "end_time": ended.isoformat(),
+        "checkpoint_dir": str(directory / "checkpoints"),
+        "error_message": meta.get("error"),
+        "last_good_step": meta.get("last_good_step"),
+        "failed_step": meta.get("failed_step"),
+        "findings": _findings(meta, metrics),
+        "branch": meta.get("git_branch"),
+        "commit": meta.get("git_commit"),
+        "uncommitted_changes": bool(meta.get("git_changes")),
+        "host": meta.get("host"),
+        "versions": meta.get("versions"),
+    }
+    return {"timestamp": ended.isoformat(), "run_data": data}
+
+
+def record_of_evaluation(path: str | Path) -> dict[str, Any]:
+    """The baseline record of a `<name>_results.json`.
+
+    Raises:
+        ValueError: it cannot be read, or lacks what every evaluation has.
+    """
+    path, found = Path(path), read_json_object(path)
+    try:
+        name, time = path.name.removesuffix("_results.json"), parse_time(found["created"])
+        scores = found["perplexity"]
+        metrics = {k: scores[k] for k in ("loss", "perplexity", "token_accuracy")}
+        metrics |= {
+            "accuracy": scores["token_accuracy"],
+            "perplexity_step_0": scores["by_step"][0]["perplexity"],
+            "mean_inner_steps": found["mean_inner_steps"],
+            "forward_flops_per_token": found["forward_flops_per_token"],
+            **found["throughput"],
+        }
+        config = {
+            "experiment_type": _evaluation_type(found["stage"]),
+            "variant": found["stage"],
+            "split": found["split"],
+            "inner_steps": found["inner_steps"],
+            "num_documents": scores["num_documents"],
+            "num_parameters": found["num_parameters"],
+            "upstream": found.get("upstream"),
+            **found["config"],
+            **found["evaluation"],
+        }
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}") from None
+    return {
+        "branch": found.get("git_branch"),
+        "commit": (found.get("git_commit") or "")[:7] or None,
+        "timestamp": time.isoformat(),
+        "experiment": name,
+        "run_id": _run_id(name, time),
+        "status": "completed",
+        "metrics": metrics,
+        "config": config,
+        "notes": f"perplexity {metrics['perplexity']:.4f} on {scores['num_documents']} "
+        f"{found['split']} documents, {found['inner_steps']} inner steps",
+        "versions": found["versions"],
+    }
+
+
+def _trainings(results: Path) -> Iterator[dict[str, Any]]:
+    for pattern in ("base/work", "runs/*/work", "track_b/students/*/work"):
+        for path in sorted(results.glob(f"{pattern}/{METADATA_NAME}")):
+            if record := _or_warn(record_of_experiment, path.parent):
+                yield record
+
+
+def _evaluations(results: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(results.glob("eval/*_results.json")):
+        if record := _or_warn(record_of_evaluation, path):
+            yield record
+
+
+def _or_warn(read: Any, path: Path) -> dict[str, Any] | None:
+    try:
+        return read(path)
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"warning: not recorded: {error}", file=sys.stderr)
+        return None
+
+
+def _failed_trainings(results: Path) -> Iterator[dict[str, Any]]:
+    """Jobs that ended in an error before the run began, or after its own record ended."""
+    places = [(results / "logs/train_base.log", results / "base/work")]
+    for rule, runs in (("train_phase", "runs"), ("train_student", "track_b/students")):
+        logs = sorted((results / "logs" / rule).glob("*.log"))
+        places += [(log, results / runs / log.stem / "work") for log in logs]
+    for log, work in places:
+        error, time = logged_error(log), _modified(log)
+        if not error or _status(work) == "failed":
+            continue
+        student = log.parent.name == "train_student"
+        type_ = "base_training" if log.stem == "train_base" else "refinement_training"
+        data = {
+            "run_id": _run_id(log.stem, time),
+            "domain": "embedding" if student else "language_modeling",
+            "status": "failed",
+            "experiment_type": "embedding_distillation" if student else type_,
+            "error_message": error,
+            "log_path": str(log),
+            "findings": "ended before the first step",
+        }
+        yield {"timestamp": time.isoformat(), "run_data": data}
+
+
+def _failed_evaluations(results: Path) -> Iterator[dict[str, Any]]:
+    for log in sorted((results / "logs/evaluate").glob("*.log")):
+        if error := logged_error(log):
+            time = _modified(log)
+            yield {
+                "branch": None,
+                "commit": None,
+                "timestamp": time.isoformat(),
+                "experiment": log.stem,
+                "run_id": _run_id(log.stem, time),
+                "status": "failed",
+                "error_message": error,
+                "metrics": None,
+                "config": {"experiment_type": _evaluation_type(log.stem)},
+                "notes": None,
+            }
+
+
+def _modified(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime if path.is_file() else 0, UTC)
+
+
+def _status(work: Path) -> str | None:
+    try:
+        return read_json_object(work / METADATA_NAME).get("status")
+    except ValueError:
+        return None
+
+
+def _run_id(name: str, time: datetime) -> str:
+    return f"{name}_{time:%Y%m%dT%H%M%S}"
+
+
+def _type(meta: Mapping[str, Any]) -> str:
+    params = meta.get("training_params") or {}
+    if "teacher" in (meta.get("paths") or {}):
+        return "embedding_distillation"
+    if "phase" in params:
+        return "refinement_training" if params["phase"] else "baseline"
+    return "base_training"
+
+
+def _evaluation_type(stage: str) -> str:
+    kinds = {"baseline": "baseline_evaluation", "after_surgery": "surgery_evaluation"}
+    return next((v for k, v in kinds.items() if stage.startswith(k)), "refinement_evaluation")
+
+
+def _dataset(paths: Mapping[str, str]) -> dict[str, Any]:
+    """Sizes of the data, as far as it is still there."""
+    sizes: dict[str, Any] = {}
+    try:
+        if "teacher" in paths:
+            found = read_json_object(Path(paths["teacher"]) / "teacher.json")
+            sizes = {"train_size": found["num_train"], "val_size": found["num_validation"]}
+        elif "tokens" in paths:
+            found = read_json_object(Path(paths["tokens"]) / "tokens.json")["splits"]
+            sizes = {"train_size": found["train"]["num_documents"]}
+            sizes["val_size"] = found["validation"]["num_documents"]
+            sizes["domain_params"] = {"num_tokens": {k: v["num_tokens"] for k, v in found.items()}}
+    except (ValueError, KeyError):
+        pass
+    return {"split": "train", **sizes, "paths": dict(paths)}
+
+
+def _architecture(directory: Path, params: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not (directory / CONFIG_NAME).is_file():
+        return {"variant": params["student"]} if "student" in params else None
+    config = read_json_object(directory / CONFIG_NAME)
+    return {"variant": params.get("arm"), "passes": config.get("max_inner_steps"), **config}
+
+
+def _findings(meta: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+    if meta["status"] == "failed":
+        return f"failed at step {meta.get('failed_step')}: {meta.get('error')}"
+    shown = ("validation_loss_change", "best_validation_loss", "best_vs_teacher_recall@10")
+    parts = [f"{name.replace('_', ' ')} {metrics[name]:.6g}" for name in shown if name in metrics]
+    step = meta.get("best_checkpoint_step")
+    return ", ".join([*parts, *([f"best at step {step}"] if step is not None else [])])

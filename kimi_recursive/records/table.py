@@ -1,0 +1,197 @@
+"""A log as a polars table: the fields that are asked for, a row a record."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from kimi_recursive.records.kinds import Kind, get, number
+from kimi_recursive.records.log import MAX_LINE, check_log, kind_of_log, read_lines
+
+ROW = "record"  # which of the lines that are not blank, from 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Attributes:
+    kind: Of the log.
+    rows: One row for each record; a record `running` of a run that has a later one is left out.
+        Columns: `record`, and the fields by the names they were asked for.
+    problems: Lines that were left out or changed in reading, and why.
+    """
+
+    kind: Kind
+    rows: pl.DataFrame
+    problems: tuple[str, ...] = ()
+
+
+def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[str] = ()) -> Table:
+    """Read run_id, domain, status, type and timestamp of every record, and the fields asked for.
+
+    A plain log is read by polars alone, of which only these fields become columns; one with damaged
+    lines or values of other types is read line by line, which is slower and takes what can be read.
+
+    Args:
+        numbers: Fields to read as float64; null where there is no finite number.
+        texts: Fields to read as text; what is no text, as JSON.
+            A field is named as in the record (`run_data.best_val_loss`), or in short
+            (`best_val_loss`, `hyperparameters.seed`): see `Kind.parts`.
+
+    Raises:
+        ValueError: no log; a field that no record has (the nearest one that there is); a field
+            asked for as number and as text.
+    """
+    path = check_log(path)
+    kind = kind_of_log(path)
+    usual = {"run_id": kind.run_id, "domain": kind.domain, "status": kind.status}
+    usual |= {"type": kind.type, "timestamp": "timestamp"}
+    numbers = list(dict.fromkeys(numbers))
+    texts = [name for name in dict.fromkeys(texts) if name not in usual]
+    if both := {*numbers} & {*texts, *usual}:
+        raise ValueError(f"'{both.pop()}' is a metric here, and cannot be a text as well")
+    wanted = {name: (name,) for name in usual.values()}
+    wanted |= {name: _candidates(kind, name) for name in (*numbers, *texts)}
+    columns = {field: pl.String for fields in wanted.values() for field in fields}
+    columns |= {f: pl.Float64 for name in numbers for f in wanted[name] if kind.fields.get(f)}
+    try:
+        if longest_line_exceeds(path):
+            raise pl.exceptions.ComputeError("a line that is too long")
+        flat, problems = _read_plain(path, columns), []
+    except pl.exceptions.PolarsError:
+        flat, problems = _read_by_line(path, columns)
+    rows = flat.select(
+        ROW,
+        *(pl.col(field).alias(name) for name, field in usual.items()),
+        *(_pick(flat, kind, path, name, wanted[name], pl.Float64) for name in numbers),
+        *(_pick(flat, kind, path, name, wanted[name], pl.String) for name in texts),
+    )
+    return Table(kind, _without_starts(rows), tuple(problems))
+
+
+def matching_lines(path: str | Path, rows: Sequence[int]) -> Iterator[str]:
+    """The lines of a log as they are, by the `record` numbers of its table."""
+    wanted = set(rows)
+    with open(path, "rb") as file:
+        lines = (line for line in file if not line.isspace())
+        for number_, line in enumerate(lines):
+            if number_ in wanted:
+                yield line.decode("utf-8").rstrip("\r\n")
+
+
+def longest_line_exceeds(path: Path, limit: int = MAX_LINE) -> bool:
+    """Whether a line is longer than `limit` bytes, without reading all of the file."""
+    size = path.stat().st_size
+    if size <= limit:
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = 0
+        while size - start > limit:
+            end = data.rfind(b"\n", start, start + limit + 1)
+            if end < 0:
+                return True
+            start = end + 1
+    return False
+
+
+def _candidates(kind: Kind, name: str) -> list[str]:
+    """What a short name can stand for: what the schema knows of it, else every place."""
+    fields = [part + name for part in kind.parts]
+    return [field for field in fields if field in kind.fields] or fields
+
+
+def _read_plain(path: Path, columns: Mapping[str, Any]) -> pl.DataFrame:
+    schema, unnest = _nested(columns)
+    table = pl.scan_ndjson(path, schema=schema, row_index_name=ROW).collect()
+    return table.select(pl.col(ROW).cast(pl.Int64), *unnest)
+
+
+def _nested(columns: Mapping[str, Any]) -> tuple[dict[str, Any], list[pl.Expr]]:
+    """The schema that holds these dotted fields, and what takes them out of it."""
+    tree: dict[str, Any] = {}
+    for field, dtype in columns.items():
+        *path, leaf = field.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise pl.exceptions.SchemaError(f"{field} lies in a field that is read itself")
+        if isinstance(node.get(leaf), dict):
+            raise pl.exceptions.SchemaError(f"{field} holds a field that is read itself")
+        node[leaf] = dtype
+
+    def struct(node: dict[str, Any]) -> dict[str, Any]:
+        return {k: pl.Struct(struct(v)) if isinstance(v, dict) else v for k, v in node.items()}
+
+    def column(field: str) -> pl.Expr:
+        first, *rest = field.split(".")
+        expression = pl.col(first)
+        for part in rest:
+            expression = expression.struct.field(part)
+        return expression.alias(field)
+
+    return struct(tree), [column(field) for field in columns]
+
+
+def _read_by_line(path: Path, columns: Mapping[str, Any]) -> tuple[pl.DataFrame, list[str]]:
+    values: dict[str, list[Any]] = {ROW: [], **{field: [] for field in columns}}
+    problems = []
+    for row, line in enumerate(read_lines(path)):
+        if line.problem:
+            problems.append(f"line {line.number}: {line.problem}")
+        if line.record is None:
+            continue
+        values[ROW].append(row)
+        for field, dtype in columns.items():
+            as_column: Callable = number if dtype == pl.Float64 else _text
+            values[field].append(as_column(get(line.record, field)))
+    return pl.DataFrame(values, schema={ROW: pl.Int64, **columns}), problems
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _pick(
+    flat: pl.DataFrame, kind: Kind, path: Path, name: str, fields: Sequence[str], dtype: Any
+) -> pl.Expr:
+    """The first of the fields with a value anywhere; nulls, if the schema knows the field."""
+    filled = [field for field in fields if flat[field].null_count() < flat.height]
+    if not filled and fields[0] not in kind.fields:
+        raise ValueError(f"{path}: no record has a field '{name}'{_hint(path, kind, name)}")
+    column = pl.col((filled or fields)[0]).cast(dtype, strict=False)
+    if dtype == pl.Float64:
+        column = pl.when(column.is_finite()).then(column)
+    return column.alias(name)
+
+
+def _hint(path: Path, kind: Kind, name: str) -> str:
+    names = set(kind.fields)
+    for line in islice(read_lines(path), 200):
+        names.update(_leaves(line.record or {}, ""))
+    short = {field.removeprefix(part) for field in names for part in kind.parts}
+    near = difflib.get_close_matches(name, sorted(short), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _leaves(record: Mapping[str, Any], where: str) -> Iterator[str]:
+    for key, value in record.items():
+        yield f"{where}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{where}{key}.")
+
+
+def _without_starts(rows: pl.DataFrame) -> pl.DataFrame:
+    """Without records `running` of runs that have a later record."""
+    running = pl.col("status") == "running"
+    if not rows.select(running.any()).item():
+        return rows
+    last = pl.col(ROW) == pl.col(ROW).max().over("run_id")
+    return rows.filter(~running.fill_null(False) | last | pl.col("run_id").is_null())

@@ -1,0 +1,147 @@
+"""A log for people: tables for the terminal, a report in markdown, progress as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from kimi_recursive.figures import COLOURS, MARKERS
+from kimi_recursive.files import replacing
+from kimi_recursive.records.kinds import TRAINING_LOG, Kind, find, get, number, parse_time
+from kimi_recursive.records.query import Filter, is_lower_better, select
+
+# Of the guide; then those that ours have, shown where a domain has any of them.
+GUIDE_COLUMNS = {
+    "Accuracy": ("best_val_accuracy", "accuracy"),
+    "Balance": ("class_balance_delta", "balance_delta"),
+    "Cycle Loss": ("cycle_loss",),
+}
+OUR_COLUMNS = {
+    "Validation Loss": ("best_val_loss",),
+    "Perplexity": ("perplexity",),
+    "Recall@10": ("best_vs_teacher_recall@10",),
+}
+
+
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 100) -> str:
+    """Columns of text, None as a dash. Texts are cut until the table is `width` wide, but for run
+    ids, which one needs whole."""
+    lines = [list(columns), *([_cell(value) for value in row] for row in rows)]
+    lengths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cuttable = [i for i, name in enumerate(columns) if name not in ("run_id", "best run")]
+    while cuttable and sum(lengths) + 2 * (len(lengths) - 1) > width:
+        longest = max(cuttable, key=lengths.__getitem__)
+        if lengths[longest] <= 8:
+            break
+        lengths[longest] -= 1
+    return "\n".join(
+        "  ".join(_cut(x, n).ljust(n) for x, n in zip(line, lengths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M}"
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def times() -> pl.Expr:
+    """The column `timestamp` in UTC; null where it is no time."""
+
+    def utc(text: str) -> datetime | None:
+        try:
+            return parse_time(text).replace(tzinfo=None)
+        except ValueError:
+            return None
+
+    return pl.col("timestamp").map_elements(utc, return_dtype=pl.Datetime)
+
+
+def report_text(records: Sequence[Mapping[str, Any]], kind: Kind) -> str:
+    """The guide's report as markdown: a table for each domain; `N/A` where there is no number."""
+    lines = ["# Experiment Report", "", f"Total Experiments: {len(records)}", ""]
+    domains: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        domains.setdefault(str(get(record, kind.domain) or "unknown"), []).append(record)
+    for domain, members in domains.items():
+        heading = f"{domain.replace('_', ' ').title()} Domain" if kind is TRAINING_LOG else domain
+        ours = {
+            title: names
+            for title, names in OUR_COLUMNS.items()
+            if any(_metric(record, names) is not None for record in members)
+        }
+        columns = {**GUIDE_COLUMNS, **ours}
+        lines += [f"## {heading}", "", f"| Run ID | Status | {' | '.join(columns)} | Notes |"]
+        lines.append("|---" * (len(columns) + 3) + "|")
+        for record in members:
+            values = [_metric(record, names) for names in columns.values()]
+            cells = ["N/A" if value is None else f"{value:.3f}" for value in values]
+            status = get(record, kind.status) or "N/A"
+            name = get(record, kind.run_id) or get(record, kind.domain) or "N/A"
+            row = [str(name), str(status), *cells, _notes(record)]
+            lines.append(f"| {' | '.join(_escape(cell) for cell in row)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _metric(record: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    values = (number(find(record, name)) for name in names)
+    return next((value for value in values if value is not None), None)
+
+
+def _notes(record: Mapping[str, Any]) -> str:
+    text = find(record, "findings") or find(record, "notes") or find(record, "error_message") or ""
+    return _cut(" ".join(str(text).split()), 53)
+
+
+def _escape(cell: str) -> str:
+    return " ".join(cell.replace("\\", "\\\\").replace("|", "\\|").split())
+
+
+def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -> int:
+    """A metric over time: a line for each experiment type, dashed the best so far of all.
+
+    Returns: the number of runs in it.
+
+    Raises:
+        ValueError: no log, an unknown field, or no run with a number there and a time.
+    """
+    rows = select(path, Filter(**{**vars(wanted), "metric": metric})).rows
+    rows = rows.with_columns(time=times()).drop_nulls("time").sort("time", maintain_order=True)
+    if rows.is_empty():
+        raise ValueError(f"{path}: no record with a number in '{metric}' and a time")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.dates import ConciseDateFormatter
+
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for index, (key, group) in enumerate(rows.group_by("type", maintain_order=True)):
+        look = {"color": COLOURS[1:][index % 5], "marker": MARKERS[1:][index % 5]}
+        label = str(key[0] or "no type").replace("_", " ")
+        axes.plot(group["time"], group[metric], **look, linewidth=1, label=label)
+    lowest = is_lower_better(metric)
+    best = rows[metric].cum_min() if lowest else rows[metric].cum_max()
+    look = {"color": COLOURS[0], "linestyle": "--", "linewidth": 1, "zorder": 1}
+    axes.step(rows["time"], best, where="post", **look, label="best so far")
+    axes.set_xlabel("end of the run (UTC)")
+    axes.set_ylabel(f"{metric} ({'lower' if lowest else 'higher'} is better)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
+    with replacing(output) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    return rows.height
