@@ -129,8 +129,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     lines = list(read_lines(path))
     records = [line.record for line in lines if line.record is not None]
     if not records:
-        first = lines[0] if lines else Line(1, None, "is blank")
-        raise ValueError(f"{path}: is not a log: line {first.number} {first.problem}")
+        raise _no_log(path, lines)
     return records
 
 
@@ -140,16 +139,20 @@ def kind_of_log(path: str | Path) -> Kind:
     Raises:
         ValueError: as `read_records`.
     """
-    first = None
+    lines = []
     for line in read_lines(path):
         if line.record is not None:
             return kind_of(line.record)
-        first = first or line
-    number, problem = (first.number, first.problem) if first else (1, "is blank")
-    raise ValueError(f"{path}: is not a log: line {number} {problem}")
+        lines = lines or [line]
+    raise _no_log(path, lines)
 
 
-def validate(path: str | Path, kind: Kind | None = None) -> tuple[int, list[str]]:
+def _no_log(path: str | Path, lines: list[Line]) -> ValueError:
+    number, problem = (lines[0].number, lines[0].problem) if lines else (1, "is blank")
+    return ValueError(f"{path}: is not a log: line {number} {problem}")
+
+
+def validate(path: str | Path) -> tuple[int, list[str]]:
     """All that is wrong in a log: malformed lines, fields that the schema does not allow, run ids
     that come twice.
 
@@ -161,7 +164,8 @@ def validate(path: str | Path, kind: Kind | None = None) -> tuple[int, list[str]
         ValueError: as `check_log`.
     """
     num_records, found = 0, []
-    ended: dict[str, int] = {}
+    kind: Kind | None = None
+    ended: dict[str | None, int] = {}
     for line in read_lines(path):
         if line.problem:
             found.append(f"line {line.number}: {line.problem}")

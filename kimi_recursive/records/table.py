@@ -62,7 +62,7 @@ def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[st
     columns = {field: pl.String for fields in wanted.values() for field in fields}
     columns |= {f: pl.Float64 for name in numbers for f in wanted[name] if kind.fields.get(f)}
     try:
-        if longest_line_exceeds(path):
+        if longest_line_exceeds(path, MAX_LINE):
             raise pl.exceptions.ComputeError("a line that is too long")
         flat, problems = _read_plain(path, columns), []
     except pl.exceptions.PolarsError:
@@ -86,7 +86,7 @@ def matching_lines(path: str | Path, rows: Sequence[int]) -> Iterator[str]:
                 yield line.decode("utf-8").rstrip("\r\n")
 
 
-def longest_line_exceeds(path: Path, limit: int = MAX_LINE) -> bool:
+def longest_line_exceeds(path: Path, limit: int) -> bool:
     """Whether a line is longer than `limit` bytes, without reading all of the file."""
     size = path.stat().st_size
     if size <= limit:
