@@ -102,7 +102,7 @@ def test_an_unknown_field_names_the_nearest(log):
     message = error_of(read_table, log, ["best_val_acuracy"])
     assert "no record has a field 'best_val_acuracy'; did you mean best_val_accuracy" in message
     assert read_table(log, ["mrr"]).rows["mrr"].null_count() >= len(RUNS)  # known, never measured
-    assert "is a metric here" in error_of(read_table, log, ["mrr"], ["mrr"])
+    assert "cannot be a metric as well" in error_of(read_table, log, ["mrr"], ["mrr"])
 
 
 def test_baselines_are_found_by_short_names(tmp_path):

@@ -55,8 +55,8 @@ def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[st
     usual |= {"type": kind.type, "timestamp": "timestamp"}
     numbers = list(dict.fromkeys(numbers))
     texts = [name for name in dict.fromkeys(texts) if name not in usual]
-    if both := {*numbers} & {*texts, *usual}:
-        raise ValueError(f"'{both.pop()}' is a metric here, and cannot be a text as well")
+    if text := {*numbers} & {*texts, *usual}:
+        raise ValueError(f"'{text.pop()}' is asked for as a text, and cannot be a metric as well")
     wanted = {name: (name,) for name in usual.values()}
     wanted |= {name: _candidates(kind, name) for name in (*numbers, *texts)}
     columns = {field: pl.String for fields in wanted.values() for field in fields}
