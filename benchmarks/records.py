@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,16 +31,16 @@ def main() -> int:
         accuracy = ["--metric", "best_val_accuracy"]
         commands = {
             "validate": ["validate", log],
-            "query": ["query", log, "--domain", "planning", *accuracy, "--above", "0.99999"],
+            "query": ["query", log, "--domain", "planning", *accuracy, "--above", "0.9999"],
             "query (failed)": ["query", log, "--failed"],
             "query (best)": ["best", log, "--domain", "causal", *accuracy],
             "query (compare)": ["compare", log, "--by", "hyperparameters.fusion_mode", *accuracy],
         }
         for name, command in commands.items():
-            seconds = timed(command)
+            seconds, busy = timed(command)
             limit = LIMITS[name.split()[0]] * args.records / 1e6
             failed |= seconds > limit
-            print(f"{name:<16}{seconds:6.1f} s of process, at most {limit:g} s asked for")
+            print(f"{name:<16}{seconds:6.1f} s, {busy:.1f} s of CPU; asked for: {limit:g} s")
     return int(args.check and failed)
 
 
@@ -59,11 +60,13 @@ def write_log(path: Path, num_records: int) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def timed(command: list) -> float:
-    start = time.perf_counter()
+def timed(command: list) -> tuple[float, float]:
+    """Seconds of wall clock and of CPU time of a whole process."""
     program = [sys.executable, "-c", "from kimi_recursive.cli import main; main()", "log"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([*program, *map(str, command)], stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":
