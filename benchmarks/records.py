@@ -31,7 +31,7 @@ def main() -> int:
         accuracy = ["--metric", "best_val_accuracy"]
         commands = {
             "validate": ["validate", log],
-            "query": ["query", log, "--domain", "planning", *accuracy, "--above", "0.9999"],
+            "query": ["query", log, "--domain", "planning", *accuracy, "--above", "0.999"],
             "query (failed)": ["query", log, "--failed"],
             "query (best)": ["best", log, "--domain", "causal", *accuracy],
             "query (compare)": ["compare", log, "--by", "hyperparameters.fusion_mode", *accuracy],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
 
-from kimi_recursive.records.log import kind_of_log
+from kimi_recursive.records.kinds import find, number
+from kimi_recursive.records.log import kind_of_log, read_lines
 from kimi_recursive.records.table import Table, read_table
 
 # The first that has a value is shown where none is asked for.
@@ -73,10 +75,11 @@ def _is(name: str, value: str) -> pl.Expr:
 
 
 def default_metric(path: str | Path) -> str:
-    """The first of its kind's default metrics that has a value in the log."""
+    """The first of its kind's default metrics that one of the first 1,000 records has."""
+    records = [line.record for line in islice(read_lines(path), 1000) if line.record]
     names = DEFAULT_METRICS[kind_of_log(path).name]
-    rows = read_table(path, names).rows
-    return next((name for name in names if rows[name].null_count() < rows.height), names[0])
+    has = (name for name in names if any(number(find(r, name)) is not None for r in records))
+    return next(has, names[0])
 
 
 def is_lower_better(metric: str) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import polars as pl
 
-from kimi_recursive.figures import COLOURS, MARKERS
 from kimi_recursive.files import replacing
 from kimi_recursive.records.kinds import TRAINING_LOG, Kind, find, get, number, parse_time
 from kimi_recursive.records.query import Filter, is_lower_better, select
@@ -126,6 +125,8 @@ def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.dates import ConciseDateFormatter
+
+    from kimi_recursive.figures import COLOURS, MARKERS
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for index, (key, group) in enumerate(rows.group_by("type", maintain_order=True)):
