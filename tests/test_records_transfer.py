@@ -18,7 +18,7 @@ OLD = [
         "dataset": "planning",
         "accuracy": 0.5,
         "config": {"lr": 0.1},
-        "gpu": "T4",
+        "gpu": 4,
     },
     {"experiment_id": "b", "dataset": "causal", "accuracy": None, "when": "2024-01-01T00:00:00"},
 ]
