@@ -45,11 +45,10 @@ def check_sanity(
             print(f"warning: sanity check failed: {name}: {value}", file=sys.stderr)
 
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
-    everything = np.ascontiguousarray(vectors["all"])
+    everything, train = vectors["all"], vectors["train"]
     check("vectors have unit length", lambda: _unit_length(everything))
     check("the teacher's own vectors score 1", lambda: _teacher_scores_one(everything, truth))
     check("random vectors score below 0.1", lambda: _random_scores_low(everything, truth))
-    train = everything[: len(truth.train)]
     for name, settings in _tried(train, truth).items():
         name = f"{NUM_STEPS} steps of {name} lower the loss"
         check(name, lambda settings=settings: _learns(train, truth, settings))

@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -122,8 +121,9 @@ def import_vectors(
 
 
 def load_vectors(teacher_dir: str | Path) -> dict[str, Floats]:
-    """The vectors of each split, as views of one memory-mapped array [N, D] under `all`."""
-    vectors = np.load(Path(teacher_dir) / "vectors.npy", mmap_mode="r")
+    """The vectors of each split, as views of one array [N, D] under `all`: the mapped file itself,
+    read-only, of which nothing is copied."""
+    vectors = np.asarray(np.load(Path(teacher_dir) / "vectors.npy", mmap_mode="r"))
     splits = pl.read_parquet(Path(teacher_dir) / "rows.parquet", columns=["split"])["split"]
     found, start = {"all": vectors}, 0
     for split in SPLITS:
@@ -155,10 +155,8 @@ def _locate(settings: Mapping[str, Any]) -> tuple[str, str]:
 def _load_encoder(
     path: str, settings: Mapping[str, Any]
 ) -> tuple[Callable[[list[str]], Floats], int]:
-    import torch
     from sentence_transformers import SentenceTransformer
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     local = Path(path).is_dir()
     try:
         model = SentenceTransformer(

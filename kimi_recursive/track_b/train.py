@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
@@ -70,7 +69,7 @@ def train_student(
     """
     run_dir, name = Path(run_dir), name or Path(run_dir).name
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
-    train = np.ascontiguousarray(vectors["train"])
+    train = vectors["train"]
     check_against_teacher(settings, train.shape[1], len(train))
     fingerprint = {
         "settings": {k: v for k, v in settings.items() if k not in NEUTRAL},
@@ -168,7 +167,7 @@ class _Run:
         self.settings = dict(settings)
         if self.size_path.is_file():
             self.settings["batch_size"] = json.loads(self.size_path.read_text())
-        train = np.ascontiguousarray(vectors["train"])
+        train = vectors["train"]
         self.student = build_student(settings, train, seed)
         self.objective = build_objective(self.student, train, truth, self.settings, seed)
         self.objective.to(accelerator.device)
