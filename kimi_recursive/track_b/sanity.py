@@ -16,7 +16,7 @@ from kimi_recursive.files import write_json
 from kimi_recursive.track_b.metrics import score_vectors
 from kimi_recursive.track_b.neighbours import Floats
 from kimi_recursive.track_b.objectives import build_objective
-from kimi_recursive.track_b.sheet import parse_row, read_schema
+from kimi_recursive.track_b.sheet import parse_row
 from kimi_recursive.track_b.student import build_student
 from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.truth import Truth, load_truth
@@ -68,10 +68,9 @@ def _tried(vectors: Floats, truth: Truth) -> dict[str, dict[str, Any]]:
         "threshold": max(0.8, truth.threshold) if math.isfinite(truth.threshold) else 1.0,
     }
     listwise = {"objective": "listwise", "student": "residual", "init": "random", "batch_size": 16}
-    schema = read_schema()
     return {
-        "infonce": parse_row(shared, schema, "sanity").settings,
-        "listwise": parse_row({**shared, **listwise}, schema, "sanity").settings,
+        "infonce": parse_row(shared, "sanity").settings,
+        "listwise": parse_row({**shared, **listwise}, "sanity").settings,
     }
 
 
