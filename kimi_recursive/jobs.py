@@ -76,3 +76,11 @@ def logging_to(path: str | Path, append: bool = False) -> Iterator[None]:
         tee = _Tee(sys.stderr, log)
         with redirect_stderr(tee), redirect_stdout(tee):
             yield
+
+
+def logged_error(path: str | Path) -> tuple[str, bool]:
+    """The last error in the log of a job ("" when there is none), and whether it is the user's."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    last = errors[-1].removeprefix("error: ") if errors else ""
+    return last, bool(last) and "Traceback" not in text

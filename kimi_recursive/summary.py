@@ -11,6 +11,7 @@ import polars as pl
 
 from kimi_recursive.checkpoint import file_digest
 from kimi_recursive.files import write_csv, write_json, write_text
+from kimi_recursive.jobs import logged_error
 from kimi_recursive.loader import SIDECAR_NAME
 from kimi_recursive.matrix import (
     ARMS,
@@ -211,11 +212,8 @@ def _logged_error(results: Path, evaluation: Evaluation) -> str:
     if evaluation.training:
         logs.append(results / "logs" / "train_phase" / f"{evaluation.training}.log")
     for path in logs:
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            errors = [line for line in lines if line.startswith("error: ")]
-            if errors:
-                return errors[-1].removeprefix("error: ")
+        if path.is_file() and (error := logged_error(path)[0]):
+            return error
     return ""
 
 

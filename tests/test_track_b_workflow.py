@@ -17,6 +17,7 @@ from project import ONLY_A, Project
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
 
 from kimi_recursive.files import read_safetensors
+from kimi_recursive.track_b.cli import _failures
 
 pytestmark = pytest.mark.workflow
 
@@ -302,6 +303,39 @@ def test_wrong_commands(whole, tmp_path):
     whole.path("off.yaml").write_text("track_b: {enabled: false}")
     done = track_b(whole, "--configfile", "off.yaml")
     assert done.returncode == 2 and "track_b.enabled is false" in done.stderr
+
+
+def test_an_error_of_the_user_in_a_job_is_the_last_line_and_exit_code_2(copied):
+    vectors = np.load(copied.path("vectors.npy"))
+    vectors[3, 4] = np.nan
+    np.save(copied.path("vectors.npy"), vectors)
+    done = track_b(copied, "--configfile", "tiny.yaml")
+    expected = "error: vectors.npy: row 3 has a vector with NaN or infinity (1 such)"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == expected, done.stderr[-2000:]
+
+
+def test_errors_of_the_user_are_told_from_other_failures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logs, own = tmp_path / "results/logs/train_student", tmp_path / ".snakemake/log"
+    logs.mkdir(parents=True)
+    own.mkdir(parents=True)
+
+    def failures(num_failed: int, since: float = 0.0, **texts: str) -> tuple[list[str], int]:
+        for path in logs.iterdir():
+            path.unlink()
+        for name, text in texts.items():
+            (logs / f"{name}.log").write_text(text)
+        (own / "now.snakemake.log").write_text("\nError in rule train_student:\n" * num_failed)
+        return _failures(since)
+
+    wrong = "step 1\nerror: x\nerror: bad row\n"
+    assert failures(1, a=wrong, b="done\n") == (["bad row"], 0)
+    assert failures(2, a=wrong, b=wrong) == (["bad row"], 0), "said once"
+    assert failures(2, a=wrong, b="error: worse\n") == (["bad row", "worse"], 0)
+    assert failures(2, a=wrong, b="Traceback ...\nerror: KeyError: 1\n") == (["bad row"], 1)
+    assert failures(2, a=wrong, b="killed at step 2\n") == (["bad row"], 1)
+    assert failures(1, a="Traceback ... of a check\n", b=wrong) == (["bad row"], 0)
+    assert failures(1, since=time.time() + 60, a=wrong) == ([], 0), "of before"
 
 
 def test_it_is_part_of_all_and_of_the_summary_alone(copied):
