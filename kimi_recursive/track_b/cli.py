@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 RESULTS = Path("results/track_b")
 STUDENTS = RESULTS / "students"
+JOB_FAILED = 1  # Snakemake's exit code
 
 
 @app.callback(invoke_without_command=True)
@@ -74,13 +75,14 @@ def drive(
     aside = _set_aside(states) if force else None
     started = time.time()
     if code := _call(command):
+        errors, num_others = _failures(started)
         _call([*snakemake, "--forcerun", "summarize_track_b", "--", "summarize_track_b"])
         if aside:
             typer.echo(f"the students of before are in {aside}", err=True)
-        errors, num_others = _failures(started)
         for error in errors:
             typer.echo(f"error: {error}", err=True)
-        raise SystemExit(USER_ERROR_EXIT_CODE if errors and not num_others else code)
+        users_alone = code == JOB_FAILED and errors and not num_others
+        raise SystemExit(USER_ERROR_EXIT_CODE if users_alone else code)
     if aside:
         shutil.rmtree(aside)
     folder = RESULTS.with_name("track_b_quick") if track_b["quick"] else RESULTS
