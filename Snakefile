@@ -11,7 +11,11 @@ include: "rules/base.smk"
 include: "rules/evaluate.smk"
 include: "rules/train.smk"
 include: "rules/report.smk"
-include: "rules/track_b.smk"
+
+
+if config["track_b"]["enabled"]:
+
+    include: "rules/track_b.smk"
 
 
 localrules:

@@ -78,11 +78,11 @@ def logging_to(path: str | Path, append: bool = False) -> Iterator[None]:
             yield
 
 
-def logged_error(path: str | Path) -> str:
-    """The last `error: ` line of a log, without that word; empty where there is none, or no log."""
+def logged_error(path: str | Path) -> tuple[str, bool]:
+    """The last error in the log of a job ("" when there is none, or no log), and whether it is the
+    user's."""
     path = Path(path)
-    if not path.is_file():
-        return ""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    return errors[-1].removeprefix("error: ") if errors else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    last = errors[-1].removeprefix("error: ") if errors else ""
+    return last, bool(last) and "Traceback" not in text

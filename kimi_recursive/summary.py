@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.checkpoint import file_digest
-from kimi_recursive.files import write_json, write_text
+from kimi_recursive.files import write_csv, write_json, write_text
 from kimi_recursive.jobs import logged_error
 from kimi_recursive.loader import SIDECAR_NAME
 from kimi_recursive.matrix import (
@@ -81,11 +79,7 @@ def summarize(
         if repeat == (None, ""):
             repeat = None, _logged_error(results_dir, run)
     text = summary_text(rows, proofs, comparisons, repeat)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(csv_path, table.getvalue())
+    write_csv(csv_path, COLUMNS, rows)
     write_json(verdicts_path, comparisons)
     write_text(txt_path, text)
     return rows
@@ -217,7 +211,7 @@ def _logged_error(results: Path, evaluation: Evaluation) -> str:
     logs = [results / "logs" / "evaluate" / f"{evaluation.name}.log"]
     if evaluation.training:
         logs.append(results / "logs" / "train_phase" / f"{evaluation.training}.log")
-    return next(filter(None, map(logged_error, logs)), "")
+    return next((error for path in logs if (error := logged_error(path)[0])), "")
 
 
 def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Tiny models of every kind that the wrapper must serve, built from their configs."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 import transformers
 from project import EXPECTED, Project
+from track_b import make_teacher
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -189,9 +189,15 @@ def surgery_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    """What `make_teacher` makes, for tests that do not write into it."""
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Project:
     """The whole matrix, run once."""
-    project = Project(tmp_path_factory.mktemp("project"))
+    project = Project.make(tmp_path_factory.mktemp("project"))
     assert project.planned() == sorted(EXPECTED)
     done = project.snakemake("all")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -201,11 +207,7 @@ def project(tmp_path_factory) -> Project:
 @pytest.fixture
 def copy(project, tmp_path) -> Project:
     """A copy of the finished project that a test may damage."""
-    target = tmp_path / "copy"
-    shutil.copytree(project.folder, target, symlinks=True)
-    twin = object.__new__(Project)
-    twin.folder = target
-    return twin
+    return project.copy(tmp_path / "copy")
 
 
 def error_of(function, *arguments) -> str:
@@ -216,3 +218,9 @@ def error_of(function, *arguments) -> str:
     message = str(caught.value)
     assert message and len(message.splitlines()) == 1, message
     return message
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)

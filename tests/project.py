@@ -55,10 +55,14 @@ ONLY_A = {**TINY, "phases": ["a"], "repeat": False}
 
 
 class Project:
-    """A copy of the checkout's workflow with tiny text and config, in a folder of its own."""
+    """The workflow in a folder of its own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    @classmethod
+    def make(cls, folder: Path) -> "Project":
+        """A copy of the checkout's workflow with tiny text and config."""
         for name in ("Snakefile", "rules", "workflow", "profiles", "config", "environment.yml"):
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy
@@ -68,7 +72,12 @@ class Project:
         for i in range(10):
             lines = [f"document {i}, line {n}: {n * i} is {n} times {i}." for n in range(20)]
             (folder / f"docs/{i}.txt").write_text("\n".join(lines))
-        self.write(TINY)
+        project = cls(folder)
+        project.write(TINY)
+        return project
+
+    def copy(self, target: Path) -> "Project":
+        return Project(shutil.copytree(self.folder, target, symlinks=True))
 
     def write(self, config: dict) -> None:
         (self.folder / "tiny.yaml").write_text(yaml.safe_dump(config))

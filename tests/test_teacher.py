@@ -115,6 +115,16 @@ def test_vectors_of_the_user_are_shuffled_normalised_and_each_taken_once(tmp_pat
     assert (facts["dim"], facts["num_train"], facts["kind"]) == (6, 28, "vectors")
 
 
+def test_loaded_vectors_are_the_mapped_file_and_no_copy(tmp_path):
+    settings = write(tmp_path / "v.npy", clustered_vectors(50, 6))
+    import_vectors(settings, None, 10, 11, 0, tmp_path / "teacher")
+    found = load_vectors(tmp_path / "teacher")
+    assert isinstance(found["all"].base, np.memmap) and not found["all"].flags.writeable
+    for part in found.values():
+        assert type(part) is np.ndarray and part.flags.c_contiguous
+        assert np.shares_memory(part, found["all"])
+
+
 def test_vectors_that_are_refused(tmp_path):
     def refused(vectors, name="v.npy"):
         settings = write(tmp_path / name, vectors)

@@ -17,6 +17,7 @@ from project import ONLY_A, Project
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
 
 from kimi_recursive.files import read_safetensors
+from kimi_recursive.track_b.cli import _failures
 
 pytestmark = pytest.mark.workflow
 
@@ -67,7 +68,7 @@ def track_b(project: Project, *arguments: str, **environment: str) -> subprocess
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Project:
     """Track-B of a tiny project, run once."""
-    project = Project(tmp_path_factory.mktemp("project"))
+    project = Project.make(tmp_path_factory.mktemp("project"))
     np.save(project.path("vectors.npy"), clustered_vectors())
     write_sheet(project.folder, SHEET)
     project.write(CONFIG)
@@ -80,11 +81,7 @@ def whole(tmp_path_factory) -> Project:
 
 @pytest.fixture
 def copied(whole, tmp_path) -> Project:
-    target = tmp_path / "copy"
-    shutil.copytree(whole.folder, target, symlinks=True)
-    twin = object.__new__(Project)
-    twin.folder = target
-    return twin
+    return whole.copy(tmp_path / "copy")
 
 
 def test_three_students_for_four_seeds_and_all_files_of_the_guide(whole):
@@ -112,7 +109,7 @@ def test_three_students_for_four_seeds_and_all_files_of_the_guide(whole):
 
 
 def test_nothing_is_left_to_do(whole):
-    assert whole.planned("track_b") == ["track_b"] or whole.planned("track_b") == []
+    assert whole.planned("track_b") == []
     done = track_b(whole, "-d", "--configfile", "tiny.yaml")
     assert done.returncode == 0 and done.stderr.count("skip ") == 3
     assert "train_student" not in done.stdout + done.stderr
@@ -223,8 +220,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(copied):
 def test_by_hand_with_the_variables_of_the_guide(tmp_path):
     make_teacher(tmp_path)
     write_sheet(tmp_path, SHEET)
-    project = object.__new__(Project)
-    project.folder = tmp_path
+    project = Project(tmp_path)
     (tmp_path / "kimi_recursive").symlink_to(Path(__file__).parents[1] / "kimi_recursive")
     variables = {
         "TRACK_B_ENABLE": "true", "TRACK_B_DIM": "6", "TRACK_B_K": "4", "TRACK_B_M": "16",
@@ -292,8 +288,7 @@ def test_a_config_that_is_refused(whole, tmp_path, changed, expected):
 def test_wrong_commands(whole, tmp_path):
     done = track_b(whole, "--configfile", "nowhere.yaml")
     assert done.returncode == 2 and "nowhere.yaml: no such file" in done.stderr
-    elsewhere = object.__new__(Project)
-    elsewhere.folder = tmp_path
+    elsewhere = Project(tmp_path)
     (tmp_path / "kimi_recursive").symlink_to(Path(__file__).parents[1] / "kimi_recursive")
     done = track_b(elsewhere)
     assert done.returncode == 2 and "no Snakefile here" in done.stderr
@@ -304,14 +299,43 @@ def test_wrong_commands(whole, tmp_path):
     assert done.returncode == 2 and "track_b.enabled is false" in done.stderr
 
 
+def test_an_error_of_the_user_in_a_job_is_the_last_line_and_exit_code_2(copied):
+    vectors = np.load(copied.path("vectors.npy"))
+    vectors[3, 4] = np.nan
+    np.save(copied.path("vectors.npy"), vectors)
+    done = track_b(copied, "--configfile", "tiny.yaml")
+    expected = "error: vectors.npy: row 3 has a vector with NaN or infinity (1 such)"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == expected, done.stderr[-2000:]
+
+
+def test_errors_of_the_user_are_told_from_other_failures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logs, own = tmp_path / "results/logs/train_student", tmp_path / ".snakemake/log"
+    logs.mkdir(parents=True)
+    own.mkdir(parents=True)
+
+    def failures(num_failed: int, since: float = 0.0, **texts: str) -> tuple[list[str], int]:
+        for path in logs.iterdir():
+            path.unlink()
+        for name, text in texts.items():
+            (logs / f"{name}.log").write_text(text)
+        (own / "now.snakemake.log").write_text("\nError in rule train_student:\n" * num_failed)
+        return _failures(since)
+
+    wrong = "step 1\nerror: x\nerror: bad row\n"
+    assert failures(1, a=wrong, b="done\n") == (["bad row"], 0)
+    assert failures(2, a=wrong, b=wrong) == (["bad row"], 0), "said once"
+    assert failures(2, a=wrong, b="error: worse\n") == (["bad row", "worse"], 0)
+    assert failures(2, a=wrong, b="Traceback ...\nerror: KeyError: 1\n") == (["bad row"], 1)
+    assert failures(2, a=wrong, b="killed at step 2\n") == (["bad row"], 1)
+    assert failures(1, a="Traceback ... of a check\n", b=wrong) == (["bad row"], 0)
+    assert failures(1, since=time.time() + 60, a=wrong) == ([], 0), "of before"
+
+
 def test_it_is_part_of_all_and_of_the_summary_alone(copied):
-    assert {"train_student", "train_phase"} <= set(Project.planned(_without_results(copied), "all"))
+    shutil.rmtree(copied.path("results"))
+    assert {"train_student", "train_phase"} <= set(copied.planned("all"))
     done = copied.snakemake("summarize_track_b")
     assert done.returncode == 0
     assert "missing_logs, not started" in copied.path(f"{FOLDER}/summary.txt").read_text()
     assert not copied.path(f"{FOLDER}/students").exists()
-
-
-def _without_results(project: Project) -> Project:
-    shutil.rmtree(project.path("results"))
-    return project

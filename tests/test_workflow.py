@@ -331,7 +331,7 @@ def test_a_pretrained_directory_takes_the_place_of_the_base(copy):
     ],
 )
 def test_a_wrong_config_is_one_line_before_anything_runs(tmp_path, config, error):
-    project = Project(tmp_path)
+    project = Project.make(tmp_path)
     merged = json.loads(json.dumps(TINY))
     for key, values in config.items():
         merged[key] = {**merged.get(key, {}), **values}
@@ -351,7 +351,7 @@ def test_a_wrong_config_is_one_line_before_anything_runs(tmp_path, config, error
     ],
 )
 def test_a_corpus_that_cannot_be_used(tmp_path, texts, error):
-    project = Project(tmp_path)
+    project = Project.make(tmp_path)
     for path in project.path("docs").iterdir():
         path.unlink()
     for i, text in enumerate(texts):

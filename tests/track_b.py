@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_recursive.track_b.sheet import parse_row, read_schema
+from kimi_recursive.track_b.sheet import parse_row
 from kimi_recursive.track_b.teacher import import_vectors
 from kimi_recursive.track_b.truth import find_neighbours
 
@@ -21,7 +21,7 @@ V2 = {
 
 
 def settings_of(values: dict, **more) -> dict:
-    return parse_row({"experiment": "x", **values, **more}, read_schema(), "test").settings
+    return parse_row({"experiment": "x", **values, **more}, "test").settings
 
 
 def clustered_vectors(num: int = 400, dim: int = 24, seed: int = 0) -> np.ndarray:

@@ -175,7 +175,7 @@ def _failed_trainings(results: Path) -> Iterator[dict[str, Any]]:
         logs = sorted((results / "logs" / rule).glob("*.log"))
         places += [(log, results / runs / log.stem / "work") for log in logs]
     for log, work in places:
-        error, time = logged_error(log), _modified(log)
+        error, time = logged_error(log)[0], _modified(log)
         if not error or _status(work) == "failed":
             continue
         student = log.parent.name == "train_student"
@@ -194,7 +194,7 @@ def _failed_trainings(results: Path) -> Iterator[dict[str, Any]]:
 
 def _failed_evaluations(results: Path) -> Iterator[dict[str, Any]]:
     for log in sorted((results / "logs/evaluate").glob("*.log")):
-        if error := logged_error(log):
+        if error := logged_error(log)[0]:
             time = _modified(log)
             yield {
                 "branch": None,

@@ -9,13 +9,7 @@ from kimi_recursive.checkpoint import file_digest
 from kimi_recursive.config import unknown_key_message
 from kimi_recursive.jobs import logging_to
 from kimi_recursive.track_b.collect import collect_experiment
-from kimi_recursive.track_b.sheet import (
-    Experiment,
-    neighbour_settings,
-    parse_row,
-    read_schema,
-    read_sheet,
-)
+from kimi_recursive.track_b.sheet import Experiment, neighbour_settings, parse_row, read_sheet
 from kimi_recursive.track_b.summary import Result, read_results
 from kimi_recursive.track_b.train import train_student
 from kimi_recursive.track_b.truth import find_neighbours
@@ -49,7 +43,7 @@ def run_by_hand(
     values = {"experiment": name, "seeds": list(row.seeds), **row.settings, **changed}
     if changed.get("steps", "").isdigit() and "warmup" not in changed:
         values["warmup"] = min(row.settings["warmup"], int(changed["steps"]))
-    experiment = parse_row(values, read_schema(), "track-b run")
+    experiment = parse_row(values, "track-b run")
     folder = output_dir / (run_id or experiment.run_id)
     folder.mkdir(parents=True, exist_ok=True)
     neighbours = _neighbours(experiment, teacher_dir, folder)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kimi_recursive.jobs import quiet_libraries
+from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, logged_error, quiet_libraries
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 RESULTS = Path("results/track_b")
 STUDENTS = RESULTS / "students"
+JOB_FAILED = 1  # Snakemake's exit code
 
 
 @app.callback(invoke_without_command=True)
@@ -48,7 +49,8 @@ def drive(
     """Run every experiment of the sheet that has not succeeded yet, then summarise.
 
     A run whose log is missing, damaged, or ends early is trained again from its last checkpoint;
-    a failed one does not stop the others. Results: results/track_b/summary.txt.
+    a failed one does not stop the others. Results: results/track_b/summary.txt. Exit code 2, and
+    one line for each, when all that failed are errors of the user.
     """
     if context.invoked_subcommand is not None:
         return
@@ -71,12 +73,16 @@ def drive(
     if dry_run:
         raise SystemExit(_call([*command[:3], "--dry-run", "--quiet", "rules", *command[3:]]))
     aside = _set_aside(states) if force else None
-    code = _call(command)
-    if code:
+    started = time.time()
+    if code := _call(command):
+        errors, num_others = _failures(started)
         _call([*snakemake, "--forcerun", "summarize_track_b", "--", "summarize_track_b"])
         if aside:
             typer.echo(f"the students of before are in {aside}", err=True)
-        raise SystemExit(code)
+        for error in errors:
+            typer.echo(f"error: {error}", err=True)
+        users_alone = code == JOB_FAILED and errors and not num_others
+        raise SystemExit(USER_ERROR_EXIT_CODE if users_alone else code)
     if aside:
         shutil.rmtree(aside)
     folder = RESULTS.with_name("track_b_quick") if track_b["quick"] else RESULTS
@@ -88,6 +94,24 @@ def _call(command: list[str]) -> int:
         return subprocess.run(command).returncode
     except KeyboardInterrupt:  # Snakemake got it too, and its jobs; they write a checkpoint
         return 130
+
+
+def _failures(since: float) -> tuple[list[str], int]:
+    """What is wrong, each once, where jobs failed by an error of the user; how many failed
+    otherwise (a killed job logs nothing, so Snakemake's own log says how many failed).
+
+    Args:
+        since: Seconds since the epoch; older logs are left out.
+    """
+
+    def recent(pattern: str) -> list[Path]:
+        return [p for p in sorted(Path().glob(pattern)) if p.stat().st_mtime >= since]
+
+    found = [logged_error(path) for path in recent("results/logs/**/*.log")]
+    errors = [error for error, is_users in found if is_users]
+    logs = [path.read_text(encoding="utf-8") for path in recent(".snakemake/log/*.log")]
+    num_failed = sum(log.count("\nError in rule ") for log in logs)
+    return list(dict.fromkeys(errors)), num_failed - len(errors)
 
 
 def _set_aside(keys: Iterable[str]) -> Path:

@@ -90,7 +90,6 @@ def evaluate_references(
     """Write the table of all references at these lengths and of the teacher itself, with a column
     `dim`."""
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
-    everything = np.ascontiguousarray(vectors["all"])
     methods = {
         f"{name}_{dim}": shorten
         for dim in dims
@@ -98,8 +97,8 @@ def evaluate_references(
     }
     tables = []
     for name, shorten in {**methods, TEACHER: lambda x: x}.items():
-        encoded = shorten(everything)
+        encoded = shorten(vectors["all"])
         encoded = encoded / np.linalg.norm(encoded, axis=1, keepdims=True)
         dim = pl.lit(encoded.shape[1]).alias("dim")
-        tables.append(score_all(name, np.ascontiguousarray(encoded), truth).with_columns(dim))
+        tables.append(score_all(name, encoded, truth).with_columns(dim))
     write_parquet(output_path, pl.concat(tables))

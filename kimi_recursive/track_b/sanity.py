@@ -16,7 +16,7 @@ from kimi_recursive.files import write_json
 from kimi_recursive.track_b.metrics import score_vectors
 from kimi_recursive.track_b.neighbours import Floats
 from kimi_recursive.track_b.objectives import build_objective
-from kimi_recursive.track_b.sheet import parse_row, read_schema
+from kimi_recursive.track_b.sheet import parse_row
 from kimi_recursive.track_b.student import build_student
 from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.truth import Truth, load_truth
@@ -45,11 +45,10 @@ def check_sanity(
             print(f"warning: sanity check failed: {name}: {value}", file=sys.stderr)
 
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
-    everything = np.ascontiguousarray(vectors["all"])
+    everything, train = vectors["all"], vectors["train"]
     check("vectors have unit length", lambda: _unit_length(everything))
     check("the teacher's own vectors score 1", lambda: _teacher_scores_one(everything, truth))
     check("random vectors score below 0.1", lambda: _random_scores_low(everything, truth))
-    train = everything[: len(truth.train)]
     for name, settings in _tried(train, truth).items():
         name = f"{NUM_STEPS} steps of {name} lower the loss"
         check(name, lambda settings=settings: _learns(train, truth, settings))
@@ -69,10 +68,9 @@ def _tried(vectors: Floats, truth: Truth) -> dict[str, dict[str, Any]]:
         "threshold": max(0.8, truth.threshold) if math.isfinite(truth.threshold) else 1.0,
     }
     listwise = {"objective": "listwise", "student": "residual", "init": "random", "batch_size": 16}
-    schema = read_schema()
     return {
-        "infonce": parse_row(shared, schema, "sanity").settings,
-        "listwise": parse_row({**shared, **listwise}, schema, "sanity").settings,
+        "infonce": parse_row(shared, "sanity").settings,
+        "listwise": parse_row({**shared, **listwise}, "sanity").settings,
     }
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import polars as pl
 
-from kimi_recursive.data import read_documents
+from kimi_recursive.data import SPLITS, read_documents
 from kimi_recursive.files import write_parquet
 
-SPLITS = ("train", "validation", "test")
 MIN_WORDS = 4
 _PARAGRAPH = re.compile(r"\n\s*\n")
 # After a closing mark, with or without a closing quote, before what can start a sentence.

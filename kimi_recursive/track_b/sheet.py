@@ -7,6 +7,7 @@ experiments that need the same student share it.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -100,6 +101,7 @@ def select_experiments(track_b: Mapping[str, Any]) -> list[Experiment]:
     return chosen
 
 
+@functools.cache
 def read_schema() -> dict[str, Any]:
     """JSON Schema of a row."""
     return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
@@ -111,19 +113,19 @@ def read_sheet(path: str | Path) -> list[Experiment]:
     Raises:
         ValueError: one line for each error: line, column, what it holds, what is allowed.
     """
-    schema = read_schema()
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file (track_b.sheet)")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 (track_b.sheet)") from error
-    rows = [row for row in csv.reader(text.splitlines(), delimiter="\t")]
+    rows = list(csv.reader(text.splitlines(), delimiter="\t"))
     header = rows[0] if rows else []
+    columns = read_schema()["properties"]
     errors = [
-        unknown_key_message(name, schema["properties"], f"{path}: column")
+        unknown_key_message(name, columns, f"{path}: column")
         for name in header
-        if name not in schema["properties"]
+        if name not in columns
     ]
     errors += [
         f"{path}: column '{n}' appears {c} times" for n, c in Counter(header).items() if c > 1
@@ -140,7 +142,7 @@ def read_sheet(path: str | Path) -> list[Experiment]:
         elif any(cells):
             values = {n: v for n, v in zip(header, cells, strict=False) if v}
             try:
-                experiments.append(parse_row(values, schema, where))
+                experiments.append(parse_row(values, where))
             except ValueError as error:
                 errors += str(error).splitlines()
     for name, count in Counter(e.name for e in experiments).items():
@@ -153,19 +155,18 @@ def read_sheet(path: str | Path) -> list[Experiment]:
     return experiments
 
 
-def parse_row(values: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> Experiment:
+def parse_row(values: Mapping[str, Any], where: str) -> Experiment:
     """An experiment from texts by column; what is left out takes the schema's default.
 
     Raises:
         ValueError: one line for each error.
     """
     row = {
-        name: values.get(name, column.get("default"))
-        for name, column in schema["properties"].items()
+        name: _cast(values.get(name, column.get("default")), column)
+        for name, column in read_schema()["properties"].items()
         if name in values or "default" in column
     }
-    row |= {name: _cast(value, schema["properties"][name]) for name, value in row.items()}
-    errors = schema_errors(row, schema) or list(_check_row(row))
+    errors = schema_errors(row, read_schema()) or list(_check_row(row))
     if errors:
         raise ValueError("\n".join(f"{where}: {error}" for error in errors))
     name, seeds = row.pop("experiment"), row.pop("seeds")

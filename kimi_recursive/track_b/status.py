@@ -8,6 +8,8 @@ Status of a run:
     no_eval       the log has no evaluation
     parse_error   the log cannot be read
     missing_logs  there is no log: not started, or killed before the first attempt ended
+
+The guide's `skipped` is none of them: the driver says `skip` of a run that is a success already.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kimi_recursive.files import read_safetensors, replacing
+from kimi_recursive.track_b.neighbours import Floats
 
 STUDENTS = ("mlp", "residual")
-INITS = ("random", "svd")
 RESIDUAL_SCALE = 0.05  # an Adam step moves the residual path about as far as the linear one
 ENCODE_BLOCK = 8192
 
@@ -48,7 +48,7 @@ class Student(nn.Module):
         return F.normalize(y, dim=-1)
 
     @torch.no_grad()
-    def encode(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    def encode(self, vectors: Floats) -> Floats:
         """Vectors [N, D] to [N, dim], block by block, in float32."""
         device = next(self.parameters()).device
         blocks = [
@@ -81,7 +81,7 @@ class Student(nn.Module):
         return student
 
 
-def build_student(settings: Mapping[str, Any], vectors: NDArray[np.float32], seed: int) -> Student:
+def build_student(settings: Mapping[str, Any], vectors: Floats, seed: int) -> Student:
     """A student as a run starts it; `svd` puts the projection of least squared error into its map.
 
     Args:
@@ -98,7 +98,7 @@ def build_student(settings: Mapping[str, Any], vectors: NDArray[np.float32], see
     return student
 
 
-def scatter(vectors: NDArray[np.float32], centred: bool) -> NDArray[np.float64]:
+def scatter(vectors: Floats, centred: bool) -> NDArray[np.float64]:
     """Sum over rows of their outer products [D, D], block by block; centred: minus their mean."""
     total = np.zeros((vectors.shape[1],) * 2)
     for start in range(0, len(vectors), ENCODE_BLOCK):
@@ -110,9 +110,7 @@ def scatter(vectors: NDArray[np.float32], centred: bool) -> NDArray[np.float64]:
     return total
 
 
-def svd_projection(
-    vectors: NDArray[np.float32], dim: int, centred: bool = False
-) -> NDArray[np.float32]:
+def svd_projection(vectors: Floats, dim: int, centred: bool = False) -> Floats:
     """The first right singular vectors [dim, D]: of the vectors as they are (truncated SVD), or
     minus their mean (PCA). Signs are such that the largest entry of each is positive."""
     gram = scatter(vectors, centred)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from kimi_recursive.files import write_text
+from kimi_recursive.files import write_csv, write_text
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
 from kimi_recursive.track_b.sheet import Experiment
 from kimi_recursive.track_b.status import STATUSES, RunStatus, read_status
@@ -111,8 +109,8 @@ def summarize(
     stored = _shown_in_all_precisions(results, ranked)
     rows = [_row(result) for result in results]
     rows += [_stored_row(r, p) for r in stored for p in PRECISIONS if p != "float32" and r.tables]
-    write_text(csv_path, _csv(COLUMNS, rows))
-    write_text(comparison_path, _csv(COMPARED, compared))
+    write_csv(csv_path, COLUMNS, map(_rounded, rows))
+    write_csv(comparison_path, COMPARED, map(_rounded, compared))
     write_text(txt_path, "\n".join([heading, *_text(results, ranked, compared)]) + "\n")
 
 
@@ -218,14 +216,8 @@ def _stored_row(result: Result, precision: str) -> dict[str, Any]:
     }
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        values = [row.get(name) for name in columns]
-        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-    return text.getvalue()
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _text(

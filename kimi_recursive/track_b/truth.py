@@ -86,10 +86,7 @@ def find_neighbours(
         check_against_teacher(one, dim, num_train)
     k = max((one["k"] for one in settings), default=TOP)
     limits = [one["threshold"] for one in settings if one["false_neg_mode"] == "threshold"]
-    everything = np.ascontiguousarray(vectors["all"])
-    _, train, close = nearest_to_each_other(
-        everything[:num_train], k, min(limits) if limits else None
-    )
+    _, train, close = nearest_to_each_other(vectors["train"], k, min(limits) if limits else None)
     ends = np.cumsum([num_train, len(vectors["validation"]), len(vectors["test"])])
     step = max(1, num_train // NUM_TRAIN_QUERIES)
     queries = {
@@ -97,7 +94,8 @@ def find_neighbours(
         "test": np.arange(ends[1], ends[2]),
         "train_query": np.arange(num_train)[::step][:NUM_TRAIN_QUERIES],
     }
-    found = {n: nearest(everything[q], everything, TOP, exclude=q)[1] for n, q in queries.items()}
+    database = vectors["all"]
+    found = {n: nearest(database[q], database, TOP, exclude=q)[1] for n, q in queries.items()}
     arrays = {"train": train, "close": close, "train_queries": queries["train_query"], **found}
     with replacing(output_path) as temporary, open(temporary, "wb") as file:
         small = {name: rows.astype(np.int32) for name, rows in arrays.items()}
