@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from kimi_recursive.files import read_parquet
+
 NUM_RESAMPLES = 10_000
 BLOCK = 500
 CONFIDENCE = 0.95
@@ -83,7 +85,8 @@ def compare_documents(
     A reference of one file (the baseline) stands for all seeds.
 
     Raises:
-        ValueError: the two did not score the same tokens of the same documents.
+        ValueError: a file is missing or damaged, or the two did not score the same tokens of the
+            same documents.
     """
     reference = list(reference) * (len(arm) if len(reference) == 1 else 1)
     rows, tokens = [], None
@@ -104,4 +107,5 @@ def compare_documents(
 
 
 def _losses(path: Path, step: int) -> pl.DataFrame:
-    return pl.read_parquet(path).filter(pl.col("step") == step).drop("step", "num_correct")
+    columns = ("document_id", "step", "num_tokens", "loss_sum")
+    return read_parquet(path, columns).select(columns).filter(pl.col("step") == step).drop("step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from kimi_recursive.files import write_text
+from kimi_recursive.files import read_parquet, write_text
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
 from kimi_recursive.track_b.sheet import Experiment
 from kimi_recursive.track_b.status import STATUSES, RunStatus, read_status
@@ -28,6 +29,7 @@ COMPARED = (
     "test_recall@10", "test_recall@10_std", "test_ndcg@10", "train_recall@10",
     "difference_to_svd", "low", "high", "verdict",
 )  # fmt: skip
+SCORES = ("method", "precision", "split", "row", "recall@10", "ndcg@10")
 BASELINE = "reference_svd_{dim}"  # what a student of that length has to beat, in float32
 WORDS = {"helps": "beats SVD", "hurts": "loses to SVD", "not distinguishable": "same as SVD"}
 
@@ -39,6 +41,7 @@ class Result:
     Attributes:
         runs: Status of each seed's run; empty for a reference.
         tables: `evaluation.parquet` of each seed that has one.
+        problems: What is wrong with those that are missing or damaged.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Result:
     experiment: Experiment | None = None
     runs: dict[int, RunStatus] = field(default_factory=dict)
     tables: list[pl.DataFrame] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def status(self) -> str:
@@ -83,11 +87,17 @@ def read_results(
         folders = {seed: students_dir / key for seed, key in e.keys.items()}
         runs = {seed: read_status(f, e.settings["steps"]) for seed, f in folders.items()}
         done = [f for seed, f in folders.items() if runs[seed].status == "success"]
-        tables = [_read_table(f / "evaluation.parquet") for f in done]
-        found = [t for t in tables if t is not None]
-        results.append(Result(e.name, e.settings["dim"], e, runs, found))
-    references = references_path and _read_table(references_path)
-    if references is not None:
+        result = Result(e.name, e.settings["dim"], e, runs)
+        for f in done:
+            try:
+                result.tables.append(read_parquet(f / "evaluation.parquet", SCORES))
+            except ValueError as error:
+                result.problems.append(str(error))
+        results.append(result)
+    if references_path is None:
+        return results
+    with suppress(ValueError):  # missing or damaged: there is nothing to compare with
+        references = read_parquet(references_path, (*SCORES, "dim"))
         for (name, dim), table in references.group_by("method", "dim", maintain_order=True):
             results.append(Result(f"reference_{name}", dim, tables=[table]))
     return results
@@ -160,13 +170,6 @@ def _difference(result: Result, baseline: Result, precision: str) -> Difference:
 
 def _part(table: pl.DataFrame, split: str, precision: str) -> pl.DataFrame:
     return table.filter((pl.col("split") == split) & (pl.col("precision") == precision)).sort("row")
-
-
-def _read_table(path: Path) -> pl.DataFrame | None:
-    try:
-        return pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError):
-        return None
 
 
 def _num_parameters(result: Result) -> int | None:
@@ -249,6 +252,7 @@ def _text(
         for seed, run in r.runs.items()
         if run.status != "success"
     ]
+    problems += [f"  {r.name:<28}{problem}"[:100] for r in results for problem in r.problems]
     lines += problems or ["  (none)"]
     lines += [
         "",
