@@ -23,7 +23,7 @@ from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import ARMS, SINGLE_PASS
 from kimi_recursive.refine import RefineCell
 from kimi_recursive.summary import _read_repeat
-from kimi_recursive.summary_text import _reproducible
+from kimi_recursive.summary_text import repeat_lines
 from kimi_recursive.verdict import compare_documents, paired_bootstrap
 
 # ---- the single-pass arm ------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def repeated(tmp_path):
 
 def reproducible(folder, status="ok") -> str:
     rows = [{"training": "recursive_a_s0", "status": status}]
-    return "\n".join(_reproducible(_read_repeat(folder, rows)))
+    return "\n".join(repeat_lines(_read_repeat(folder, rows)))
 
 
 def test_a_repeat_is_identical_only_when_all_of_it_is(repeated, tmp_path):
@@ -308,4 +308,4 @@ def test_a_repeat_of_another_run_is_not_shown_as_one_of_this(repeated, tmp_path)
     compare()
     save_file({"w": torch.zeros(3)}, tmp_path / "runs/recursive_a_s0/sidecar/sidecar.safetensors")
     assert reproducible(tmp_path) == "Repeated run: there for another run"
-    assert _reproducible(None) == ["(not asked for: repeat is false)"]
+    assert repeat_lines(None) == ["(not asked for: repeat is false)"]

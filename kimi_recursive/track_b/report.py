@@ -13,6 +13,8 @@ from kimi_recursive.track_b.collect import collect_experiment, seed_logs
 from kimi_recursive.track_b.sheet import select_experiments
 from kimi_recursive.track_b.summary import Result, read_results, summarize
 
+TEACHER_KEYS = ("name", "dim", "num_train", "num_validation", "num_test")
+
 
 def summarize_track_b(
     track_b: Mapping[str, Any],
@@ -52,10 +54,13 @@ def read_track_b(track_b: Mapping[str, Any], results_dir: Path) -> list[Result]:
 
 def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
     """What the numbers were made on."""
+    path = results_dir / "track_b/teacher/teacher.json"
     try:
-        teacher = read_json_object(results_dir / "track_b/teacher/teacher.json")
+        teacher = read_json_object(path)
     except ValueError:
         return "Track-B: the teacher's vectors are not there yet"
+    if absent := [key for key in TEACHER_KEYS if key not in teacher]:
+        return f"Track-B: {path}: has no {absent[0]!r}"
     scale = (
         "quick: 10 steps each" if track_b["quick"] else f"{track_b['scale']:g} of the sheet's steps"
     )

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from kimi_recursive.files import read_parquet, write_text
+from kimi_recursive.summary_text import fit, label
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
 from kimi_recursive.track_b.sheet import Experiment
 from kimi_recursive.track_b.status import STATUSES, RunStatus, read_status
@@ -123,7 +124,7 @@ def summarize(
     rows += [_stored_row(r, p) for r in stored for p in PRECISIONS if p != "float32" and r.tables]
     write_text(csv_path, _csv(COLUMNS, rows))
     write_text(comparison_path, _csv(COMPARED, compared))
-    write_text(txt_path, "\n".join([heading, *_text(results, ranked, compared)]) + "\n")
+    write_text(txt_path, fit([heading, *_text(results, ranked, compared)]))
 
 
 def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -239,7 +240,7 @@ def _text(
     lines = ["", "Top 3 runs by vs_teacher_recall@10 (validation queries, best step)"]
     for place, result in enumerate(ranked[:3], 1):
         verdict = by_name.get(result.name, {}).get("verdict", "")
-        lines.append(f"  {place}. {result.name:<28}{result.recall:.4f}  {verdict}".rstrip())
+        lines.append(f"  {place}. {label(result.name, 28)}{result.recall:.4f}  {verdict}".rstrip())
     lines += [] if ranked else ["  (none)"]
     lines += ["", f"Average of the {len(ranked)} successful runs"]
     if ranked:
@@ -247,12 +248,12 @@ def _text(
         lines.append("  vs_teacher_recall@10 {:.4f}, vs_teacher_ndcg@10 {:.4f}".format(*averages))
     lines += ["", "Failed or incomplete runs"]
     problems = [
-        f"  {r.name:<28}seed {seed}: {run.status}, {run.detail}"[:100]
+        f"  {label(r.name, 28)}seed {seed}: {run.status}, {run.detail}"
         for r in results
         for seed, run in r.runs.items()
         if run.status != "success"
     ]
-    problems += [f"  {r.name:<28}{problem}"[:100] for r in results for problem in r.problems]
+    problems += [f"  {label(r.name, 28)}{problem}" for r in results for problem in r.problems]
     lines += problems or ["  (none)"]
     lines += [
         "",
@@ -266,7 +267,7 @@ def _text(
     for result in results:
         rows = [r for r in compared if r["name"] == result.name]
         if not rows:
-            lines.append(f"  {result.name:<22.22}{result.status}")
+            lines.append(f"  {label(result.name, 22)}{result.status}")
         for row in rows:
             if row["precision"] == "float32" or result.name in shown:
                 lines.append(_line(result, row))
@@ -280,7 +281,7 @@ def _line(result: Result, row: Mapping[str, Any]) -> str:
     spread = row["test_recall@10_std"]
     spread = "" if spread is None else f" ± {spread:.4f}"
     line = (
-        f"  {name:<22.22}{steps:>6}{row['num_seeds'] or '':>6}{row['bytes_per_vector']:>6}"
+        f"  {label(name, 22)}{steps:>6}{row['num_seeds'] or '':>6}{row['bytes_per_vector']:>6}"
         f"{row['test_recall@10']:>8.4f}{spread:<9}{row['test_ndcg@10']:>8.4f}"
         f"{row['train_recall@10']:>7.3f}"
     )
