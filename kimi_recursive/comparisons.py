@@ -84,8 +84,8 @@ def _compare(
     }
     try:
         difference = compare_documents(
-            [_documents(results, row) for row in mine],
-            [_documents(results, row) for row in others],
+            [documents_path(results, row) for row in mine],
+            [documents_path(results, row) for row in others],
             pair["arm_step"],
             pair["reference_step"],
         )
@@ -99,5 +99,6 @@ def _compare(
     }
 
 
-def _documents(results: Path, row: Mapping[str, Any]) -> Path:
+def documents_path(results: Path, row: Mapping[str, Any]) -> Path:
+    """Where the scores by document of a row of the summary are."""
     return results / "eval" / f"{row['name']}_documents.parquet"

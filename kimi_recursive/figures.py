@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from kimi_recursive.config import read_json_object
 from kimi_recursive.files import replacing
@@ -146,6 +147,9 @@ def draw_recall_by_step(results: Sequence[Result], curves: Mapping[str, pl.DataF
             place = {"xy": (1.01, result.recall), "xycoords": ("axes fraction", "data")}
             axes.annotate(name, **place, va="center", size=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("vs_teacher_recall@10, validation queries")
     legend(axes, fontsize=8)

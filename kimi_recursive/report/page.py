@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from kimi_recursive.comparisons import documents_path
 from kimi_recursive.figures import draw_perplexity_by_step, draw_recall_by_step, to_svg
 from kimi_recursive.files import read_parquet, write_text
 from kimi_recursive.report import figures, tables
@@ -26,6 +27,7 @@ from kimi_recursive.summary_text import repeat_lines, zero_init_lines
 from kimi_recursive.track_b.collect import seed_logs
 from kimi_recursive.track_b.report import heading, read_track_b
 from kimi_recursive.track_b.summary import SCORES, Result
+from kimi_recursive.verdict import DOCUMENT_COLUMNS
 
 TEMPLATE = "report.html.jinja"
 
@@ -68,6 +70,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
     damaged: dict[str, str] = {}
     curves, unreadable = read_curves(config, results)
     damaged |= {f"log of {key}": problem for key, problem in unreadable.items()}
+    damaged |= _damaged_documents(matrix, results)
     base_figure = _base_drawing(results, damaged)
     students_shown = _track_b(track_b, results, students, damaged) if students else None
     counts, without_counts = tables.inner_step_counts(matrix)
@@ -100,6 +103,17 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "facts": [compare_facts(kind, records) for kind, records in facts.items()],
         "config": yaml.safe_dump(dict(config), sort_keys=False),
     }
+
+
+def _damaged_documents(matrix: Matrix, results: Path) -> dict[str, str]:
+    """By evaluation what is wrong with its scores by document."""
+    damaged = {}
+    for row in matrix.done:
+        try:
+            read_parquet(documents_path(results, row), DOCUMENT_COLUMNS)
+        except ValueError as error:
+            damaged[f"documents of {row['name']}"] = str(error)
+    return damaged
 
 
 def _drawing(figure: Figure, name: str, text: str, caption: str) -> Drawing:

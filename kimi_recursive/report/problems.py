@@ -52,6 +52,10 @@ def find_problems(
     """
     found = [*_matrix_problems(config, results, matrix), *_student_problems(results, students)]
     found += [Problem(name, "damaged", detail, []) for name, detail in damaged.items()]
+    for pair in matrix.comparisons:
+        if pair["verdict"] is None and pair["problem"] not in damaged.values():
+            name = f"{pair['arm']} against {pair['reference']}"
+            found.append(Problem(name, "damaged", pair["problem"], []))
     shown = {log.path for problem in found for log in problem.logs}
     for path in sorted((results / "logs").rglob("*.log")):
         log = read_log(path)
@@ -92,10 +96,6 @@ def _matrix_problems(config: Mapping[str, Any], results: Path, matrix: Matrix) -
         ]
         status = "failed" if matrix.repeat[1] else "missing"
         found.append(Problem(run.name, status, matrix.repeat[1], _logs(*logs)))
-    for pair in matrix.comparisons:
-        if pair["verdict"] is None:
-            name = f"{pair['arm']} against {pair['reference']}"
-            found.append(Problem(name, "damaged", pair["problem"], []))
     return found
 
 

@@ -70,7 +70,7 @@ def _difference(pair: Mapping[str, Any] | None) -> list[str]:
     if pair is None:
         return [NOTHING] * 3
     if pair["verdict"] is None:
-        return [NOTHING, NOTHING, pair["problem"]]
+        return [NOTHING, NOTHING, "damaged"]
     mean, low, high = pair["perplexity_percent"]
     return [percent(mean), interval(low, high), pair["verdict"]]
 
