@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from kimi_recursive.config import read_json_object
@@ -32,12 +33,13 @@ ARM_LOOKS = {
 }
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-# Text stays text, and a name with a dollar sign is a name; the same figure gives the same bytes.
-SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "kimi", "text.parse_math": False}
+# Text stays text; the same figure gives the same bytes.
+SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "kimi"}
 
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
+    _without_formulas(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
@@ -49,6 +51,7 @@ def to_svg(figure: Figure, name: str, text: str) -> str:
         name: Goes before every id, which have to be unique in the page.
         text: Says what can be seen, for those who cannot see it.
     """
+    _without_formulas(figure)
     written = io.BytesIO()
     with rc_context(SVG_SETTINGS):
         figure.savefig(written, format="svg", metadata={"Date": None})
@@ -67,6 +70,12 @@ def to_svg(figure: Figure, name: str, text: str) -> str:
                 element.set(key, re.sub(r"url\(#", f"url(#{name}-", value))
     root.attrib |= {"role": "img", "aria-label": text}
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _without_formulas(figure: Figure) -> None:
+    """A name with dollar signs is a name."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def plot_perplexity_by_step(results: Sequence[Path], output_path: Path) -> None:

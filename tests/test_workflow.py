@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -93,7 +95,7 @@ def test_a_second_run_does_nothing(project):
     assert "Nothing to be done" in project.snakemake("all").stderr
 
 
-PHASE_B_ON = ["evaluate", "plot_perplexity_by_step", "summarize", "train_phase"]
+PHASE_B_ON = ["evaluate", "plot_perplexity_by_step", "report", "summarize", "train_phase"]
 TRAINING_ON = [*PHASE_B_ON, "compare_repeat"]
 SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
 
@@ -104,7 +106,8 @@ SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
         ("results/runs/recursive_a_s0/sidecar", TRAINING_ON),
         ("results/figures/perplexity_by_step.png", ["plot_perplexity_by_step"]),
         ("results/runs/vanilla_b_s0/sidecar", PHASE_B_ON),
-        ("results/compare/repeat.json", ["compare_repeat", "summarize"]),
+        ("results/compare/repeat.json", ["compare_repeat", "report", "summarize"]),
+        ("results/report.html", ["report"]),
         ("results/compare/zero_init.json", ["compare_zero_init", *TRAINING_ON]),
         ("results/base/model", [r for r in EXPECTED if r not in (
             "prepare_corpus", "train_tokenizer", "tokenize_corpus")]),
@@ -125,14 +128,14 @@ def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefact, reruns)
         (("training", "a", "lr"), 1e-3, TRAINING_ON),
         (("training", "b", "lr"), 1e-3, PHASE_B_ON),
         (("training", "b", "recursive"), {"corruption_rate": 0.2}, PHASE_B_ON),
-        (("phases",), ["a"], ["plot_perplexity_by_step", "summarize"]),
-        (("repeat",), False, ["summarize"]),
+        (("phases",), ["a"], ["plot_perplexity_by_step", "report", "summarize"]),
+        (("repeat",), False, ["report", "summarize"]),
         (("recursive", "lambda_halt"), 0.1, TRAINING_ON),
         (("recursive", "commit_threshold"), 0.9, ["compare_zero_init", *TRAINING_ON]),
         (("recursive", "d_state"), 4, SURGERY_ON),
         (("evaluation", "max_new_tokens"), 9, ["compare_zero_init", *TRAINING_ON]),
         (("base", "training", "lr"), 1e-3, [*SURGERY_ON, "train_base"]),
-        (("base", "hub_id"), "unused/here", ["summarize"]),
+        (("base", "hub_id"), "unused/here", ["report", "summarize"]),
         (("corpus", "seed"), 1, EXPECTED),
     ],
 )
@@ -166,6 +169,56 @@ def test_summarize_takes_what_is_there_without_training(copy):
     assert "1 of 8 expected" in text and "Zero-init proof (seed 0): missing" in text
     assert re.search(r"finetuned_recursive +missing", text)
     assert copy.planned("summarize") == [], "and a second time there is nothing new"
+
+
+def test_report_takes_what_is_there_without_training(copy):
+    shutil.rmtree(copy.path("results/runs/recursive_b_s0"))
+    copy.path("results/eval/finetuned_vanilla_results.json").write_text('{"stage": ')
+    assert copy.planned("report") == ["report"]
+    assert copy.snakemake("report").returncode == 0
+    page = copy.path("results/report.html").read_text()
+    assert "6 of 8 expected evaluations are there" in page
+    assert "finetuned_vanilla_results.json: is not valid JSON" in page
+    assert '<td class="verdict' in page
+    assert "results/logs/train_phase/recursive_b_s0.log: last" in page
+    assert copy.planned("report") == [], "and a second time there is nothing new"
+    assert "report" in copy.planned("all")
+    shutil.rmtree(copy.path("results"))
+    assert copy.snakemake("report").returncode == 0
+    assert "0 of 8 expected evaluations are there" in copy.path("results/report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.zip"])
+def test_snakemakes_own_report_has_captions_categories_and_labels(project, tmp_path, name):
+    """Without a network: the wheel of Snakemake brings what its page needs."""
+    path = tmp_path / name
+    done = project.snakemake("--report", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = path.read_bytes()
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            page = archive.read("report/report.html")
+            raw = {Path(entry).name for entry in archive.namelist()}
+        assert {"report.html", "perplexity_by_step.png", "summary.txt"} <= raw
+    page = page.decode()
+    assert "control arms, and the same evaluation of each" in page, "workflow.rst"
+    found, categories = (
+        json.JSONDecoder().raw_decode(re.split(rf"<script id=.{what}.>\s+var \w+ = ", page)[1])[0]
+        for what in ("results", "categories")
+    )
+    shown = {item["name"]: item for item in found.values()}
+    marked = {
+        "summary.txt", "summary.csv", "verdicts.json", "report.html", "perplexity_by_step.png",
+        "zero_init.json", "repeat.json", "train_summary.json",
+        *(f"{stage}_results.json" for stage in [*STAGES, "finetuned_recursive_repeat"]),
+    }  # fmt: skip
+    assert set(shown) == marked
+    assert all(item["caption"] and item["labels"] for item in found.values())
+    assert len([item for item in found.values() if item["name"] == "train_summary.json"]) == 7
+    labels = shown["finetuned_vanilla_flops_b_results.json"]["labels"]
+    assert labels == {"stage": "vanilla_flops", "phase": "b", "seed": "0"}
+    assert set(categories) == {"Answers", "Evaluations", "Figures", "Proofs", "Trainings"}
+    assert set(categories["Trainings"]) == {"phase a", "phase b"}
 
 
 def test_a_summary_survives_damaged_documents(copy):

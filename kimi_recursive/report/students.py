@@ -47,7 +47,8 @@ def _table(
             *difference,
         ])  # fmt: skip
     columns = [
-        ("experiment", NAME), *([("precision", TEXT)] if precision else []), ("steps", NUMBER), ("seeds", NUMBER),
+        ("experiment", NAME), *([("precision", TEXT)] if precision else []),
+        ("steps", NUMBER), ("seeds", NUMBER),
         ("bytes per vector", NUMBER), ("recall@10 ± std over seeds", NUMBER), ("nDCG@10", NUMBER),
         ("recall@10, training sentences", NUMBER), ("recall@10 minus SVD's", NUMBER),
         ("95 % interval", NUMBER), ("verdict", VERDICT),
