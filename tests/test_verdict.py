@@ -11,6 +11,7 @@ from conftest import make_base, make_wrapper, perturb, random_ids
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from kimi_recursive import verdict
 from kimi_recursive.compare import compare_repeat
 from kimi_recursive.figures import plot_perplexity_by_step
 from kimi_recursive.flops import (
@@ -192,6 +193,15 @@ def test_the_interval_covers_as_often_as_it_says(num_seeds, document_spread):
     assert held >= 178
     if document_spread:
         assert held <= 199, "wider than it says"
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_resamples_that_are_kept_are_those_that_are_drawn_anew(monkeypatch, num_seeds):
+    generator = np.random.default_rng(4)
+    differences, tokens = generator.normal(size=(num_seeds, 30)), generator.integers(5, 50, size=30)
+    kept = [paired_bootstrap(differences, tokens, resamples=1200) for _ in range(2)]
+    monkeypatch.setattr(verdict, "MAX_KEPT", 0)
+    assert kept == [paired_bootstrap(differences, tokens, resamples=1200)] * 2
 
 
 def test_seeds_that_disagree_widen_the_interval():
