@@ -47,13 +47,16 @@ COLUMNS = (
     "trained_tokens_per_second", "evaluated_tokens_per_second", "generated_tokens_per_second",
     "detail",
 )  # fmt: skip
-# What is read of each file, so that one without is damaged.
+# What is read of each file; one without it is damaged.
 RESULT_KEYS = (
-    "perplexity", "config", "upstream", "evaluation", "inner_steps", "num_parameters",
-    "forward_flops_per_token", "mean_inner_steps", "halting", "throughput",
+    "config.chunk_width", "upstream", "evaluation", "inner_steps", "num_parameters.base",
+    "forward_flops_per_token", "mean_inner_steps", "halting", "perplexity.num_documents",
+    "perplexity.num_tokens", "perplexity.loss", "perplexity.perplexity", "perplexity.by_step",
+    "perplexity.token_accuracy", "throughput.evaluated_tokens_per_second",
+    "throughput.generated_tokens_per_second",
 )  # fmt: skip
 TRAINED_KEYS = (
-    "arm", "phase", "best_step", "num_trainable_parameters", "num_steps", "settings",
+    "arm", "phase", "best_step", "num_trainable_parameters", "num_steps", "settings.lr",
     "training_tokens", "training_flops",
 )  # fmt: skip
 PROOF_KEYS = (
@@ -202,7 +205,7 @@ def _other_settings(
     want = recursive_subset(config, keys)
     if chain:
         want |= phase_overrides(config, chain[-1].phase) | ARMS[chain[-1].arm]
-    differ = [f"recursive.{k}" for k in keys if found["config"][k] != want[k]]
+    differ = [f"recursive.{k}" for k in keys if found["config"].get(k) != want[k]]
     have = found["upstream"] or {}
     for part, settings in upstream_settings(config).items():
         differ += [part] if have.get(part) != settings else []
@@ -244,8 +247,15 @@ def _read(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any] | None, str
         found = read_json_object(path)
     except ValueError as error:
         return None, str(error)
-    missing = [key for key in keys if key not in found]
+    missing = [key for key in keys if not _has(found, key.split("."))]
     return (None, f"{path}: has no {missing[0]!r}") if missing else (found, "")
+
+
+def _has(value: Any, keys: list[str]) -> bool:
+    """Whether there is a value below these keys, one inside the other."""
+    if not keys:
+        return True
+    return isinstance(value, dict) and keys[0] in value and _has(value[keys[0]], keys[1:])
 
 
 def _read_repeat(results: Path, rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, str]:

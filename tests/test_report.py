@@ -255,7 +255,7 @@ def test_a_damaged_file_is_a_line_in_the_report(results, name, damage):
     path.write_bytes({"truncated": content[:-20], "empty": b"", "other": other}[damage])
     page = report(results, SMALL)
     if name == "track_b/teacher/teacher.json":
-        assert "the teacher's vectors are not there yet" in page.text
+        assert "teacher.json: is not valid JSON" in page.text
         return
     known = [detail for _, detail in problems(page).values()]
     assert any(path.name in detail for detail in known), known
@@ -270,6 +270,15 @@ def test_a_record_without_a_key_is_damaged(results, name):
     assert any(
         "has no 'inner_steps'" in detail for _, detail in problems(report(results, SMALL)).values()
     )
+
+
+@pytest.mark.parametrize("part", ["perplexity", "config", "throughput"])
+def test_a_record_of_another_shape_is_damaged(results, part):
+    path = results / "eval/finetuned_recursive_results.json"
+    for value in ({}, None):
+        path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
+        status, detail = problems(report(results, SMALL))["finetuned_recursive"]
+        assert status == "failed" and "finetuned_recursive_results.json: has no" in detail
 
 
 def test_seeds_are_shown_together_and_one_by_one(tmp_path):

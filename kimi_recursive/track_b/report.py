@@ -55,10 +55,12 @@ def read_track_b(track_b: Mapping[str, Any], results_dir: Path) -> list[Result]:
 def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
     """What the numbers were made on."""
     path = results_dir / "track_b/teacher/teacher.json"
+    if not path.is_file():
+        return "Track-B: the teacher's vectors are not there yet"
     try:
         teacher = read_json_object(path)
-    except ValueError:
-        return "Track-B: the teacher's vectors are not there yet"
+    except ValueError as error:
+        return f"Track-B: {error}"
     if absent := [key for key in TEACHER_KEYS if key not in teacher]:
         return f"Track-B: {path}: has no {absent[0]!r}"
     scale = (
