@@ -4,6 +4,7 @@
 # make env      the environment alone, in .venv
 # make lint     ruff, snakefmt, snakemake --lint
 # make summarize   results/summary.* from what is there, without training
+# make report   results/report.html from what is there, without training
 # make unlock   after a kill -9 or a power loss: remove the lock that Snakemake left
 # make clean    remove results and Snakemake's records of them; the environment stays
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(CORES)
 
-.PHONY: all test test-slow env lint dry-run summarize unlock clean config
+.PHONY: all test test-slow env lint dry-run summarize report unlock clean config
 
 all: env config
 	$(SNAKEMAKE) all
@@ -52,6 +53,10 @@ dry-run: env config
 summarize: env config
 	$(SNAKEMAKE) summarize
 	@cat results/summary.txt
+
+report: env config
+	$(SNAKEMAKE) report
+	@echo results/report.html
 
 unlock: env
 	$(SNAKEMAKE) --unlock

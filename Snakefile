@@ -1,9 +1,12 @@
 # Give a pretrained decoder a recursive refinement loop and measure what it does.
-# Targets: all (default), track_b (the embedding students alone), summarize and summarize_track_b
-# (from what is there, without training).
+# Targets: all (default), track_b (the embedding students alone); from what is there, without
+# training: summarize, summarize_track_b, report.
 
 
 configfile: "config/config.yaml"
+
+
+report: "workflow/report/workflow.rst"
 
 
 include: "rules/common.smk"
@@ -23,6 +26,7 @@ localrules:
     track_b,
     summarize,
     summarize_track_b,
+    report,
 
 
 rule all:
@@ -33,6 +37,7 @@ rule all:
         rules.summarize.output,
         rules.plot_perplexity_by_step.output,
         track_b_results(),
+        rules.report.output,
 
 
 rule track_b:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
@@ -124,11 +125,12 @@ def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
     return table.to_dicts()
 
 
-def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, float] | None:
+def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, Any] | None:
     """What stopping early would give: each chunk at its first step with p_commit >= `threshold`, or
     at its last step. None when the loop is not active.
 
-    Returns: `mean_inner_steps` over chunks, and the `perplexity` of all tokens at those steps.
+    Returns: `mean_inner_steps` over chunks, the `perplexity` of all tokens at those steps, and
+        `num_chunks_by_step`, how many chunks stop after 1, 2, ... K inner steps.
     """
     refined = scores.filter(pl.col("step") > 0)
     if refined.is_empty():
@@ -137,7 +139,17 @@ def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, float] |
     stop = pl.when(pl.col("p_commit") >= threshold).then(pl.col("step")).otherwise(last).min()
     stopped = refined.filter(pl.col("step") == stop.over("document", "start", "chunk"))
     loss = stopped["loss_sum"].sum() / stopped["num_tokens"].sum()
-    return {"mean_inner_steps": float(stopped["step"].mean()), "perplexity": math.exp(loss)}
+    return {
+        "mean_inner_steps": float(stopped["step"].mean()),
+        "perplexity": math.exp(loss),
+        "num_chunks_by_step": _counts(stopped["step"], last),
+    }
+
+
+def _counts(inner_steps: Iterable[int], last: int) -> list[int]:
+    """How many are 1, 2, ... `last`."""
+    found = Counter(inner_steps)
+    return [found[step] for step in range(1, last + 1)]
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
@@ -162,14 +174,15 @@ def _plain_generation(base: PreTrainedModel) -> Iterator[None]:
 
 def generate_samples(
     wrapper: ChunkRefineWrapper, tokenizer, prompts: Sequence[str], max_new_tokens: int
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Greedy continuations, one prompt at a time.
 
     The base generates with nothing but greedy decoding: a repetition penalty in its generation
     config would make it another model than the one that is compared.
 
     Returns: prompt, completion and token_ids of each; over all of them tokens per second (None
-    without prompts), and inner steps per round of drafting and refining (0 for the base).
+        without prompts), inner steps per round of drafting and refining (0 for the base), and how
+        many rounds ran 1, 2, ... K of them (empty for the base).
     """
     samples, inner_steps, num_tokens = [], [], 0
     started = time.perf_counter()
@@ -194,6 +207,7 @@ def generate_samples(
     return samples, {
         "tokens_per_second": num_tokens / seconds if prompts else None,
         "mean_inner_steps": sum(inner_steps) / max(1, len(inner_steps)),
+        "num_rounds_by_step": _counts(inner_steps, wrapper.resolve_steps(None)),
     }
 
 
@@ -253,6 +267,7 @@ def evaluate_model(
         },
         "inner_steps": last,
         "mean_inner_steps": generation["mean_inner_steps"],
+        "num_rounds_by_step": generation["num_rounds_by_step"],
         "halting": halting_scores(within, wrapper.config.commit_threshold),
         "forward_flops_per_token": forward_flops_per_token(wrapper, input_ids),
         "throughput": {

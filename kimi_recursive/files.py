@@ -75,6 +75,24 @@ def write_parquet(path: str | Path, table: pl.DataFrame) -> None:
         table.write_parquet(temporary)
 
 
+def read_parquet(path: str | Path, columns: Iterable[str] = ()) -> pl.DataFrame:
+    """A table that has these columns.
+
+    Raises:
+        ValueError: the file is missing or damaged, or lacks a column.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        table = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated or not a parquet file ({message})") from error
+    if absent := [name for name in columns if name not in table.columns]:
+        raise ValueError(f"{path}: has no column {absent[0]!r}")
+    return table
+
+
 def read_safetensors(
     path: str | Path, weights: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

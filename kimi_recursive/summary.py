@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from kimi_recursive.checkpoint import file_digest
+from kimi_recursive.comparisons import compare_arms
+from kimi_recursive.config import read_json_object
 from kimi_recursive.files import write_csv, write_json, write_text
 from kimi_recursive.jobs import logged_error
 from kimi_recursive.loader import SIDECAR_NAME
 from kimi_recursive.matrix import (
     ARMS,
-    PHASES,
     Evaluation,
     Training,
     evaluations,
@@ -32,7 +34,6 @@ from kimi_recursive.settings import (
     upstream_settings,
 )
 from kimi_recursive.summary_text import summary_text
-from kimi_recursive.verdict import compare_documents
 
 COLUMNS = (
     "name", "stage", "status", "seed", "arm", "phase", "training", "base_kind", "chunk_width",
@@ -45,6 +46,51 @@ COLUMNS = (
     "trained_tokens_per_second", "evaluated_tokens_per_second", "generated_tokens_per_second",
     "detail",
 )  # fmt: skip
+# What is read of each file; one without it is damaged.
+RESULT_KEYS = (
+    "config.chunk_width", "upstream", "evaluation", "inner_steps", "num_parameters.base",
+    "forward_flops_per_token", "mean_inner_steps", "halting", "perplexity.num_documents",
+    "perplexity.num_tokens", "perplexity.loss", "perplexity.perplexity", "perplexity.by_step",
+    "perplexity.token_accuracy", "throughput.evaluated_tokens_per_second",
+    "throughput.generated_tokens_per_second",
+)  # fmt: skip
+TRAINED_KEYS = (
+    "arm", "phase", "best_step", "num_trainable_parameters", "num_steps", "settings.lr",
+    "training_tokens", "training_flops",
+)  # fmt: skip
+PROOF_KEYS = (
+    "passed", "checks", "perplexity_difference_percent", "max_logit_difference",
+    "generations_identical", "inner_steps",
+)  # fmt: skip
+REPEAT_KEYS = (
+    "run", "sidecar_sha256", "identical", "num_steps", "num_documents", "max_differences",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is there of the matrix.
+
+    Attributes:
+        rows: Of `summary.csv`, one for each expected evaluation; with `by_step`, and how many
+            chunks and rounds took 1, 2, ... inner steps, where it is `ok`.
+        proofs: By seed the zero-init proof, or None and what is wrong with it.
+        comparisons: Of `compare_arms`.
+        repeat: `compare_repeat`'s result or what is wrong with it; None when not asked for.
+    """
+
+    rows: list[dict[str, Any]]
+    proofs: dict[int, tuple[dict[str, Any] | None, str]]
+    comparisons: list[dict[str, Any]]
+    repeat: tuple[dict[str, Any] | None, str] | None
+
+    @property
+    def done(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["status"] == "ok"]
+
+    @property
+    def baseline(self) -> dict[str, Any] | None:
+        return next((row for row in self.done if row["stage"] == "baseline"), None)
 
 
 def summarize(
@@ -56,10 +102,21 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """Write the summaries; a run that is not there is a row that says so.
 
-    Status: `ok`; `failed` when a file is damaged or its log ends in an error; else `missing`, also
-    when results are there but were made with other settings than the config now has.
-
     Returns: the rows of `summary.csv`.
+    """
+    matrix = read_matrix(config, results_dir)
+    text = summary_text(matrix.rows, matrix.proofs, matrix.comparisons, matrix.repeat)
+    write_csv(csv_path, COLUMNS, matrix.rows)
+    write_json(verdicts_path, matrix.comparisons)
+    write_text(txt_path, text)
+    return matrix.rows
+
+
+def read_matrix(config: Mapping[str, Any], results_dir: str | Path) -> Matrix:
+    """Read whatever is in `results_dir`.
+
+    Status of a row: `ok`; `failed` when a file is damaged or its log ends in an error; else
+    `missing`, also when results are there but were made with other settings than the config has.
     """
     results_dir = Path(results_dir)
     rows = [_row(config, results_dir, evaluation) for evaluation in evaluations(config)]
@@ -71,18 +128,13 @@ def summarize(
     proofs = {}
     for seed in config["seeds"]:
         path = results_dir / "compare" / f"{zero_init_name(config, seed)}.json"
-        proofs[seed] = _read(path)
-    comparisons = compare_arms(results_dir, rows)
+        proofs[seed] = _read(path, PROOF_KEYS)
     repeat = None
     if run := repeated_evaluation(config):
         repeat = _read_repeat(results_dir, rows)
         if repeat == (None, ""):
             repeat = None, _logged_error(results_dir, run)
-    text = summary_text(rows, proofs, comparisons, repeat)
-    write_csv(csv_path, COLUMNS, rows)
-    write_json(verdicts_path, comparisons)
-    write_text(txt_path, text)
-    return rows
+    return Matrix(rows, proofs, compare_arms(results_dir, rows), repeat)
 
 
 def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> dict[str, Any]:
@@ -93,11 +145,12 @@ def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> di
         "training": evaluation.training or "",
         "base_kind": config["base"]["kind"],
     }
-    found, problem = _read(results / "eval" / f"{evaluation.name}_results.json")
+    found, problem = _read(results / "eval" / f"{evaluation.name}_results.json", RESULT_KEYS)
     chain = _chain(config, evaluation.training)
     trained = []
     for run in chain if found else ():
-        summary, damage = _read(results / "runs" / run.key / "train_summary.json")
+        path = results / "runs" / run.key / "train_summary.json"
+        summary, damage = _read(path, TRAINED_KEYS)
         trained += [summary] if summary else []
         problem = problem or damage
     if not found or len(trained) < len(chain):
@@ -129,6 +182,7 @@ def _row(config: Mapping[str, Any], results: Path, evaluation: Evaluation) -> di
         **{f"halting_{k}": v for k, v in (found["halting"] or {}).items()},
         **found["throughput"],
         "by_step": scores["by_step"],
+        "num_rounds_by_step": found.get("num_rounds_by_step"),
     }
 
 
@@ -146,7 +200,7 @@ def _other_settings(
     want = recursive_subset(config, keys)
     if chain:
         want |= phase_overrides(config, chain[-1].phase) | ARMS[chain[-1].arm]
-    differ = [f"recursive.{k}" for k in keys if found["config"][k] != want[k]]
+    differ = [f"recursive.{k}" for k in keys if found["config"].get(k) != want[k]]
     have = found["upstream"] or {}
     for part, settings in upstream_settings(config).items():
         differ += [part] if have.get(part) != settings else []
@@ -180,27 +234,33 @@ def _training_speed(results: Path, run: Training) -> float | None:
         return None
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+def _read(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any] | None, str]:
     """The JSON object, or None and what is wrong with the file ("" when there is none)."""
     if not path.is_file():
         return None, ""
     try:
-        return json.loads(path.read_text(encoding="utf-8")), ""
+        found = read_json_object(path)
     except ValueError as error:
-        return None, f"{path}: does not parse ({error})"
+        return None, str(error)
+    missing = [key for key in keys if not _has(found, key.split("."))]
+    return (None, f"{path}: has no {missing[0]!r}") if missing else (found, "")
+
+
+def _has(value: Any, keys: list[str]) -> bool:
+    """Whether there is a value below these keys, one inside the other."""
+    if not keys:
+        return True
+    return isinstance(value, dict) and keys[0] in value and _has(value[keys[0]], keys[1:])
 
 
 def _read_repeat(results: Path, rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, str]:
     """The comparison of the repeated run, if it is of the run that is there now."""
-    found, problem = _read(results / "compare" / "repeat.json")
+    found, problem = _read(results / "compare" / "repeat.json", REPEAT_KEYS)
     if found is None:
         return None, problem
-    try:
-        sidecar = results / "runs" / found["run"] / "sidecar" / SIDECAR_NAME
-        there = sidecar.is_file() and file_digest(sidecar) == found["sidecar_sha256"]
-        rows = [row for row in rows if row["training"] == found["run"] and row["status"] == "ok"]
-    except KeyError as error:
-        return None, f"{results / 'compare' / 'repeat.json'}: has no {error}"
+    sidecar = results / "runs" / found["run"] / "sidecar" / SIDECAR_NAME
+    there = sidecar.is_file() and file_digest(sidecar) == found["sidecar_sha256"]
+    rows = [row for row in rows if row["training"] == found["run"] and row["status"] == "ok"]
     if not (there and rows):
         return None, "there for another run"
     return found, ""
@@ -212,75 +272,3 @@ def _logged_error(results: Path, evaluation: Evaluation) -> str:
     if evaluation.training:
         logs.append(results / "logs" / "train_phase" / f"{evaluation.training}.log")
     return next((error for path in logs if (error := logged_error(path)[0])), "")
-
-
-def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The recursive arm of each phase against the baseline, each control arm, its own first step,
-    and its own step 0 where that is no longer the baseline.
-
-    Over the seeds that both have; a pair without any is left out.
-
-    Returns: arm, reference, steps, seeds, difference in nats per token with its 95 % interval, the
-    same as percent of the reference's perplexity, verdict; or `problem` with the verdict None.
-    """
-    by_stage: dict[str, dict[Any, dict[str, Any]]] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            by_stage.setdefault(row["stage"], {})[row["seed"]] = row
-    found = []
-    for phase in PHASES:
-        stages = [Training(arm, phase, 0, None).stage for arm in ARMS]
-        arm = by_stage.get(stages[0], {})
-        pairs = [(stage, by_stage.get(stage, {}), None) for stage in ("baseline", *stages[1:])]
-        if arm and next(iter(arm.values()))["inner_steps"] > 1:
-            pairs.append(("its own step 1", arm, 1))
-        if phase != PHASES[0]:
-            pairs.append(("its own step 0", arm, 0))
-        for name, reference, step in pairs:
-            if pair := _compare(results, stages[0], arm, name, reference, step):
-                found.append(pair)
-    return found
-
-
-def _compare(
-    results: Path,
-    stage: str,
-    arm: Mapping[Any, dict[str, Any]],
-    name: str,
-    reference: Mapping[Any, dict[str, Any]],
-    step: int | None,
-) -> dict[str, Any] | None:
-    """One comparison; arm and reference are rows by seed, `step` is the reference's inner step, by
-    default its last."""
-    shared = name == "baseline"  # one run for all seeds
-    seeds = [s for s in arm if reference and (shared or s in reference)]
-    if not seeds:
-        return None
-    mine = [arm[s] for s in seeds]
-    others = list(reference.values()) if shared else [reference[s] for s in seeds]
-    pair = {
-        "arm": stage,
-        "reference": name,
-        "arm_step": mine[0]["inner_steps"],
-        "reference_step": others[0]["inner_steps"] if step is None else step,
-        "seeds": seeds,
-    }
-    try:
-        difference = compare_documents(
-            [_documents(results, row) for row in mine],
-            [_documents(results, row) for row in others],
-            pair["arm_step"],
-            pair["reference_step"],
-        )
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        return pair | {"verdict": None, "problem": str(error).splitlines()[0]}
-    return pair | {
-        "num_documents": difference.num_documents,
-        "nats_per_token": [difference.mean, difference.low, difference.high],
-        "perplexity_percent": list(difference.percent),
-        "verdict": difference.verdict,
-    }
-
-
-def _documents(results: Path, row: Mapping[str, Any]) -> Path:
-    return results / "eval" / f"{row['name']}_documents.parquet"

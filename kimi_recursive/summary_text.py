@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 TARGET_INNER_STEPS = (1.0, 2.0)
+WIDTH = 100
+NAME_WIDTH = 29
+
+
+def fit(lines: Iterable[str]) -> str:
+    """A text of lines of at most 100 columns; the rest of a longer one is indented below it."""
+    whole = (
+        textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False) or [""]
+        for text in lines
+        for line in text.split("\n")
+    )
+    return "\n".join(line for parts in whole for line in parts) + "\n"
+
+
+def label(name: str, width: int = NAME_WIDTH) -> str:
+    """A name as the first column of a table; one that is too long has a line to itself."""
+    return f"{name:<{width}}" if len(name) < width else f"{name}\n{'':<{width}}"
+
+
+def perplexity(value: float) -> str:
+    """Of a model that diverged it is too long for a column."""
+    return f"{value:.4f}" if value < 1e6 else f"{value:.4e}"
+
+
+def percent(value: float) -> str:
+    """A difference in percent."""
+    return f"{value:+.3f} %" if abs(value) < 1e4 else f"{value:+.1e} %"
 
 
 def summary_text(
@@ -19,20 +47,25 @@ def summary_text(
     None when not asked for."""
     done = [row for row in rows if row["status"] == "ok"]
     lines = [f"Kimi Recursive: {len(done)} of {len(rows)} expected evaluations are there"]
-    lines += ["", "Does zero-init preserve the base?", *_zero_init(proofs)]
+    lines += ["", "Does zero-init preserve the base?", *zero_init_lines(proofs)]
     lines += ["", "Does recursion help?", *_help(comparisons)]
     lines += ["", "Is it efficient?", *_efficiency(done)]
-    lines += ["", "Is it reproducible?", *_reproducible(repeat)]
+    lines += ["", "Is it reproducible?", *repeat_lines(repeat)]
     lines += ["", "What each evaluation cost", *_cost(done)]
     lines += ["", "Perplexity on held-out documents, by inner step", *_perplexity(done)]
     absent = [row for row in rows if row["status"] != "ok"]
     if absent:
         lines += ["", "Not there"]
-        lines += [f"{r['name']:<29}{r['status']}  {r['detail']}".rstrip() for r in absent]
-    return "\n".join(lines) + "\n"
+        lines += [f"{label(r['name'])}{r['status']}  {r['detail']}".rstrip() for r in absent]
+    return fit(lines)
 
 
-def _zero_init(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[str]:
+def interval(low: float, high: float) -> str:
+    """In percent."""
+    return f"[{percent(low)[:-2]}, {percent(high)[:-2]}] %"
+
+
+def zero_init_lines(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[str]:
     lines = []
     for seed, (proof, problem) in proofs.items():
         if proof is None:
@@ -67,10 +100,10 @@ def _help(comparisons: list[dict[str, Any]]) -> list[str]:
                 lines.append(f"  {c['reference']:<31}{c['problem']}")
                 continue
             mean, low, high = c["perplexity_percent"]
-            interval = f"[{low:+.3f}, {high:+.3f}] %"
             few = f" ({len(c['seeds'])} of {most} seeds)" if len(c["seeds"]) < most else ""
             lines.append(
-                f"  {c['reference']:<31}{mean:>+9.3f} %{interval:>22}  {c['verdict']}{few}"
+                f"  {c['reference']:<31}{percent(mean):>11}{interval(low, high):>22}  "
+                f"{c['verdict']}{few}"
             )
     first = next((c for c in comparisons if c["verdict"]), None)
     if first is None:
@@ -100,14 +133,14 @@ def _efficiency(done: list[dict[str, Any]]) -> list[str]:
         f"{'perplexity':>12}",
     ]
     for stage, rows in arms.items():
-        steps = _mean(rows, "mean_inner_steps")
+        steps = mean_of(rows, "mean_inner_steps")
         within = "within" if low <= steps <= high else "outside"
         lines.append(
-            f"{stage:<29}{steps:>7.2f}{within:>12}"
-            f"{_times(rows, base, 'evaluated_tokens_per_second'):>10}"
-            f"{_times(rows, base, 'generated_tokens_per_second'):>12}"
-            f"{_mean(rows, 'halting_mean_inner_steps'):>12.2f}"
-            f"{_mean(rows, 'halting_perplexity'):>12.4f}"
+            f"{label(stage)}{steps:>7.2f}{within:>12}"
+            f"{times_baseline(rows, base, 'evaluated_tokens_per_second'):>10}"
+            f"{times_baseline(rows, base, 'generated_tokens_per_second'):>12}"
+            f"{mean_of(rows, 'halting_mean_inner_steps'):>12.2f}"
+            f"{perplexity(mean_of(rows, 'halting_perplexity')):>12}"
         )
     lines += [
         "(mean steps: of a round of generation; tok/s: times the baseline's; stopped early: each",
@@ -116,14 +149,14 @@ def _efficiency(done: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _times(rows: list[dict[str, Any]], base: Mapping[str, Any] | None, key: str) -> str:
+def times_baseline(rows: list[dict[str, Any]], base: Mapping[str, Any] | None, key: str) -> str:
     """A mean as a multiple of the baseline's value; nothing where one is not there."""
     if not base or not base[key] or any(not row[key] for row in rows):
         return "-"
-    return f"{_mean(rows, key) / base[key]:.2f}x"
+    return f"{mean_of(rows, key) / base[key]:.2f}x"
 
 
-def _reproducible(repeat: tuple[dict[str, Any] | None, str] | None) -> list[str]:
+def repeat_lines(repeat: tuple[dict[str, Any] | None, str] | None) -> list[str]:
     if repeat is None:
         return ["(not asked for: repeat is false)"]
     found, problem = repeat
@@ -153,9 +186,9 @@ def _cost(done: list[dict[str, Any]]) -> list[str]:
     for row in done:
         trained = row["training"]
         lines.append(
-            f"{row['name']:<29}"
+            f"{label(row['name'])}"
             + (f"{row['num_trainable_parameters'] / 1e6:>8.2f}M" if trained else f"{'-':>9}")
-            + (f"{row['training_tokens'] / 1e3:>8.0f}k" if trained else f"{'-':>9}")
+            + (f"{num_tokens(row['training_tokens']):>9}" if trained else f"{'-':>9}")
             + (f"{row['training_flops']:>10.2e}" if trained else f"{'-':>10}")
             + f"{row['forward_flops_per_token'] / 1e6:>11.2f}"
             + f"{row['mean_inner_steps']:>7.2f}"
@@ -171,7 +204,12 @@ def _cost(done: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _mean(rows: list[dict[str, Any]], key: str) -> float:
+def num_tokens(number: float) -> str:
+    """In thousands, or in millions where there are as many."""
+    return f"{number / 1e3:.0f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
+
+
+def mean_of(rows: list[dict[str, Any]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
@@ -182,11 +220,11 @@ def _perplexity(done: list[dict[str, Any]]) -> list[str]:
         for step in row["by_step"]:
             change = ""
             if base:
-                change = f"{100 * (step['perplexity'] / base['perplexity'] - 1):+.3f} %"
-            label = row["name"] if step["step"] == 0 else ""
+                change = percent(100 * (step["perplexity"] / base["perplexity"] - 1))
+            name = row["name"] if step["step"] == 0 else ""
             untrained = "  beyond the trained depth" if step["step"] > row["inner_steps"] else ""
             lines.append(
-                f"{label:<29}{step['step']:>5}{step['perplexity']:>12.4f}{change:>13}"
+                f"{label(name)}{step['step']:>5}{perplexity(step['perplexity']):>12}{change:>13}"
                 f"{100 * step['token_accuracy']:>8.2f} %{untrained}"
             )
     if done:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from kimi_recursive.files import read_parquet
+
 NUM_RESAMPLES = 10_000
 BLOCK = 500
+MAX_KEPT = 10_000_000  # weights in memory, of 4 bytes
 CONFIDENCE = 0.95
+DOCUMENT_COLUMNS = ("document_id", "step", "num_tokens", "loss_sum")
 VERDICTS = {-1: "helps", 0: "not distinguishable", 1: "hurts"}
 
 
@@ -57,14 +63,14 @@ def paired_bootstrap(
         num_tokens: Scored tokens of each document [documents].
     """
     num_seeds, num_documents = differences.shape
-    generator = np.random.default_rng(seed)
     over_seeds = differences.mean(0)
-    share = np.full(num_documents, 1 / num_documents)
-    means = np.empty(resamples)
-    for start in range(0, resamples, BLOCK):  # bounds the memory of the weights
-        block = means[start : start + BLOCK]
-        weights = generator.multinomial(num_documents, share, size=len(block))
-        block[:] = (weights @ over_seeds) / (weights @ num_tokens)
+    generator = np.random.default_rng(seed)
+    if num_documents * resamples <= MAX_KEPT:
+        weights, state = _kept_weights(num_documents, seed, resamples)
+        generator.bit_generator.state = state
+    else:
+        weights = _weights(generator, num_documents, resamples)
+    means = np.concatenate([(w @ over_seeds) / (w @ num_tokens) for w in weights])
     if num_seeds > 1:
         per_seed = differences.sum(1) / num_tokens.sum()
         error = per_seed.std(ddof=1) / np.sqrt(num_seeds)
@@ -75,6 +81,28 @@ def paired_bootstrap(
     return Difference(float(mean), float(low), float(high), num_documents, num_seeds)
 
 
+def _weights(
+    generator: np.random.Generator, num_documents: int, resamples: int
+) -> Iterator[np.ndarray]:
+    """How often each resample draws each document, in blocks [block, documents] that bound the
+    memory."""
+    share = np.full(num_documents, 1 / num_documents)
+    for start in range(0, resamples, BLOCK):
+        size = min(BLOCK, resamples - start)
+        yield generator.multinomial(num_documents, share, size=size)
+
+
+@lru_cache(maxsize=1)
+def _kept_weights(
+    num_documents: int, seed: int, resamples: int
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """The weights, which many comparisons over the same documents share, and the generator's state
+    behind them."""
+    generator = np.random.default_rng(seed)
+    blocks = [w.astype(np.int32) for w in _weights(generator, num_documents, resamples)]
+    return blocks, generator.bit_generator.state
+
+
 def compare_documents(
     arm: Sequence[Path], reference: Sequence[Path], arm_step: int, reference_step: int
 ) -> Difference:
@@ -83,7 +111,8 @@ def compare_documents(
     A reference of one file (the baseline) stands for all seeds.
 
     Raises:
-        ValueError: the two did not score the same tokens of the same documents.
+        ValueError: a file is missing or damaged, or the two did not score the same tokens of the
+            same documents.
     """
     reference = list(reference) * (len(arm) if len(reference) == 1 else 1)
     rows, tokens = [], None
@@ -104,4 +133,5 @@ def compare_documents(
 
 
 def _losses(path: Path, step: int) -> pl.DataFrame:
-    return pl.read_parquet(path).filter(pl.col("step") == step).drop("step", "num_correct")
+    table = read_parquet(path, DOCUMENT_COLUMNS).select(DOCUMENT_COLUMNS)
+    return table.filter(pl.col("step") == step).drop("step")

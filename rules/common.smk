@@ -106,22 +106,18 @@ def summarize_alone(rule="summarize"):
     return rule in workflow.dag_settings.targets
 
 
-def existing_results(wildcards):
-    """Changes when a result appears or changes, so that `snakemake summarize` sees it."""
-    return summarize_alone() and sorted(
-        f"{path} {path.stat().st_mtime_ns}"
-        for folder in ("eval", "compare", "runs/*", "logs/*")
-        for path in Path("results").glob(f"{folder}/*.*")
-    )
+def existing(rule, *patterns):
+    """Changes when one of these files appears or changes, so that `snakemake <rule>` sees it."""
 
+    def state(wildcards):
+        return summarize_alone(rule) and sorted(
+            f"{path} {path.stat().st_mtime_ns}"
+            for pattern in patterns
+            for path in Path("results").glob(pattern)
+            if path.name != f"{rule}.log"
+        )
 
-def existing_students(wildcards):
-    """Changes when a student appears or changes, so that `snakemake summarize_track_b` sees it."""
-    return summarize_alone("summarize_track_b") and sorted(
-        f"{path} {path.stat().st_mtime_ns}"
-        for pattern in ("track_b/students/*/logs/*", "logs/train_student/*")
-        for path in Path("results").glob(pattern)
-    )
+    return state
 
 
 def matrix_results():
@@ -178,3 +174,25 @@ def track_b_results():
 def summarized_students(wildcards):
     """What the sheet expects; for the summary alone nothing, so that nothing is trained for it."""
     return [] if summarize_alone("summarize_track_b") else track_b_artefacts()
+
+
+def reported(wildcards):
+    """What the report shows; for the report alone nothing, so that nothing is trained for it."""
+    return [] if summarize_alone("report") else matrix_artefacts() + track_b_artefacts()
+
+
+def training_labels(wildcards):
+    """How Snakemake's own report calls a training."""
+    run = TRAININGS[wildcards.key]
+    repeat = " (repeat)" if run.repeat else ""
+    return {"arm": f"{run.arm}{repeat}", "phase": run.phase, "seed": str(run.seed)}
+
+
+def evaluation_labels(wildcards):
+    """How Snakemake's own report calls an evaluation."""
+    run = EVALUATIONS[wildcards.name]
+    if run.training:
+        arm = TRAININGS[run.training]
+        repeat = " (repeat)" if arm.repeat else ""
+        return {"stage": f"{arm.arm}{repeat}", "phase": arm.phase, "seed": str(arm.seed)}
+    return {"stage": run.stage, "phase": "-", "seed": "-" if run.seed is None else str(run.seed)}

@@ -4,7 +4,13 @@ rule evaluate:
         base="results/base/model",
         model=evaluated_model,
     output:
-        results="results/eval/{name}_results.json",
+        results=report(
+            "results/eval/{name}_results.json",
+            caption="../workflow/report/evaluation.rst",
+            category="Evaluations",
+            subcategory=lambda wildcards: evaluation_labels(wildcards)["stage"],
+            labels=evaluation_labels,
+        ),
         documents="results/eval/{name}_documents.parquet",
     log:
         "results/logs/evaluate/{name}.log",
@@ -36,7 +42,15 @@ rule compare_zero_init:
             f"results/eval/{surgery_name(ZERO_INIT[wildcards.proof])}_documents.parquet"
         ),
     output:
-        proof="results/compare/{proof}.json",
+        proof=report(
+            "results/compare/{proof}.json",
+            caption="../workflow/report/zero_init.rst",
+            category="Proofs",
+            labels=lambda wildcards: {
+                "what": "zero-init changes nothing",
+                "seed": str(ZERO_INIT[wildcards.proof]),
+            },
+        ),
     log:
         "results/logs/compare_zero_init/{proof}.log",
     conda:
@@ -62,7 +76,12 @@ if REPEATED:
                 name=[REPEATED_OF.stage, REPEATED_EVALUATION.name],
             ),
         output:
-            comparison="results/compare/repeat.json",
+            comparison=report(
+                "results/compare/repeat.json",
+                caption="../workflow/report/repeat.rst",
+                category="Proofs",
+                labels={"what": "a run and its repeat", "seed": str(REPEATED_OF.seed)},
+            ),
         log:
             "results/logs/compare_repeat.log",
         conda:

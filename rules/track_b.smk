@@ -130,16 +130,31 @@ rule summarize_track_b:
         summarized_students,
     output:
         table=f"{TRACK_B_DIR}/summary.csv",
-        text=f"{TRACK_B_DIR}/summary.txt",
-        comparison=f"{TRACK_B_DIR}/comparison.csv",
+        text=report(
+            f"{TRACK_B_DIR}/summary.txt",
+            caption="../workflow/report/track_b.rst",
+            category="Track-B",
+            labels={"what": "summary"},
+        ),
+        comparison=report(
+            f"{TRACK_B_DIR}/comparison.csv",
+            caption="../workflow/report/track_b_comparison.rst",
+            category="Track-B",
+            labels={"what": "students and references, as a table"},
+        ),
         runs=directory(f"{TRACK_B_DIR}/runs"),
-        figure=f"{TRACK_B_DIR}/recall_by_step.png",
+        figure=report(
+            f"{TRACK_B_DIR}/recall_by_step.png",
+            caption="../workflow/report/track_b_figure.rst",
+            category="Track-B",
+            labels={"what": "recall by step"},
+        ),
     log:
         "results/logs/summarize_track_b.log",
     conda:
         "../environment.yml"
     params:
         track_b=config["track_b"],
-        state=existing_students,
+        state=existing("summarize_track_b", "track_b/students/*/logs/*", "logs/train_student/*.log"),
     script:
         "../workflow/scripts/summarize_track_b.py"

@@ -7,7 +7,13 @@ rule train_phase:
     output:
         sidecar=directory("results/runs/{key}/sidecar"),
         logs="results/runs/{key}/train_logs.parquet",
-        summary="results/runs/{key}/train_summary.json",
+        summary=report(
+            "results/runs/{key}/train_summary.json",
+            caption="../workflow/report/training.rst",
+            category="Trainings",
+            subcategory=lambda wildcards: f"phase {TRAININGS[wildcards.key].phase}",
+            labels=training_labels,
+        ),
     log:
         "results/logs/train_phase/{key}.log",
     priority: 10  # the long jobs first, so that the short ones fill the gaps

@@ -14,7 +14,7 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 EXPECTED = [
     "prepare_corpus", "train_tokenizer", "tokenize_corpus", "train_base", "insert_cells",
     "evaluate", "compare_zero_init", "train_phase", "compare_repeat", "plot_perplexity_by_step",
-    "summarize",
+    "summarize", "report",
 ]  # fmt: skip
 ARMS = ["recursive", "vanilla", "vanilla_flops"]
 PHASE_A = ["baseline", "after_surgery", *(f"finetuned_{arm}" for arm in ARMS)]

@@ -86,6 +86,9 @@ def test_summary_numbers_by_hand():
     assert (results["perplexity"]["num_tokens"], results["perplexity"]["num_documents"]) == (68, 4)
     assert [row["step"] for row in results["perplexity"]["by_step"]] == [0, 1, 2, 3]
     assert results["inner_steps"] == 3 and 1 <= results["halting"]["mean_inner_steps"] <= 3
+    assert results["num_rounds_by_step"] == [0, 0, 0], "no prompts"
+    counts = results["halting"]["num_chunks_by_step"]
+    assert np.average([1, 2, 3], weights=counts) == results["halting"]["mean_inner_steps"]
     assert results["throughput"]["evaluated_tokens_per_second"] > 0
     json.dumps(results, allow_nan=False)
 
@@ -100,6 +103,7 @@ def test_halting_stops_at_the_first_step_above_the_threshold():
     ]  # fmt: skip
     found = halting_scores(pl.DataFrame(rows), 0.7)
     assert found["mean_inner_steps"] == (2 + 1 + 3 + 3) / 4
+    assert found["num_chunks_by_step"] == [1, 1, 2]
     assert found["perplexity"] == pytest.approx(np.exp((20 + 11 + 32 + 33) / 40))
     assert halting_scores(pl.DataFrame(rows).filter(pl.col("step") == 0), 0.7) is None
 
@@ -190,9 +194,12 @@ def test_results_hold_what_the_seed_reads(stages):
     assert results["stage"] == "after_surgery" and results["num_parameters"]["sidecar"] > 0
     assert [s["prompt"] for s in results["generations"]] == ["w1 w2", "w5"]
     assert all(len(s["token_ids"]) <= 6 for s in results["generations"])
+    rounds = results["num_rounds_by_step"]
+    assert rounds[:-1] == [0, 0] and rounds[-1] >= 2 and results["mean_inner_steps"] == 3
     baseline = json.loads((stages / "eval/baseline_results.json").read_text())
     assert baseline["inner_steps"] == 0 and not baseline["config"]["recursive_enabled"]
     assert len(baseline["perplexity"]["by_step"]) == 1
+    assert baseline["num_rounds_by_step"] == [] and baseline["halting"] is None
 
 
 def test_a_fresh_surgery_passes(stages):

@@ -11,6 +11,7 @@ from conftest import make_base, make_wrapper, perturb, random_ids
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from kimi_recursive import verdict
 from kimi_recursive.compare import compare_repeat
 from kimi_recursive.figures import plot_perplexity_by_step
 from kimi_recursive.flops import (
@@ -23,7 +24,7 @@ from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import ARMS, SINGLE_PASS
 from kimi_recursive.refine import RefineCell
 from kimi_recursive.summary import _read_repeat
-from kimi_recursive.summary_text import _reproducible
+from kimi_recursive.summary_text import repeat_lines
 from kimi_recursive.verdict import compare_documents, paired_bootstrap
 
 # ---- the single-pass arm ------------------------------------------------------------------------
@@ -194,6 +195,15 @@ def test_the_interval_covers_as_often_as_it_says(num_seeds, document_spread):
         assert held <= 199, "wider than it says"
 
 
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_resamples_that_are_kept_are_those_that_are_drawn_anew(monkeypatch, num_seeds):
+    generator = np.random.default_rng(4)
+    differences, tokens = generator.normal(size=(num_seeds, 30)), generator.integers(5, 50, size=30)
+    kept = [paired_bootstrap(differences, tokens, resamples=1200) for _ in range(2)]
+    monkeypatch.setattr(verdict, "MAX_KEPT", 0)
+    assert kept == [paired_bootstrap(differences, tokens, resamples=1200)] * 2
+
+
 def test_seeds_that_disagree_widen_the_interval():
     generator = np.random.default_rng(1)
     noise = generator.normal(0, 1.0, size=(1, 30))
@@ -274,7 +284,7 @@ def repeated(tmp_path):
 
 def reproducible(folder, status="ok") -> str:
     rows = [{"training": "recursive_a_s0", "status": status}]
-    return "\n".join(_reproducible(_read_repeat(folder, rows)))
+    return "\n".join(repeat_lines(_read_repeat(folder, rows)))
 
 
 def test_a_repeat_is_identical_only_when_all_of_it_is(repeated, tmp_path):
@@ -308,4 +318,4 @@ def test_a_repeat_of_another_run_is_not_shown_as_one_of_this(repeated, tmp_path)
     compare()
     save_file({"w": torch.zeros(3)}, tmp_path / "runs/recursive_a_s0/sidecar/sidecar.safetensors")
     assert reproducible(tmp_path) == "Repeated run: there for another run"
-    assert _reproducible(None) == ["(not asked for: repeat is false)"]
+    assert repeat_lines(None) == ["(not asked for: repeat is false)"]

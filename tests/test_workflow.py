@@ -93,7 +93,7 @@ def test_a_second_run_does_nothing(project):
     assert "Nothing to be done" in project.snakemake("all").stderr
 
 
-PHASE_B_ON = ["evaluate", "plot_perplexity_by_step", "summarize", "train_phase"]
+PHASE_B_ON = ["evaluate", "plot_perplexity_by_step", "report", "summarize", "train_phase"]
 TRAINING_ON = [*PHASE_B_ON, "compare_repeat"]
 SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
 
@@ -104,7 +104,8 @@ SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
         ("results/runs/recursive_a_s0/sidecar", TRAINING_ON),
         ("results/figures/perplexity_by_step.png", ["plot_perplexity_by_step"]),
         ("results/runs/vanilla_b_s0/sidecar", PHASE_B_ON),
-        ("results/compare/repeat.json", ["compare_repeat", "summarize"]),
+        ("results/compare/repeat.json", ["compare_repeat", "report", "summarize"]),
+        ("results/report.html", ["report"]),
         ("results/compare/zero_init.json", ["compare_zero_init", *TRAINING_ON]),
         ("results/base/model", [r for r in EXPECTED if r not in (
             "prepare_corpus", "train_tokenizer", "tokenize_corpus")]),
@@ -125,14 +126,14 @@ def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefact, reruns)
         (("training", "a", "lr"), 1e-3, TRAINING_ON),
         (("training", "b", "lr"), 1e-3, PHASE_B_ON),
         (("training", "b", "recursive"), {"corruption_rate": 0.2}, PHASE_B_ON),
-        (("phases",), ["a"], ["plot_perplexity_by_step", "summarize"]),
-        (("repeat",), False, ["summarize"]),
+        (("phases",), ["a"], ["plot_perplexity_by_step", "report", "summarize"]),
+        (("repeat",), False, ["report", "summarize"]),
         (("recursive", "lambda_halt"), 0.1, TRAINING_ON),
         (("recursive", "commit_threshold"), 0.9, ["compare_zero_init", *TRAINING_ON]),
         (("recursive", "d_state"), 4, SURGERY_ON),
         (("evaluation", "max_new_tokens"), 9, ["compare_zero_init", *TRAINING_ON]),
         (("base", "training", "lr"), 1e-3, [*SURGERY_ON, "train_base"]),
-        (("base", "hub_id"), "unused/here", ["summarize"]),
+        (("base", "hub_id"), "unused/here", ["report", "summarize"]),
         (("corpus", "seed"), 1, EXPECTED),
     ],
 )
@@ -162,7 +163,7 @@ def test_summarize_takes_what_is_there_without_training(copy):
     copy.path("results/eval/after_surgery_results.json").write_text('{"stage": ')
     assert copy.snakemake("summarize").returncode == 0
     text = copy.path("results/summary.txt").read_text()
-    assert re.search(r"after_surgery +failed +results/eval/.*does not parse", text)
+    assert re.search(r"after_surgery +failed +results/eval/.*is not valid JSON", text)
     assert "1 of 8 expected" in text and "Zero-init proof (seed 0): missing" in text
     assert re.search(r"finetuned_recursive +missing", text)
     assert copy.planned("summarize") == [], "and a second time there is nothing new"

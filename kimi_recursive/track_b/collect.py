@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -19,6 +19,22 @@ import polars as pl
 from kimi_recursive.files import write_json
 from kimi_recursive.track_b.status import read_logs, write_logs
 from kimi_recursive.track_b.summary import Result, run_id
+
+
+def seed_logs(results: Sequence[Result], students_dir: Path) -> dict[str, pl.DataFrame]:
+    """By experiment the logs of its seeds that can be read, with a column `seed`."""
+    logs = {}
+    for result in results:
+        tables = [
+            read_logs(students_dir / result.experiment.keys[seed]).insert_column(
+                0, pl.lit(seed).alias("seed")
+            )
+            for seed, run in result.runs.items()
+            if run.status in ("success", "incomplete")
+        ]
+        if tables:
+            logs[result.name] = pl.concat(tables, how="diagonal_relaxed")
+    return logs
 
 
 def collect_experiment(
@@ -33,16 +49,10 @@ def collect_experiment(
         students_dir: Where the runs are, by key.
         run_logs: What each seed's run printed.
     """
-    keys = result.experiment.keys
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     (run_dir / "checkpoints").mkdir(exist_ok=True)
-    tables = [
-        read_logs(students_dir / key).insert_column(0, pl.lit(seed).alias("seed"))
-        for seed, key in keys.items()
-        if result.runs[seed].status in ("success", "incomplete")
-    ]
-    if tables:
-        write_logs(run_dir, pl.concat(tables, how="diagonal_relaxed"))
+    for logs in seed_logs([result], students_dir).values():
+        write_logs(run_dir, logs)
     seeds = {str(seed): run.summary for seed, run in result.runs.items()}
     facts = {"run_id": run_id(result), "status": result.status, "seeds": seeds}
     write_json(run_dir / "logs/train_summary.json", facts)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.config import read_json_object
-from kimi_recursive.figures import plot_recall_by_step
+from kimi_recursive.figures import draw_recall_by_step, save_png
 from kimi_recursive.files import publishing
-from kimi_recursive.track_b.collect import collect_experiment
+from kimi_recursive.track_b.collect import collect_experiment, seed_logs
 from kimi_recursive.track_b.sheet import select_experiments
-from kimi_recursive.track_b.summary import read_results, summarize
+from kimi_recursive.track_b.summary import Result, read_results, summarize
+
+TEACHER_KEYS = ("name", "dim", "num_train", "num_validation", "num_test")
 
 
 def summarize_track_b(
@@ -30,10 +32,8 @@ def summarize_track_b(
         table, text, comparison, runs, figure: What to write.
     """
     students = results_dir / "track_b/students"
-    results = read_results(
-        select_experiments(track_b), students, results_dir / "track_b/references.parquet"
-    )
-    summarize(results, _heading(track_b, results_dir), table, text, comparison)
+    results = read_track_b(track_b, results_dir)
+    summarize(results, heading(track_b, results_dir), table, text, comparison)
     with publishing(runs) as folder:
         for result in results:
             if result.experiment is not None:
@@ -42,15 +42,27 @@ def summarize_track_b(
                 # The temporary folder is a sibling: links from it hold in its final place.
                 run_dir = folder / result.experiment.run_id
                 collect_experiment(result, students, logs, run_dir)
-    plot_recall_by_step(results, Path(runs), Path(figure))
+    save_png(draw_recall_by_step(results, seed_logs(results, students)), Path(figure))
 
 
-def _heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
+def read_track_b(track_b: Mapping[str, Any], results_dir: Path) -> list[Result]:
+    """Whatever is in `results/track_b`, of the experiments that the config asks for."""
+    folder = results_dir / "track_b"
+    experiments = select_experiments(track_b)
+    return read_results(experiments, folder / "students", folder / "references.parquet")
+
+
+def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
     """What the numbers were made on."""
-    try:
-        teacher = read_json_object(results_dir / "track_b/teacher/teacher.json")
-    except ValueError:
+    path = results_dir / "track_b/teacher/teacher.json"
+    if not path.is_file():
         return "Track-B: the teacher's vectors are not there yet"
+    try:
+        teacher = read_json_object(path)
+    except ValueError as error:
+        return f"Track-B: {error}"
+    if absent := [key for key in TEACHER_KEYS if key not in teacher]:
+        return f"Track-B: {path}: has no {absent[0]!r}"
     scale = (
         "quick: 10 steps each" if track_b["quick"] else f"{track_b['scale']:g} of the sheet's steps"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from kimi_recursive.files import write_csv, write_text
+from kimi_recursive.files import read_parquet, write_csv, write_text
+from kimi_recursive.summary_text import fit, label
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
 from kimi_recursive.track_b.sheet import Experiment
 from kimi_recursive.track_b.status import STATUSES, RunStatus, read_status
@@ -26,6 +28,7 @@ COMPARED = (
     "test_recall@10", "test_recall@10_std", "test_ndcg@10", "train_recall@10",
     "difference_to_svd", "low", "high", "verdict",
 )  # fmt: skip
+SCORES = ("method", "precision", "split", "row", "recall@10", "ndcg@10")
 BASELINE = "reference_svd_{dim}"  # what a student of that length has to beat, in float32
 WORDS = {"helps": "beats SVD", "hurts": "loses to SVD", "not distinguishable": "same as SVD"}
 
@@ -37,6 +40,7 @@ class Result:
     Attributes:
         runs: Status of each seed's run; empty for a reference.
         tables: `evaluation.parquet` of each seed that has one.
+        problems: What is wrong with those that are missing or damaged.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Result:
     experiment: Experiment | None = None
     runs: dict[int, RunStatus] = field(default_factory=dict)
     tables: list[pl.DataFrame] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def status(self) -> str:
@@ -81,11 +86,17 @@ def read_results(
         folders = {seed: students_dir / key for seed, key in e.keys.items()}
         runs = {seed: read_status(f, e.settings["steps"]) for seed, f in folders.items()}
         done = [f for seed, f in folders.items() if runs[seed].status == "success"]
-        tables = [_read_table(f / "evaluation.parquet") for f in done]
-        found = [t for t in tables if t is not None]
-        results.append(Result(e.name, e.settings["dim"], e, runs, found))
-    references = references_path and _read_table(references_path)
-    if references is not None:
+        result = Result(e.name, e.settings["dim"], e, runs)
+        for f in done:
+            try:
+                result.tables.append(read_parquet(f / "evaluation.parquet", SCORES))
+            except ValueError as error:
+                result.problems.append(str(error))
+        results.append(result)
+    if references_path is None:
+        return results
+    with suppress(ValueError):  # missing or damaged: there is nothing to compare with
+        references = read_parquet(references_path, (*SCORES, "dim"))
         for (name, dim), table in references.group_by("method", "dim", maintain_order=True):
             results.append(Result(f"reference_{name}", dim, tables=[table]))
     return results
@@ -111,7 +122,7 @@ def summarize(
     rows += [_stored_row(r, p) for r in stored for p in PRECISIONS if p != "float32" and r.tables]
     write_csv(csv_path, COLUMNS, map(_rounded, rows))
     write_csv(comparison_path, COMPARED, map(_rounded, compared))
-    write_text(txt_path, "\n".join([heading, *_text(results, ranked, compared)]) + "\n")
+    write_text(txt_path, fit([heading, *_text(results, ranked, compared)]))
 
 
 def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -158,13 +169,6 @@ def _difference(result: Result, baseline: Result, precision: str) -> Difference:
 
 def _part(table: pl.DataFrame, split: str, precision: str) -> pl.DataFrame:
     return table.filter((pl.col("split") == split) & (pl.col("precision") == precision)).sort("row")
-
-
-def _read_table(path: Path) -> pl.DataFrame | None:
-    try:
-        return pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError):
-        return None
 
 
 def _num_parameters(result: Result) -> int | None:
@@ -228,7 +232,7 @@ def _text(
     lines = ["", "Top 3 runs by vs_teacher_recall@10 (validation queries, best step)"]
     for place, result in enumerate(ranked[:3], 1):
         verdict = by_name.get(result.name, {}).get("verdict", "")
-        lines.append(f"  {place}. {result.name:<28}{result.recall:.4f}  {verdict}".rstrip())
+        lines.append(f"  {place}. {label(result.name, 28)}{result.recall:.4f}  {verdict}".rstrip())
     lines += [] if ranked else ["  (none)"]
     lines += ["", f"Average of the {len(ranked)} successful runs"]
     if ranked:
@@ -236,11 +240,12 @@ def _text(
         lines.append("  vs_teacher_recall@10 {:.4f}, vs_teacher_ndcg@10 {:.4f}".format(*averages))
     lines += ["", "Failed or incomplete runs"]
     problems = [
-        f"  {r.name:<28}seed {seed}: {run.status}, {run.detail}"[:100]
+        f"  {label(r.name, 28)}seed {seed}: {run.status}, {run.detail}"
         for r in results
         for seed, run in r.runs.items()
         if run.status != "success"
     ]
+    problems += [f"  {label(r.name, 28)}{problem}" for r in results for problem in r.problems]
     lines += problems or ["  (none)"]
     lines += [
         "",
@@ -254,7 +259,7 @@ def _text(
     for result in results:
         rows = [r for r in compared if r["name"] == result.name]
         if not rows:
-            lines.append(f"  {result.name:<22.22}{result.status}")
+            lines.append(f"  {label(result.name, 22)}{result.status}")
         for row in rows:
             if row["precision"] == "float32" or result.name in shown:
                 lines.append(_line(result, row))
@@ -268,7 +273,7 @@ def _line(result: Result, row: Mapping[str, Any]) -> str:
     spread = row["test_recall@10_std"]
     spread = "" if spread is None else f" ± {spread:.4f}"
     line = (
-        f"  {name:<22.22}{steps:>6}{row['num_seeds'] or '':>6}{row['bytes_per_vector']:>6}"
+        f"  {label(name, 22)}{steps:>6}{row['num_seeds'] or '':>6}{row['bytes_per_vector']:>6}"
         f"{row['test_recall@10']:>8.4f}{spread:<9}{row['test_ndcg@10']:>8.4f}"
         f"{row['train_recall@10']:>7.3f}"
     )

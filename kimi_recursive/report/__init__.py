@@ -1,0 +1,1 @@
+"""`results/report.html`: all that the records in `results/` say, in one self-contained file."""

@@ -1,0 +1,143 @@
+"""Figures of the report that no rule draws as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import polars as pl
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from kimi_recursive.figures import ARM_LOOKS, COLOURS, LINES, legend, panels
+from kimi_recursive.report.curves import Curve, validation_column
+
+# Colour and marker of each verdict, told apart without colour as well.
+VERDICT_LOOKS = {
+    "helps": {"color": COLOURS[1], "marker": "o"},
+    "hurts": {"color": COLOURS[2], "marker": "s"},
+    "not distinguishable": {"color": "#595959", "marker": "D", "mfc": "white"},
+}
+BAR_LOOKS = [
+    {"color": COLOURS[number], "hatch": hatch, "edgecolor": "white"}
+    for number, hatch in enumerate(("", "//", ".."), start=1)
+]
+ARM_LINES = dict(zip(ARM_LOOKS, LINES, strict=False))  # of one that is not finished: the last
+MOST_POINTS = 25
+
+
+def draw_verdicts(comparisons: Sequence[dict[str, Any]]) -> Figure:
+    """Forest plot: each comparison's difference in perplexity with its 95 % interval.
+
+    Args:
+        comparisons: Of `compare_arms`, those with a verdict.
+    """
+    places, headings = [], []
+    for _, group in groupby(comparisons, key=lambda pair: pair["arm"]):
+        headings.append(1 + len(places) + len(headings))
+        places += [headings[-1] + 1 + i for i, _ in enumerate(group)]
+    figure, (axes,) = panels(1, size=(9.5, 1.2 + 0.28 * places[-1]))
+    axes.axvline(0, color=COLOURS[0], linewidth=1)
+    beside = {"xycoords": ("axes fraction", "data"), "va": "center", "size": 9}
+    for y, pair in zip(places, comparisons, strict=True):
+        if y - 1 in headings:
+            text = f"{pair['arm']}, step {pair['arm_step']}"
+            axes.annotate(text, (0.01, y - 1), **beside, weight="bold")
+        axes.annotate(pair["verdict"], (1.01, y), **beside)
+        mean, low, high = pair["perplexity_percent"]
+        look = VERDICT_LOOKS[pair["verdict"]]
+        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], capsize=3, **look)
+    axes.set_yticks(places, [f"against {pair['reference']}" for pair in comparisons], size=9)
+    axes.set_ylim(places[-1] + 0.7, 0.3)
+    axes.set_xlabel("difference in perplexity, % of the reference's (left of 0 is better)")
+    return figure
+
+
+def draw_training(curves: Sequence[Curve]) -> Figure:
+    """Validation and training loss at the last inner step over target tokens: a column for each
+    phase, a line for each arm and seed; runs that are not finished are dotted."""
+    phases = sorted({curve.run.phase for curve in curves})
+    figure = Figure(figsize=(max(7.0, 3.4 * len(phases) + 0.8), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(phases), squeeze=False, sharey="row", sharex="col")
+    for column, phase in zip(grid.T, phases, strict=True):
+        named: set[str] = set()
+        for curve in curves:
+            if curve.run.phase != phase:
+                continue
+            arm = curve.run.arm
+            look = ARM_LOOKS[arm] | {"linestyle": ARM_LINES[arm] if curve.finished else LINES[-1]}
+            name = None if arm in named else arm
+            named.add(arm)
+            last = validation_column(curve.logs)
+            if last:
+                rows = curve.logs.drop_nulls(last)
+                column[0].plot(rows["tokens"], rows[last], markersize=4, label=name, **look)
+            rows = averaged(curve.logs, "tokens", "loss_final")
+            column[1].plot(rows["tokens"], rows["loss_final"], **(look | {"marker": ""}))
+        column[0].set_title(f"phase {phase}")
+        column[1].set_xlabel("target tokens of this phase")
+        column[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        column[1].xaxis.set_major_locator(MaxNLocator(5))
+        for axes in column:
+            axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("validation loss, nats per token")
+    grid[1][0].set_ylabel("training loss, nats per token")
+    legend(grid[0][0])
+    return figure
+
+
+def draw_base(logs: pl.DataFrame) -> Figure:
+    """Training and validation loss of a base that is trained from scratch."""
+    figure, (axes,) = panels(1)
+    rows = averaged(logs, "step", "loss")
+    axes.plot(rows["step"], rows["loss"], color=COLOURS[1], label="training")
+    if "validation_loss" in logs.columns:
+        rows = logs.drop_nulls("validation_loss")
+        look = {"color": COLOURS[2], "marker": "s", "markersize": 5}
+        axes.plot(rows["step"], rows["validation_loss"], label="validation", **look)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats per token")
+    legend(axes)
+    return figure
+
+
+def draw_inner_steps(counts: Sequence[dict[str, Any]]) -> Figure:
+    """Shares of chunks and of rounds by the inner steps that they took, a bar for each stage.
+
+    Args:
+        counts: `stage`, `chunks` and `rounds`: how many took 1, 2, ... inner steps.
+    """
+    figure, row = panels(2, sharey=True)
+    titles = {"chunks": "scored chunks, if stopped early", "rounds": "rounds of generation"}
+    for axes, (kind, title) in zip(row, titles.items(), strict=True):
+        width = 0.8 / len(counts)
+        most = max(len(count[kind]) for count in counts)
+        for i, count in enumerate(counts):
+            total = sum(count[kind])
+            if not total:
+                continue
+            x = [step + (i - (len(counts) - 1) / 2) * width for step in range(1, most + 1)]
+            heights = [100 * n / total for n in count[kind]]
+            axes.bar(x[: len(heights)], heights, width, label=count["stage"], **BAR_LOOKS[i % 3])
+        axes.set_xticks(range(1, most + 1))
+        axes.set_title(title)
+        axes.set_xlabel("inner steps")
+        axes.set_ylim(0, 105)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", visible=False)
+    row[0].set_ylabel("share, %")
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def averaged(logs: pl.DataFrame, x: str, y: str) -> pl.DataFrame:
+    """At most `MOST_POINTS` rows, each the mean over as many consecutive ones."""
+    rows = logs.select(x, y).drop_nulls()
+    size = -(-rows.height // MOST_POINTS) or 1
+    return (
+        rows.with_row_index("bin")
+        .group_by(pl.col("bin") // size, maintain_order=True)
+        .agg(pl.mean(x), pl.mean(y))
+    )

@@ -1,0 +1,211 @@
+"""From the records in `results/` to `report.html`; nothing is computed from models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from kimi_recursive.comparisons import documents_path
+from kimi_recursive.figures import draw_perplexity_by_step, draw_recall_by_step, to_svg
+from kimi_recursive.files import read_parquet, write_text
+from kimi_recursive.report import figures, tables
+from kimi_recursive.report.curves import Curve, read_curves
+from kimi_recursive.report.facts import compare_facts, compare_versions, read_facts
+from kimi_recursive.report.problems import find_problems, problem_table
+from kimi_recursive.report.students import student_tables
+from kimi_recursive.summary import Matrix, read_matrix
+from kimi_recursive.summary_text import repeat_lines, zero_init_lines
+from kimi_recursive.track_b.collect import seed_logs
+from kimi_recursive.track_b.report import heading, read_track_b
+from kimi_recursive.track_b.summary import SCORES, Result
+from kimi_recursive.verdict import DOCUMENT_COLUMNS
+
+TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure in the page: its `<svg>`, and the text below it."""
+
+    svg: Markup
+    caption: str
+
+
+def write_report(config: Mapping[str, Any], results_dir: str | Path, path: str | Path) -> None:
+    """Write the report of whatever is in `results_dir`; what is missing or damaged is said to be.
+
+    Args:
+        config: The workflow's, merged with its defaults.
+    """
+    write_text(path, render(read_page(config, Path(results_dir))))
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page as HTML. All text is escaped: names and logs may hold anything."""
+    environment = Environment(
+        loader=PackageLoader("kimi_recursive.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = files("kimi_recursive.report").joinpath("templates/style.css").read_text("utf-8")
+    return environment.get_template(TEMPLATE).render(style=Markup(style), **page)
+
+
+def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
+    """What the template shows."""
+    matrix = read_matrix(config, results)
+    track_b = config["track_b"]
+    students = read_track_b(track_b, results) if track_b["enabled"] else []
+    damaged: dict[str, str] = {}
+    curves, unreadable = read_curves(config, results)
+    damaged |= {f"log of {key}": problem for key, problem in unreadable.items()}
+    damaged |= _damaged_documents(matrix, results)
+    base_figure = _base_drawing(results, damaged)
+    students_shown = _track_b(track_b, results, students, damaged) if students else None
+    counts, without_counts = tables.inner_step_counts(matrix)
+    facts = read_facts(config, results, matrix, students)
+    problems = find_problems(config, results, matrix, students, damaged)
+    return {
+        "num_done": len(matrix.done),
+        "num_expected": len(matrix.rows),
+        "newest": max(
+            (r.get("created", "") for r in facts.get("Evaluations", {}).values()), default=""
+        ),
+        "zero_init": zero_init_lines(matrix.proofs),
+        "verdicts": tables.verdict_tables(matrix),
+        "verdict_figure": _verdict_drawing(matrix),
+        "efficiency": tables.efficiency_table(matrix),
+        "repeat": " ".join(line.strip() for line in repeat_lines(matrix.repeat)),
+        "stages": tables.stage_table(matrix, results),
+        "cost": tables.cost_table(matrix),
+        "step_figure": _step_drawing(matrix),
+        "steps": tables.step_table(matrix, results),
+        "training_figure": _training_drawing(curves),
+        "base_figure": base_figure,
+        "inner_step_figure": _inner_step_drawing(counts),
+        "inner_steps": tables.inner_step_table(counts) if counts else None,
+        "without_counts": without_counts,
+        "track_b": students_shown,
+        "problems": problems,
+        "problem_table": problem_table(problems),
+        "versions": compare_versions(facts) if facts else None,
+        "facts": [compare_facts(kind, records) for kind, records in facts.items()],
+        "config": yaml.safe_dump(dict(config), sort_keys=False),
+    }
+
+
+def _damaged_documents(matrix: Matrix, results: Path) -> dict[str, str]:
+    """By evaluation what is wrong with its scores by document."""
+    damaged = {}
+    for row in matrix.done:
+        try:
+            read_parquet(documents_path(results, row), DOCUMENT_COLUMNS)
+        except ValueError as error:
+            damaged[f"documents of {row['name']}"] = str(error)
+    return damaged
+
+
+def _drawing(figure: Figure, name: str, text: str, caption: str) -> Drawing:
+    return Drawing(Markup(to_svg(figure, name, text)), caption)
+
+
+def _verdict_drawing(matrix: Matrix) -> Drawing | None:
+    shown = [pair for pair in matrix.comparisons if pair["verdict"]]
+    if not shown:
+        return None
+    words = [
+        f"{p['arm']} against {p['reference']}: {p['perplexity_percent'][0]:+.3f} %, {p['verdict']}"
+        for p in shown
+    ]
+    caption = (
+        "Difference in perplexity of the recursive arm of each phase to its references, with 95 % "
+        "intervals. Filled circles help, squares hurt, open diamonds cannot be told from 0."
+    )
+    return _drawing(figures.draw_verdicts(shown), "verdicts", "; ".join(words), caption)
+
+
+def _step_drawing(matrix: Matrix) -> Drawing | None:
+    if not any(row["training"] for row in matrix.done):
+        return None
+    caption = (
+        "Perplexity on held-out documents over the number of inner steps, a line for each arm and "
+        "seed. Open markers are steps beyond the trained depth."
+    )
+    text = "Line chart of perplexity by inner step; the table below has its numbers."
+    return _drawing(draw_perplexity_by_step(matrix.done), "steps", text, caption)
+
+
+def _training_drawing(curves: Sequence[Curve]) -> Drawing | None:
+    if not curves:
+        return None
+    caption = (
+        "Loss at the last inner step, a line for each arm and seed. Above: on the validation "
+        "documents. Below: of training, each point the mean over consecutive steps."
+    )
+    if open_runs := [curve.run.key for curve in curves if not curve.finished]:
+        caption += f" Dotted, not finished: {', '.join(open_runs)}."
+    text = "Line charts of validation and training loss over target tokens, by phase and arm."
+    return _drawing(figures.draw_training(curves), "training", text, caption)
+
+
+def _base_drawing(results: Path, damaged: dict[str, str]) -> Drawing | None:
+    path = results / "base/train_logs.parquet"
+    if not path.is_file():
+        return None
+    try:
+        logs = read_parquet(path, ("step", "loss"))
+    except ValueError as error:
+        damaged["log of the base"] = str(error)
+        return None
+    caption = "The base model, trained from scratch."
+    text = "Line chart of training and validation loss of the base over optimizer steps."
+    return _drawing(figures.draw_base(logs), "base", text, caption)
+
+
+def _inner_step_drawing(counts: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    if not counts:
+        return None
+    caption = (
+        "Left: after how many inner steps the boundary head would stop, of all scored chunks. "
+        "Right: how many inner steps a round of generation ran."
+    )
+    text = "Bar charts of inner steps by stage; the table below has the numbers."
+    return _drawing(figures.draw_inner_steps(counts), "inner-steps", text, caption)
+
+
+def _track_b(
+    track_b: Mapping[str, Any], results: Path, students: Sequence[Result], damaged: dict[str, str]
+) -> dict[str, Any]:
+    references = results / "track_b/references.parquet"
+    if references.is_file():
+        try:
+            read_parquet(references, (*SCORES, "dim"))
+        except ValueError as error:
+            damaged["Track-B references"] = str(error)
+    curves: dict[str, pl.DataFrame] = seed_logs(students, results / "track_b/students")
+    drawing = None
+    if curves:
+        caption = (
+            "recall@10 on the validation queries over optimizer steps: the mean over seeds with "
+            "their range. Dotted lines across need no training."
+        )
+        text = "Line chart of recall by optimizer step; the table has the final numbers."
+        drawing = _drawing(draw_recall_by_step(students, curves), "recall", text, caption)
+    table, stored = student_tables(students)
+    return {
+        "heading": heading(track_b, results).splitlines(),
+        "table": table,
+        "stored": stored,
+        "figure": drawing,
+    }
