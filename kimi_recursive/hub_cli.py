@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,6 +74,8 @@ def upload(
     says what it scored and whether it helps. After an error the same command goes on, and does not
     send again what is there. `load_model_with_config("USER/NAME")` loads the result.
     """
+    if not sys.stderr.isatty():  # bars in a log bury the line that matters
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import validate_repo_id
 
@@ -95,6 +99,13 @@ def upload(
     branch = None if revision == constants.DEFAULT_REVISION else revision
     experiment = hub.read_experiment(experiment_dir, force)
     base = hub.choose_base(experiment, base_model, base_revision, include_base)
+
+    if base[0].name is None:
+        typer.echo(
+            "note: the base is a folder here, and is not published; --include-base publishes it, "
+            "--base-model names it on the Hub",
+            err=True,
+        )
 
     def gather(folder: Path) -> ModelCard:
         return hub.gather(experiment, folder, hf_repo, branch, results_dir, base, license)

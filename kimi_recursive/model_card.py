@@ -11,11 +11,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from kimi_recursive import __version__
 from kimi_recursive.hub_results import Scores
+from kimi_recursive.matrix import TRAINED_STAGES
 
 CONTROL_ARMS = {
     "vanilla": "the same cells in a single pass, at equal tokens",
     "vanilla_flops": "the same cells in a single pass, at equal FLOPs",
 }
+ARM_OF = {training.stage: training.arm for training in TRAINED_STAGES}
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,6 @@ def _summary(facts: Mapping[str, Any], base: Base, arm: str) -> str:
 
 
 def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    if not verdicts:
-        return (
-            "Not known: no comparison with a control arm was made. The scores below are of this "
-            "model alone; that it is better than its base at step 0 would not say that recursion "
-            "is why."
-        )
     lines = ["| | against | perplexity | 95 % interval | verdict |", "|---|---|---|---|---|"]
     for v in verdicts:
         arms = f"| `{v['arm']}` | `{v['reference']}` "
@@ -155,22 +151,28 @@ def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
             continue
         mean, low, high = v["perplexity_percent"]
         lines.append(f"{arms}| {mean:+.3f} % | [{low:+.3f}, {high:+.3f}] % | **{v['verdict']}** |")
-    done = next((v for v in verdicts if v["verdict"]), None)
-    if done:
-        seeds = done["seeds"]
+    compared = [v for v in verdicts if v["verdict"] is not None]
+    if compared:
+        seeds = compared[0]["seeds"]
         lines += [
             "",
-            f"At inner step {done['arm_step']}; paired bootstrap over {done['num_documents']} "
-            f"documents, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            "Negative is a lower perplexity than that of what it is compared with. At inner step "
+            f"{compared[0]['arm_step']}; paired bootstrap over {compared[0]['num_documents']} "
+            f"documents; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
             + ("." if len(seeds) > 1 else ", so it says nothing of the spread over seeds."),
         ]
-    lines += [
-        "",
-        "Negative: a lower perplexity than what it is compared with. The control arms:",
-        "",
+    stages = dict.fromkeys(stage for v in compared for stage in (v["arm"], v["reference"]))
+    controls = [
+        f"- `{stage}`: {CONTROL_ARMS[ARM_OF[stage]]}"
+        for stage in stages
+        if ARM_OF.get(stage) in CONTROL_ARMS
     ]
-    lines += [f"- `finetuned_{name}`: {text}" for name, text in CONTROL_ARMS.items()]
-    return "\n".join(lines)
+    unknown = (
+        "Not known: no comparison with a control arm was made. That it scores better than its base "
+        "would not say that recursion is why."
+    )
+    lines = lines if verdicts else []
+    return "\n".join([*lines, "", *(controls or [unknown])]).strip()
 
 
 def _scores(scores: Sequence[Scores]) -> str:

@@ -1,12 +1,18 @@
 """A Hub on 127.0.0.1: the endpoints that huggingface_hub uses to make a repository, to upload over
-git LFS, and to download; with faults on request. Keeps everything in memory."""
+Xet or git LFS, and to download; with faults on request.
+
+Files under LFS are kept in memory. Those under Xet never come by: hf_xet stores them itself, in the
+folder that the Hub names as `local://`, and the Hub reads their hashes from the shards there.
+"""
 
 import base64
 import hashlib
 import json
 import re
+import struct
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
@@ -24,6 +30,12 @@ class Repo:
     commits: dict = field(default_factory=lambda: {"0" * 40: {}})
     branches: dict = field(default_factory=lambda: {"main": "0" * 40})
     messages: list = field(default_factory=list)
+
+    def commit(self, branch: str, tree: dict) -> str:
+        sha = hashlib.sha1(repr(tree).encode()).hexdigest()
+        self.commits[sha] = tree
+        self.branches[branch] = sha
+        return sha
 
     def commit_of(self, revision: str) -> str | None:
         return self.branches.get(revision, revision if revision in self.commits else None)
@@ -58,15 +70,17 @@ class Fault:
 
 
 class Hub:
-    """`with Hub() as hub:` serves at `hub.url` until the block ends."""
+    """`with Hub(folder) as hub:` serves at `hub.url`; the folder is for what Xet stores."""
 
-    def __init__(self):
+    def __init__(self, xet_dir: Path):
+        self.xet_dir = xet_dir
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # of LFS, by sha256
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, int]] = []  # method, path, bytes received
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that hangs up
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -80,15 +94,39 @@ class Hub:
         self._server.server_close()
         self._thread.join()
 
+    def add(self, repo: str, files: dict[str, bytes]) -> str:
+        """Commit files to `main`, as if someone had uploaded them. Returns the commit."""
+        found = self.repos.setdefault(repo, Repo(private=False))
+        tree = dict(found.commits[found.branches["main"]])
+        tree |= {path: ("file", content, len(content)) for path, content in files.items()}
+        return found.commit("main", tree)
+
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """The content of a repository."""
+        """The content of a repository, but for what is under Xet."""
         found = self.repos[repo]
         tree = found.commits[found.commit_of(revision)]
-        return {path: self.content(entry) for path, entry in tree.items()}
+        return {path: self.content(entry) for path, entry in tree.items() if self.holds(entry)}
 
     def content(self, entry) -> bytes:
-        kind, value = entry
+        kind, value, _ = entry
         return self.objects[value] if kind == "lfs" else value
+
+    def holds(self, entry) -> bool:
+        return entry[0] == "file" or entry[1] in self.objects
+
+    def xet_hashes(self) -> dict[str, str]:
+        """What Xet calls the files that it stored, by sha256 (huggingface.co/docs/xet/shard)."""
+        found = {}
+        for shard in self.xet_dir.rglob("shards/*.mdb"):
+            content, at = shard.read_bytes(), 48
+            while content[at : at + 32] != b"\xff" * 32:
+                name = content[at : at + 32]
+                flags, num_parts = struct.unpack_from("<II", content, at + 32)
+                at += 48 * (1 + num_parts * (2 if flags & 1 << 31 else 1))
+                if flags & 1 << 30:
+                    found[in_words(content[at : at + 32])] = in_words(name)
+                    at += 48
+        return found
 
     def sent(self, method: str, path: str) -> list[int]:
         """Bytes of each request that matched."""
@@ -107,6 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "store"),
         ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", "commit"),
+        ("GET", rf"/api/models/{REPO}/xet-(read|write)-token/(?P<revision>[^/]+)", "xet_token"),
         ("HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
         ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
@@ -137,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self, name, repo=None, **names):
         found = self.server.hub.repos.get(repo)
         writes = self.command == "POST" and name != "validate_yaml"  # a PUT has a signed address
+        writes |= "/xet-write-token/" in self.path
         given = self.headers.get("Authorization")
         if writes and given != f"Bearer {TOKEN}":
             return self.answer({"error": "Invalid credentials in Authorization header"}, 401)
@@ -215,20 +255,12 @@ class Handler(BaseHTTPRequestHandler):
         sha = self.repo.commit_of(revision)
         if sha is None:
             return self.refuse("RevisionNotFound")
-        self.answer(
-            [
-                {"type": "file", "path": path, "oid": digest(entry), "size": self.size(entry)}
-                | (
-                    {"lfs": {"oid": entry[1], "size": self.size(entry), "pointerSize": 1}}
-                    if entry[0] == "lfs"
-                    else {}
-                )
-                for path, entry in self.repo.commits[sha].items()
-            ]
-        )
+        self.answer([self.described(*item) for item in self.repo.commits[sha].items()])
 
-    def size(self, entry):
-        return len(self.server.hub.content(entry))
+    def described(self, path, entry):
+        file = {"type": "file", "path": path, "oid": digest(entry), "size": entry[2]}
+        lfs = {"oid": digest(entry), "size": entry[2], "pointerSize": 1}
+        return file | ({"lfs": lfs} if entry[0] == "lfs" else {})
 
     def branch(self, revision):
         there = revision in self.repo.branches
@@ -265,22 +297,28 @@ class Handler(BaseHTTPRequestHandler):
         if revision not in self.repo.branches:
             return self.refuse("RevisionNotFound")
         files = dict(self.repo.commits[self.repo.branches[revision]])
+        stored = self.server.hub.xet_hashes()
         for line in self.body.splitlines():
             item = json.loads(line)
             value = item["value"]
             if item["key"] == "header":
                 self.repo.messages.append(value["summary"])
             elif item["key"] == "file":
-                files[value["path"]] = ("file", base64.b64decode(value["content"]))
-            elif value["oid"] in self.server.hub.objects:
-                files[value["path"]] = ("lfs", value["oid"])
+                content = base64.b64decode(value["content"])
+                files[value["path"]] = ("file", content, len(content))
+            elif value["oid"] in self.server.hub.objects or value["oid"] in stored:
+                files[value["path"]] = ("lfs", value["oid"], value["size"])
             else:
                 return self.answer({"error": f"{value['path']} was not uploaded"}, 400)
-        sha = hashlib.sha1(repr(files).encode()).hexdigest()
-        self.repo.commits[sha] = files
-        self.repo.branches[revision] = sha
+        sha = self.repo.commit(revision, files)
         url = f"{self.server.hub.url}/{self.repo_id}/commit/{sha}"
         self.answer({"commitUrl": url, "commitOid": sha})
+
+    def xet_token(self, revision):
+        url = f"local://{self.server.hub.xet_dir}"
+        facts = {"casUrl": url, "accessToken": "x", "exp": 2**31}
+        names = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": 2**31}
+        self.answer(facts, headers=names)
 
     def resolve(self, revision, path):
         sha = self.repo.commit_of(revision)
@@ -290,14 +328,21 @@ class Handler(BaseHTTPRequestHandler):
         if entry is None:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}
             return self.answer({"error": "Entry not found"}, 404, headers)
-        self.send(
-            self.server.hub.content(entry),
-            200,
-            {"ETag": f'"{digest(entry)}"', "X-Repo-Commit": sha},
-        )
+        hub, headers = self.server.hub, {"ETag": f'"{digest(entry)}"', "X-Repo-Commit": sha}
+        if not hub.holds(entry):
+            headers["X-Xet-Hash"] = hub.xet_hashes()[entry[1]]
+            route = f"{hub.url}/api/models/{self.repo_id}/xet-read-token/{sha}"
+            headers |= {"X-Xet-Refresh-Route": route, "Content-Length": entry[2]}
+            return self.send(b"", headers=headers)
+        self.send(hub.content(entry), headers=headers)
 
 
 def digest(entry) -> str:
     """As the Hub names content: sha256 under LFS, otherwise git's."""
-    kind, value = entry
+    kind, value, _ = entry
     return value if kind == "lfs" else hashlib.sha1(b"blob %d\0" % len(value) + value).hexdigest()
+
+
+def in_words(value: bytes) -> str:
+    """A hash as Xet writes it: 8 bytes at a time, last one first."""
+    return "".join(value[i : i + 8][::-1].hex() for i in range(0, 32, 8))
