@@ -298,7 +298,7 @@ def _explained(what: str, token: str) -> Iterator[None]:
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = _reason(error).replace(token, "<token>")
         raise ValueError(
-            f"{what}: {reason}; the same command again goes on, without sending what is there"
+            f"{what}: {reason}; repeated, the command goes on and does not send again what is there"
         ) from None
 
 

@@ -374,6 +374,7 @@ def error_line(output: str) -> str:
 
 
 COMMIT, LFS = r"/commit/main$", "/lfs/"
+TELLTALE = {"X-Error-Message": f"{TOKEN} is bad"}
 
 
 @pytest.mark.parametrize(
@@ -381,6 +382,7 @@ COMMIT, LFS = r"/commit/main$", "/lfs/"
     [
         (Fault("POST", "/repos/create", 401), "not made: the token is not valid"),
         (Fault("POST", "/repos/create", 403), "the token may not write there (HTTP 403"),
+        (Fault("POST", COMMIT, 400, headers=TELLTALE), "the Hub refused (HTTP 400: <token> is bad"),
         (Fault("POST", "/preupload/", 404), "the upload stopped: there is no such repository"),
         (Fault("POST", "/repos/create", 429), "too many requests; wait some minutes (HTTP 429"),
         (Fault("POST", "/validate-yaml", 500), "the model card was not checked: the Hub failed"),
@@ -400,7 +402,7 @@ def test_after_an_error_the_same_command_goes_on(lab, hub, lfs_client, fault, me
     assert status == 2
     line = error_line(output)
     assert line.startswith(f"error: {repo}: ") and message in line
-    assert line.endswith("the same command again goes on, without sending what is there")
+    assert line.endswith("; repeated, the command goes on and does not send again what is there")
     stored = len(hub.objects)
     hub.faults.clear()
     hub.log.clear()
