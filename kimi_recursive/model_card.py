@@ -120,7 +120,7 @@ def _summary(facts: Mapping[str, Any], base: Base, arm: str) -> str:
     holds += ["LoRA on the top layers of the base (`adapter/`)"] if facts["lora"] else []
     if facts["unfrozen_layers"]:
         layers = ", ".join(map(str, facts["unfrozen_layers"]))
-        holds.append(f"the trained layers {layers} of the base (`layers.safetensors`)")
+        holds.append(f"trained layers of the base, {layers} (`layers.safetensors`)")
     of_base = facts["base"]
     shape = (
         f"{of_base['model_type']}, hidden size {of_base['hidden_size']}, "
@@ -180,7 +180,8 @@ def _scores(scores: Sequence[Scores]) -> str:
         return "None were measured."
     tables = []
     for s in scores:
-        title = f"`{s.dataset}`, {s.split} ({s.size}):"
+        evaluation = f", as `{s.name}`" if s.name else ""
+        title = f"`{s.dataset}`, {s.split}{evaluation} ({s.size}):"
         lines = [title, "", "| inner step | perplexity | token accuracy |", "|---|---|---|"]
         for step, value in s.perplexity.items():
             accuracy = s.token_accuracy.get(step)
