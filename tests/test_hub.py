@@ -95,21 +95,24 @@ def dry_run(monkeypatch, directory, output, *options, repo="user/name"):
 
 
 def published(client, repo: str, folder: Path, **options) -> tuple[torch.Tensor, Path]:
-    """Logits of the model on the Hub, and the folder that its files were downloaded to."""
+    """Logits of the model on the Hub, and the folder that its files were downloaded to; its base is
+    taken at the revision that it names."""
     code = f"""
 import torch
 from kimi_recursive import load_model_with_config
 from kimi_recursive.loader import local_model
 model, tokenizer, _ = load_model_with_config({repo!r}, **{options!r})
 ids = torch.load({str(folder / "ids.pt")!r})
-fetched = str(local_model({repo!r}, {options.get("revision")!r})[0])
-torch.save((model.step_logits(ids), fetched), {str(folder / "logits.pt")!r})
+fetched, of_base = local_model({repo!r}, {options.get("revision")!r})
+torch.save((model.step_logits(ids), str(fetched), of_base), {str(folder / "logits.pt")!r})
 assert tokenizer is not None
 """
     torch.save(random_ids(2, 8), folder / "ids.pt")
     status, output = client.run(code=code)
     assert status == 0, output
-    logits, fetched = torch.load(folder / "logits.pt")
+    logits, fetched, of_base = torch.load(folder / "logits.pt")
+    if fetched != repo:
+        assert of_base == sidecar_facts(fetched)["revision"]
     return logits, Path(fetched)
 
 
@@ -189,6 +192,22 @@ def test_a_folder_with_its_base_loads_alone(lab, experiment, tmp_path, monkeypat
     assert torch.equal(local_logits(moved), local_logits(lab / "experiments/a" / BEST))
     assert not (moved / "base/train.log").exists()
     assert json.loads((moved / "base/config.json").read_text())["_name_or_path"] == "x"
+
+
+def test_a_base_that_the_workflow_has_from_the_hub_is_named(
+    experiment, tmp_path, monkeypatch, capfd
+):
+    origin = experiment.parents[1] / "base/origin.json"
+    origin.write_text(json.dumps({"path": str(tmp_path), "hub_id": None, "revision": None}))
+    assert dry_run(monkeypatch, experiment, tmp_path / "out", "--include-base") == 0
+    assert not (tmp_path / "out/base/origin.json").exists()
+    origin.write_text(json.dumps({"path": None, "hub_id": "org/base", "revision": "v1"}))
+    assert dry_run(monkeypatch, experiment, tmp_path / "out") == 0
+    facts = sidecar_facts(tmp_path / "out")
+    assert (facts["base_model_name_or_path"], facts["revision"]) == ("org/base", "v1")
+    assert ModelCard.load(tmp_path / "out/README.md").data.base_model == "org/base"
+    assert dry_run(monkeypatch, experiment, tmp_path / "out", "--include-base") == 2
+    assert "its base is org/base on the Hub" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -341,6 +360,8 @@ def test_a_base_on_the_hub_is_named_with_its_revision(lab, hub, client, tmp_path
     card = ModelCard.load(fetched / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("user/base", "adapter")
     assert sidecar_facts(fetched)["revision"] == base and base in card.text
+    from_folder, _ = published(client, str(fetched), tmp_path)
+    assert torch.equal(from_folder, local_logits(lab / "experiments/a" / BEST))
 
 
 def test_branch_message_and_privacy_are_as_asked(lab, hub, client, tmp_path):
