@@ -18,12 +18,7 @@ from kimi_recursive.config import read_json_object
 from kimi_recursive.experiment import METADATA_NAME
 from kimi_recursive.files import write_json, write_text
 from kimi_recursive.hub_results import read_scores, read_verdicts, workflow_results
-from kimi_recursive.loader import (
-    SIDECAR_NAME,
-    rename_base,
-    sidecar_base_path,
-    sidecar_facts,
-)
+from kimi_recursive.loader import SIDECAR_NAME, rename_base, sidecar_base_path, sidecar_facts
 from kimi_recursive.model_card import Base, model_card
 
 CARD_NAME = "README.md"
@@ -33,15 +28,9 @@ PRIVATE_KEYS = ("host",)
 # A path outside the project, in the middle of a text.
 PRIVATE_PATH = re.compile(r"(?<![\w.~/])(?:file://|~|\.\./|/[^\s/'\"]+/|[A-Za-z]:\\)[^\s'\",;()]*")
 BASE_FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "*.py",
-    "merges.txt",
-    "vocab.txt",
-)
+    "*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.py",
+    "merges.txt", "vocab.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
