@@ -205,8 +205,8 @@ class WorkDirectory:
         over are named."""
         for path in reversed(self._complete()):
             try:
-                _verify(path)
-                _verify(self.folder(_metadata(path)["best_step"]), f"{MODEL_DIR}/")
+                verify_checkpoint(path)
+                verify_checkpoint(self.folder(_metadata(path)["best_step"]), f"{MODEL_DIR}/")
                 return _load(path)
             except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
                 _say(f"{path}: damaged checkpoint passed over ({str(error).splitlines()[0]})")
@@ -227,11 +227,20 @@ def _metadata(path: Path) -> dict[str, Any]:
     return json.loads((path / METADATA_NAME).read_text())
 
 
-def _verify(path: Path, part: str = "") -> None:
-    """Check the files whose name begins with `part`."""
+def verify_checkpoint(path: Path, part: str = "") -> list[str]:
+    """Check the files of a checkpoint whose name begins with `part`, and return their names.
+
+    Raises:
+        ValueError: one does not match its checksum.
+        OSError, KeyError: one is missing, or the checksums are.
+    """
+    names = []
     for name, digest in _metadata(path)["sha256"].items():
-        if name.startswith(part) and file_digest(path / name) != digest:
-            raise ValueError(f"{name} of {path.name} does not match its checksum")
+        if name.startswith(part):
+            if file_digest(path / name) != digest:
+                raise ValueError(f"{name} of {path.name} does not match its checksum")
+            names.append(name)
+    return names
 
 
 def _load(path: Path) -> Checkpoint:

@@ -17,6 +17,7 @@ from kimi_recursive.config import (
     get_baseline_config,
     read_json_object,
 )
+from kimi_recursive.hub_cli import upload
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
 from kimi_recursive.matrix import ARMS, MAX_SEED, PHASES, STAGES
 from kimi_recursive.records.cli import app as log
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 app.add_typer(track_b, name="track-b")
 app.add_typer(log, name="log")
+app.command()(upload)
 
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 
@@ -108,9 +110,10 @@ def evaluate(
         config = RecursiveConfig.from_file(recursive_config).validated(str(recursive_config))
     quiet_libraries()
     from kimi_recursive.evaluate import evaluate_stage
-    from kimi_recursive.loader import SIDECAR_NAME
+    from kimi_recursive.loader import SIDECAR_NAME, local_model
 
-    has_sidecar = (Path(model_path) / SIDECAR_NAME).is_file()
+    fetched, of_base = local_model(model_path, revision)
+    has_sidecar = (Path(fetched) / SIDECAR_NAME).is_file()
     if stage.startswith("finetuned_") and not has_sidecar:
         raise ValueError(f"--stage {stage}: {model_path} holds no trained sidecar ({SIDECAR_NAME})")
     if config is None and stage == "baseline" and not use_recursive:
@@ -125,7 +128,8 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
     }
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _tokens(tokens_dir, corpus or ["sotu"], model_path, **options) as tokens:
+    of_tokens = {**options, "revision": of_base}
+    with _tokens(tokens_dir, corpus or ["sotu"], fetched, **of_tokens) as tokens:
         results = evaluate_stage(
             stage,
             model_path,
@@ -289,8 +293,10 @@ def run_experiment(
     if phase == "c":
         settings |= {"unfreeze_every": unfreeze_every, "l2_pull": l2_pull}
     quiet_libraries()
+    from kimi_recursive.loader import local_model
     from kimi_recursive.run_experiment import run_experiment
 
+    model_path, revision = local_model(model_path, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     corpus = corpus or ["sotu"]
     inputs = {"recursive_config": recursive_config}

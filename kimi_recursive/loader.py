@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -21,7 +28,7 @@ from kimi_recursive.config import (
     get_after_surgery_config,
     get_baseline_config,
 )
-from kimi_recursive.files import read_safetensors
+from kimi_recursive.files import read_safetensors, replacing
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.model import ChunkRefineWrapper
 
@@ -29,6 +36,8 @@ SIDECAR_NAME = "sidecar.safetensors"
 ADAPTER_DIR = "adapter"
 SIDECAR_INIT_SEED = 0
 METADATA_KEY = "kimi_recursive"
+# None at that Hub id; or the Hub cannot be reached, and none is in the cache.
+NO_SIDECAR = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
 
 
 def base_identity(base: PreTrainedModel) -> dict[str, Any]:
@@ -71,7 +80,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             where, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, SafetensorError, HfHubHTTPError) as error:
+    except (OSError, ValueError, SafetensorError, HTTPError) as error:
         raise ValueError(f"{where}: cannot be loaded as a decoder: {_first_line(error)}") from error
     if device is not None:
         try:
@@ -140,15 +149,30 @@ def save_sidecar(
         "unfrozen_layers": wrapper.adapter.layers if wrapper.adapter else [],
         "dtype": str(wrapper.base.dtype).removeprefix("torch."),
     }
-    # One key: safetensors writes several in no fixed order, and equal sidecars must be equal files.
-    metadata = {METADATA_KEY: json.dumps(facts, sort_keys=True)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in wrapper.sidecar_state_dict().items()}
-    temporary = directory / f".{SIDECAR_NAME}.tmp"
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, directory / SIDECAR_NAME)
+    _write_sidecar(directory / SIDECAR_NAME, facts, tensors)
     wrapper.config.save(directory / CONFIG_NAME)
     if wrapper.adapter is not None:
         wrapper.adapter.save(directory)
+
+
+def rename_base(sidecar: Path, target: Path, base: str | None, revision: str | None) -> None:
+    """Copy `sidecar.safetensors` with another name for its base: a Hub id, a path relative to the
+    sidecar's folder, or None, so that whoever loads it has to say where the base is.
+
+    Raises:
+        ValueError: damaged file, or none of ours.
+    """
+    facts, tensors = _read_sidecar(sidecar)
+    facts |= {"base_model_name_or_path": base, "revision": revision}
+    _write_sidecar(target, facts, tensors)
+
+
+def _write_sidecar(path: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    # One key: safetensors writes several in no fixed order, and equal sidecars must be equal files.
+    with replacing(path) as temporary:
+        metadata = {METADATA_KEY: json.dumps(facts, sort_keys=True)}
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_sidecar(wrapper: ChunkRefineWrapper, directory: str | Path) -> None:
@@ -198,14 +222,14 @@ def load_model_with_config(
     """Load a model and put the loop around it.
 
     Args:
-        model_path: A base (directory or Hub id), or a directory with a saved sidecar, which names
-            its base.
+        model_path: A base, or a saved sidecar, which names its base: a directory or a Hub id.
         config_path, config, recursive_enabled: At most one. With none of them a sidecar brings its
             own config, and a base alone is loaded with recursion disabled.
         overrides: Parameters to change in the config found that way.
-        base_path: Where the sidecar's base is now, if it moved.
+        base_path: Where the sidecar's base is now, if it moved or was not published.
         seed: Decides cells that are not loaded from a sidecar.
-        load_options: Passed on to `load_base` (revision, dtype, device, trust_remote_code).
+        load_options: Passed on to `load_base` (revision, dtype, device, trust_remote_code). With a
+            sidecar on the Hub, `revision` is the sidecar's; that of its base it names itself.
 
     Returns:
         `(model, tokenizer, config)`; the tokenizer is None when none is stored with the base.
@@ -216,6 +240,7 @@ def load_model_with_config(
     given = [x for x in (config_path, config, recursive_enabled) if x is not None]
     if len(given) > 1:
         raise ValueError("give at most one of config_path, config and recursive_enabled")
+    model_path, load_options["revision"] = local_model(model_path, load_options.get("revision"))
     sidecar = Path(model_path) / SIDECAR_NAME
     sidecar = sidecar if sidecar.is_file() else None
     if config_path is not None:
@@ -229,10 +254,11 @@ def load_model_with_config(
     config = RecursiveConfig.from_dict({**config.to_dict(), **(overrides or {})}).validated()
 
     where = str(base_path or base_of(model_path))
-    if sidecar is not None and config.recursive_enabled:
+    if sidecar is not None:
         facts = sidecar_facts(sidecar.parent)
-        load_options["revision"] = load_options.get("revision") or facts["revision"]
-        if facts["unfrozen_layers"] and load_options.get("dtype", "auto") == "auto":
+        load_options["revision"] = load_options["revision"] or facts["revision"]
+        trained = config.recursive_enabled and facts["unfrozen_layers"]
+        if trained and load_options.get("dtype", "auto") == "auto":
             load_options["dtype"] = facts["dtype"]  # trained weights are not rounded unasked
     base = load_base(where, **load_options)
     model = build_wrapper(base, config, seed)
@@ -249,6 +275,34 @@ def build_wrapper(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ChunkRefineWrapper(base, config).eval()
+
+
+def local_model(
+    model_path: str | Path, revision: str | None = None
+) -> tuple[str | Path, str | None]:
+    """Fetch a sidecar that is on the Hub into the Hub's cache; any other path stays as it is.
+
+    Args:
+        revision: Of a Hub id.
+
+    Returns: the path and the revision; of a sidecar that was fetched, the revision of its base.
+
+    Raises:
+        ValueError: the sidecar is there and cannot be fetched, or is damaged.
+    """
+    where = str(model_path)
+    if _is_local(where):
+        return model_path, revision
+    found = False
+    try:
+        hf_hub_download(where, SIDECAR_NAME, revision=revision)
+        found = True
+        folder = snapshot_download(where, revision=revision)
+    except (HTTPError, OSError, ValueError) as error:
+        if isinstance(error, NO_SIDECAR) and not found:
+            return model_path, revision
+        raise ValueError(f"{where}: cannot be fetched: {_first_line(error)}") from error
+    return folder, sidecar_facts(folder)["revision"]
 
 
 def base_of(model_path: str | Path) -> str:
@@ -268,15 +322,21 @@ def sidecar_base_path(sidecar: Path) -> str:
     """Where a sidecar says its base is: a local directory, or a Hub id.
 
     Raises:
-        ValueError: damaged file, or none of ours.
+        ValueError: damaged file, none of ours, or published without its base.
     """
     name = _read_sidecar(sidecar, weights=False)[0]["base_model_name_or_path"]
+    if name is None:
+        raise ValueError(
+            f"{sidecar}: was published without its base; "
+            "load_model_with_config(..., base_path=...) names it"
+        )
     local = sidecar.parent.resolve() / name  # where links lead, as when it was written
     return str(local.resolve()) if local.is_dir() or _is_local(name) else name
 
 
 def sidecar_facts(directory: str | Path) -> dict[str, Any]:
-    """What a sidecar says of itself: `base_model_name_or_path`, `base` (its identity), `revision`,
+    """What a sidecar says of itself: `base_model_name_or_path` (None when published without),
+    `base` (its identity), `revision`,
     `refined_layers`, `phase` (None before training), `lora`, `unfrozen_layers`, `dtype`.
 
     Raises:
