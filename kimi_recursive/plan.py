@@ -7,6 +7,7 @@ no storage: every allocation of the real code is seen, and none is made.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,10 +22,10 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import moe
 
+from kimi_recursive import kda
 from kimi_recursive.base import kimi_config
 from kimi_recursive.config import RecursiveConfig
-from kimi_recursive.flops import flop_counter
-from kimi_recursive.kda import install_fast_kda
+from kimi_recursive.flops import count_flops, flop_counter
 from kimi_recursive.losses import Draw
 from kimi_recursive.matrix import ARMS
 from kimi_recursive.model import ChunkRefineWrapper
@@ -93,8 +94,10 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
             "base": sum(p.numel() for p in wrapper.base.parameters()),
             "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
         }
+        print("planning the evaluation", file=sys.stderr)
         runs["evaluation"] = _evaluation(wrapper, config["evaluation"])
         for phase in config["phases"]:
+            print(f"planning phase {phase}", file=sys.stderr)
             changed = phase_overrides(config, phase) | ARMS["recursive"]
             wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
             runs[phase] = _training(wrapper, phase, config["training"][phase])
@@ -142,7 +145,7 @@ def _wrapper(
     base_config: PretrainedConfig, dtype: torch.dtype, recursive: Mapping[str, Any]
 ) -> ChunkRefineWrapper:
     base = AutoModelForCausalLM.from_config(base_config, dtype=dtype).eval()
-    install_fast_kda(base)
+    kda.install_fast_kda(base)
     return ChunkRefineWrapper(base, RecursiveConfig.from_dict(recursive)).eval()
 
 
@@ -157,7 +160,8 @@ def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dic
 def _training(
     wrapper: ChunkRefineWrapper, phase: str, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """An optimizer step, the longest for memory; FLOPs are the mean over where its chunk lies."""
+    """An optimizer step on the last chunk of its windows, which needs most; FLOPs are the mean over
+    all chunks, before which half as much text lies."""
     groups = parameter_groups(wrapper, phase, settings, seed=0)
     trainable = [p for members in groups.values() for p in members.values()]
     objective = build_objective(wrapper, settings["num_steps"], settings, seed=0)
@@ -165,17 +169,17 @@ def _training(
     windows = torch.zeros(settings["batch_size"], context + 1, dtype=torch.long)
     with _disable_current_modes():
         generator = torch.Generator()
-    rate = wrapper.config.corruption_rate
-    steps = []
-    for start in sorted({0, context - width}):
-        draw = Draw(start, rate, settings.get("scheduled_sampling", 0.0), generator)
-        with mock.patch.object(objective, "draw", lambda *_a, draw=draw: draw):
-            steps.append(_measure(wrapper, lambda: objective(windows, 0)[0].backward()))
-        objective.zero_grad(set_to_none=True)
+    start = context - width
+    draw = Draw(start, wrapper.config.corruption_rate, 0.0, generator)
+    with mock.patch.object(objective, "draw", lambda *_: draw):
+        step = _measure(wrapper, lambda: objective(windows, 0)[0].backward())
+    objective.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        prefix = count_flops(lambda: wrapper.encode(windows[:, :start], wrapper.new_cache()))
     optimizer = 2 * _bytes(trainable)
     return {
-        "flops": sum(step["flops"] for step in steps) / len(steps),
-        "peak_bytes": steps[-1]["peak_bytes"],
+        "flops": step["flops"] - prefix / 2,
+        "peak_bytes": step["peak_bytes"],
         "tokens": settings["batch_size"] * width,
         "num_trainable": sum(p.numel() for p in trainable),
         "weight_bytes": _bytes(wrapper.parameters()),
@@ -198,6 +202,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _fake(dtype: torch.dtype) -> Iterator[None]:
     """Tensors without storage, and what in the code does not work on them taken out of the way."""
     with ExitStack() as stack:
+        stack.callback(kda._plan.cache_clear)  # constants made in here are fake
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # Moving to a device or thread is nothing here, and fails on a fake parameter.
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *_a, **_k: self))
