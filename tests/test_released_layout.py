@@ -1,5 +1,5 @@
-"""A folder laid out as the released Kimi-Linear checkpoint is, at a tiny size: its config format, the
-names and shards of its weights, code for model and tokenizer beside them."""
+"""A folder laid out as the released Kimi-Linear checkpoint is, at a tiny size: the format of its
+config, the names and shards of its weights, code for model and tokenizer beside them."""
 
 import json
 
