@@ -20,6 +20,7 @@ from kimi_recursive.config import (
 from kimi_recursive.hub_cli import upload
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
 from kimi_recursive.matrix import ARMS, MAX_SEED, PHASES, STAGES
+from kimi_recursive.plan_cli import plan
 from kimi_recursive.records.cli import app as log
 from kimi_recursive.track_b.cli import app as track_b
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(track_b, name="track-b")
 app.add_typer(log, name="log")
 app.command()(upload)
+app.command()(plan)
 
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
 
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.model import ChunkRefineWrapper
 
 
-def count_flops(base: PreTrainedModel, call: Callable[[], Any]) -> int:
-    """FLOPs of what `call` runs, 2 for each multiply-add; elementwise work is not counted.
+def flop_counter() -> FlopCounterMode:
+    """Torch's, and the grouped product of experts, which it does not count: 2 a multiply-add."""
 
-    Experts run one by one meanwhile: torch counts nothing for the grouped product that transformers
-    uses otherwise.
-    """
-    before = getattr(base.config, "_experts_implementation", None)
-    if before is not None:
-        base.set_experts_implementation("eager")
-    try:
-        with FlopCounterMode(display=False) as counter:
-            call()
-    finally:
-        if before is not None:
-            base.set_experts_implementation(before)
+    def grouped(a, b, *_args, **_kwargs) -> int:
+        return 2 * math.prod(a) * b[-1]
+
+    def grouped_backward(a, b, *_args, **_kwargs) -> int:
+        return 2 * grouped(a, b)
+
+    ops = torch.ops.transformers
+    formulas = {
+        torch.ops.aten._grouped_mm: grouped,
+        ops.grouped_mm_fallback: grouped,
+        ops.grouped_mm_fallback_backward: grouped_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """FLOPs of what `call` runs, 2 for each multiply-add; elementwise work is not counted."""
+    with flop_counter() as counter:
+        call()
     return counter.get_total_flops()
 
 
@@ -49,9 +57,7 @@ def cumulative_training_flops(
         drawn = objective.draw(windows.shape[1] - 1, step)
         kind = (drawn.start, drawn.clean)
         if kind not in per_kind:
-            per_kind[kind] = count_flops(
-                objective.wrapper.base, lambda s=step: objective(windows[:1], s)[0].backward()
-            )
+            per_kind[kind] = count_flops(lambda s=step: objective(windows[:1], s)[0].backward())
         total += per_kind[kind] * len(windows)
         cumulative.append(total)
     objective.zero_grad(set_to_none=True)
@@ -79,7 +85,7 @@ def forward_flops_per_token(wrapper: ChunkRefineWrapper, input_ids: torch.Tensor
         for chunk in wrapper.chunks(input_ids):
             wrapper.last_step(chunk)
 
-    flops = count_flops(wrapper.base, refine_all)
+    flops = count_flops(refine_all)
     if wrapper.active and wrapper.config.single_pass:
-        flops -= count_flops(wrapper.base, lambda: list(wrapper.chunks(input_ids)))
+        flops -= count_flops(lambda: list(wrapper.chunks(input_ids)))
     return flops / input_ids.numel()

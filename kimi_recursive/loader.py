@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kimi_recursive.config import (
     CONFIG_NAME,
@@ -66,6 +67,8 @@ def load_base(
     Args:
         path: Local directory, or a Hub id (with a pinned `revision`).
         dtype: A torch dtype by name, or `auto` for the checkpoint's own.
+        trust_remote_code: Run code that comes with the checkpoint, where transformers has no class
+            of its own for the model.
 
     Raises:
         ValueError: nothing there, no decoder, or damaged weights.
@@ -77,8 +80,10 @@ def load_base(
         raise ValueError(f"dtype must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}")
     _check_safetensors(Path(where))
     try:
+        config, _ = PretrainedConfig.get_config_dict(where, revision=revision)
+        known = config.get("model_type") in CONFIG_MAPPING
         model = AutoModelForCausalLM.from_pretrained(
-            where, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+            where, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code and not known
         )
     except (OSError, ValueError, SafetensorError, HTTPError) as error:
         raise ValueError(f"{where}: cannot be loaded as a decoder: {_first_line(error)}") from error

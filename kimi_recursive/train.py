@@ -103,7 +103,7 @@ def train_phase(
     wrapper, tokenizer, _ = load_model_with_config(
         parent_dir, config=config, device=accelerator.device, seed=seed, **load_options
     )
-    groups = _parameter_groups(wrapper, phase, settings, seed)
+    groups = parameter_groups(wrapper, phase, settings, seed)
     trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
     optimizer = _optimizer(groups, settings)
     context = settings["context_length"]
@@ -126,7 +126,7 @@ def train_phase(
         return {f"validation_loss_step_{t}": float(x) for t, x in enumerate(by_step)}
 
     num_steps, training_flops = _steps_and_flops(arm, settings, wrapper, reference, seed, batch(0))
-    objective = _objective(wrapper, num_steps, settings, seed)
+    objective = build_objective(wrapper, num_steps, settings, seed)
     objective, optimizer = accelerator.prepare(objective, optimizer)
 
     base_path, revision = base_of(parent_dir), load_options.get("revision")
@@ -280,7 +280,7 @@ def _sidecar_digests(parent_dir: str | Path) -> dict[str, str]:
     return {str(path.relative_to(parent)): file_digest(path) for path in files}
 
 
-def _parameter_groups(
+def parameter_groups(
     wrapper: ChunkRefineWrapper, phase: str, settings: Mapping[str, Any], seed: int
 ) -> Groups:
     """Parameters by group (`sidecar`, `heads`, `lora`, `layers`) and name; puts into the base what
@@ -331,7 +331,7 @@ def _optimizer(groups: Groups, settings: Mapping[str, Any]) -> torch.optim.Optim
     )
 
 
-def _objective(
+def build_objective(
     wrapper: ChunkRefineWrapper, num_steps: int, settings: Mapping[str, Any], seed: int
 ) -> DraftRepair:
     return DraftRepair(
@@ -362,15 +362,15 @@ def _steps_and_flops(
     if arm == "vanilla_flops":
         recursive = build_wrapper(wrapper.base, reference)
         recursive.adapter = wrapper.adapter
-        twin = _objective(recursive, num_steps, settings, seed)
+        twin = build_objective(recursive, num_steps, settings, seed)
         budget = cumulative_training_flops(twin, windows, num_steps)[-1]
         # One pass of this arm costs no less than one of the recursive arm's.
         most = num_steps * (2 + reference.max_inner_steps)
         own = cumulative_training_flops(
-            _objective(wrapper, num_steps, settings, seed), windows, most
+            build_objective(wrapper, num_steps, settings, seed), windows, most
         )
         num_steps = steps_for_flops(own, budget)
-    objective = _objective(wrapper, num_steps, settings, seed)
+    objective = build_objective(wrapper, num_steps, settings, seed)
     return num_steps, cumulative_training_flops(objective, windows, num_steps)[-1]
 
 

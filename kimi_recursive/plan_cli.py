@@ -1,0 +1,88 @@
+"""`kimi-recursive plan`: what a matrix will need, before it is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+GIB = 2**30
+
+
+def plan(
+    config: Annotated[
+        Path | None, typer.Option(help="Keys that differ from config/config.yaml.")
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80.0,
+    tflops: Annotated[
+        float, typer.Option(help="Peak TFLOP/s of one GPU, dense, in the base's dtype.")
+    ] = 989.0,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the peak that is reached. An assumption: measure yours.")
+    ] = 0.3,
+    as_json: Annotated[bool, typer.Option("--json", help="Every number, in bytes and FLOPs.")] = (
+        False
+    ),
+) -> None:
+    """Parameters, memory, GPUs, tokens per second and disk of every phase, without weights.
+
+    The real code runs on tensors without storage. Layers are meant to be spread over the GPUs
+    (device_map), of which one computes at a time.
+    """
+    for name, value in {"--gpu-memory": gpu_memory, "--tflops": tflops, "--mfu": mfu}.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}: must be above 0, got {value}")
+    if config is not None and not config.is_file():
+        raise ValueError(f"{config}: no such file (--config)")
+    from kimi_recursive.jobs import quiet_libraries
+    from kimi_recursive.settings import read_config
+
+    quiet_libraries()
+    paths = [Path("config/config.yaml"), *([config] if config else [])]
+    settings = read_config(paths, Path("workflow/schemas/config.schema.yaml"))
+    from kimi_recursive.plan import plan
+
+    found = plan(settings)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        typer.echo(plan_text(found, gpu_memory * GIB, tflops * 1e12 * mfu))
+
+
+def plan_text(found: dict[str, Any], gpu_bytes: float, flops_per_second: float) -> str:
+    """A table of at most 100 columns."""
+    from kimi_recursive.plan import gpus_needed
+
+    sizes = found["num_parameters"]
+    lines = [
+        f"base {_count(sizes['base'])} parameters in {found['dtype']}, "
+        f"sidecar {_count(sizes['sidecar'])} in float32",
+        "",
+        "             trained  weights  optimizer  activations   total  GPUs  GFLOP    tokens"
+        "  checkpoint",
+        "                         GiB        GiB    + grad GiB     GiB        /token       /s"
+        "         GiB",
+    ]
+    for name, run in found["runs"].items():
+        parts = [run[f"{part}_bytes"] / GIB for part in ("weight", "optimizer", "peak")]
+        per_token = run["flops"] / run["tokens"]
+        lines.append(
+            f"{name if name == 'evaluation' else f'phase {name}':<12}"
+            f"{_count(run['num_trainable']):>8}{parts[0]:>9.2f}{parts[1]:>11.2f}{parts[2]:>13.2f}"
+            f"{sum(parts):>8.2f}{gpus_needed(run, gpu_bytes):>6}{per_token / 1e9:>7.3g}"
+            f"{flops_per_second / per_token:>10.0f}{run['checkpoint_bytes'] / GIB:>12.3f}"
+        )
+    lines.append(
+        f"(GPUs of {gpu_bytes / GIB:g} GiB, 90 % of it used; tokens/s at "
+        f"{flops_per_second / 1e12:g} TFLOP/s, which is an assumption)"
+    )
+    return "\n".join(lines)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)
