@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from kimi_recursive import load_model_with_config
 from kimi_recursive.adapter import Adapter, lora_config
 from kimi_recursive.loader import load_base
-from kimi_recursive.train import _parameter_groups, train_phase
+from kimi_recursive.train import parameter_groups, train_phase
 
 SETTINGS = {
     "a": PHASE,
@@ -179,4 +179,4 @@ def test_phase_c_needs_a_base_in_float32():
     wrapper.adapter = Adapter(wrapper)
     wrapper.adapter.add_lora(lora_config(wrapper, **LORA), seed=0)
     with pytest.raises(ValueError, match=r"this base is torch.bfloat16: set its dtype"):
-        _parameter_groups(wrapper, "c", SETTINGS["c"], 0)
+        parameter_groups(wrapper, "c", SETTINGS["c"], 0)
