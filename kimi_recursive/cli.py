@@ -295,8 +295,8 @@ def run_experiment(
     if phase == "c":
         settings |= {"unfreeze_every": unfreeze_every, "l2_pull": l2_pull}
     quiet_libraries()
-    from kimi_recursive.loader import local_model
     from kimi_recursive.distributed import is_main
+    from kimi_recursive.loader import local_model
     from kimi_recursive.run_experiment import run_experiment
 
     model_path, revision = local_model(model_path, revision)
