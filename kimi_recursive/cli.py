@@ -295,6 +295,7 @@ def run_experiment(
     if phase == "c":
         settings |= {"unfreeze_every": unfreeze_every, "l2_pull": l2_pull}
     quiet_libraries()
+    from kimi_recursive.distributed import is_main
     from kimi_recursive.loader import local_model
     from kimi_recursive.run_experiment import run_experiment
 
@@ -321,6 +322,8 @@ def run_experiment(
             dtype=dtype,
             **options,
         )
+    if not is_main():  # of the processes that torchrun started
+        return
     results = read_json_object(directory / "experiment_metadata.json")["final_results"]
     for name, value in results.items():
         if isinstance(value, int | float):

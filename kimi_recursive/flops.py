@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
 
+from kimi_recursive import distributed
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.model import ChunkRefineWrapper
 
@@ -49,7 +50,7 @@ def cumulative_training_flops(
     as large as the batch.
 
     Args:
-        windows: A batch as in training [B, T + 1].
+        windows: This process's share of a batch as in training [B, T + 1].
     """
     per_kind: dict[tuple[int, bool], int] = {}
     total, cumulative = 0, []
@@ -58,7 +59,7 @@ def cumulative_training_flops(
         kind = (drawn.start, drawn.clean)
         if kind not in per_kind:
             per_kind[kind] = count_flops(lambda s=step: objective(windows[:1], s)[0].backward())
-        total += per_kind[kind] * len(windows)
+        total += per_kind[kind] * len(windows) * distributed.num_processes()
         cumulative.append(total)
     objective.zero_grad(set_to_none=True)
     return cumulative

@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from kimi_recursive import distributed
 from kimi_recursive.checkpoint import MODEL_DIR, Checkpoint, WorkDirectory
 from kimi_recursive.experiment import ExperimentTracker
 
@@ -152,7 +153,8 @@ def train_loop(
         nonlocal best_metric, best_step
         metrics = validate(step)
         measured = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        tqdm.write(f"{description}: step {step}: {measured}", file=sys.stderr)
+        if distributed.is_main():
+            tqdm.write(f"{description}: step {step}: {measured}", file=sys.stderr)
         if not math.isfinite(metrics[watch]):
             message = f"{description}: {watch} is {metrics[watch]} at step {step}"
             raise Diverged(message, step)
@@ -164,6 +166,11 @@ def train_loop(
         return better
 
     def save() -> None:
+        if distributed.is_main():
+            write()
+        distributed.wait_for_all()
+
+    def write() -> None:
         work.save(
             Checkpoint(
                 step,
@@ -198,15 +205,23 @@ def train_loop(
     total = rows[-1].get(counted) or 0
     total_here = 0
     bar = tqdm(
-        total=settings.num_steps, initial=step, desc=description, unit="step", mininterval=2.0
+        total=settings.num_steps,
+        initial=step,
+        desc=description,
+        unit="step",
+        mininterval=2.0,
+        disable=not distributed.is_main(),
     )
     with stop_signals() as arrived, bar:
         while step < settings.num_steps:
             rates = learning_rates(optimizer)
             loss, parts = objective(batch(step), step)
             accelerator.backward(loss)
+            distributed.average_gradients(trainable.values())
             norm = float(accelerator.clip_grad_norm_(trainable.values(), settings.max_grad_norm))
-            loss_value = float(loss.detach())
+            number = parts.pop(counted)
+            measures = distributed.mean({"loss": loss, **parts})
+            loss_value = measures["loss"]
             if not (math.isfinite(loss_value) and math.isfinite(norm)):
                 raise Diverged(
                     f"{description}: loss {loss_value:.4g}, gradient norm {norm:.4g} at step "
@@ -219,13 +234,11 @@ def train_loop(
             step += 1
             if after_step is not None:
                 after_step()
-            number = parts.pop(counted)
             total, total_here = total + number, total_here + number
             rows.append(
                 {
                     "step": step,
-                    "loss": loss_value,
-                    **{k: float(v) for k, v in parts.items()},
+                    **measures,
                     **rates,
                     "grad_norm": norm,
                     counted: total,
@@ -238,13 +251,14 @@ def train_loop(
             if validated or step % settings.log_interval == 0:
                 tracker.save_metrics(step, rows[-1])
             bar.update()
-            stop = bool(arrived)
+            stop = distributed.anywhere(bool(arrived))
             if last or better or stop or step % settings.save_interval == 0:
                 save()
             if stop and not last:
                 tqdm.write(f"{description}: stopped at step {step}, to be resumed", sys.stderr)
                 raise Interrupted(step)
-    work.mark_best(best_step)
+    if distributed.is_main():
+        work.mark_best(best_step)
     read_model(work.folder(best_step) / MODEL_DIR)
     return LoopResult(pl.DataFrame(rows, infer_schema_length=None), best_step, best_metric)
 

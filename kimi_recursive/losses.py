@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kimi_recursive import distributed
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.model import ChunkRefineWrapper, ChunkState
 
@@ -59,7 +60,8 @@ def corrupt(
     """Make a draft of gold text.
 
     Args:
-        tokens: Gold [B, W + 1]: the W inputs and the last target.
+        tokens: Gold [B, W + 1]: the W inputs and the last target; of this process's rows, where
+            several train.
         predicted: The base's own greedy prediction of each slot [B, W].
         rate: Share of the editable inputs that are replaced.
         own_share: Share of the replacements that are the base's prediction; the rest are random.
@@ -68,16 +70,18 @@ def corrupt(
             sampling in one parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
     """
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
-    batch, width = inputs.shape
+    width, batch = inputs.shape[1], len(inputs) * distributed.num_processes()
+    rows = distributed.share(batch)
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(tokens.device)
+        return torch.rand(*shape, generator=generator)[rows].to(tokens.device)
 
     committed = (rand(batch, 1) * width).long()  # 0..W-1: at least one slot is editable
     editable = torch.arange(width, device=tokens.device) >= committed
     replace = (rand(batch, width) < rate) & editable
     own = rand(batch, width) < own_share
-    noise = torch.randint(vocab_size, (batch, width), generator=generator).to(tokens.device)
+    noise = torch.randint(vocab_size, (batch, width), generator=generator)[rows]
+    noise = noise.to(tokens.device)
     replacement = torch.where(own, predicted, noise)
     if sampling:
         sampled = (rand(batch, width) < sampling) & editable & ~replace
@@ -95,8 +99,10 @@ def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the masked values of the whole batch: its mean over processes is theirs."""
     mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    count = distributed.total(mask.sum()).clamp(min=1) / distributed.num_processes()
+    return (values * mask).sum() / count
 
 
 @dataclass
@@ -204,7 +210,8 @@ class DraftRepair(nn.Module):
         total = sum(weights[name] * loss for name, loss in losses.items())
         parts = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         schedule = {"corruption_rate": drawn.rate, "sampling_rate": drawn.sampling}
-        return total, parts | schedule | {"tokens": draft.targets.numel()}
+        num_tokens = draft.targets.numel() * distributed.num_processes()
+        return total, parts | schedule | {"tokens": num_tokens}
 
     def distance(self) -> Tensor:
         """Half the squared distance of the unfrozen layers to their pretrained weights (elastic

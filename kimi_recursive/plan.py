@@ -198,11 +198,18 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _few_blocks(q: Tensor, masks: Tensor, blocks: Any = kda._Scores.blocks) -> list[slice]:
+    """At most 8 blocks: the thousands that fit a cache at 48B take minutes to pass through."""
+    step = max(blocks(q, masks)[0].stop, math.ceil(len(q) / 8))
+    return [slice(start, start + step) for start in range(0, len(q), step)]
+
+
 @contextmanager
 def _fake(dtype: torch.dtype) -> Iterator[None]:
     """Tensors without storage, and what in the code does not work on them taken out of the way."""
     with ExitStack() as stack:
         stack.callback(kda._plan.cache_clear)  # constants made in here are fake
+        stack.enter_context(mock.patch.object(kda._Scores, "blocks", _few_blocks))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # Moving to a device or thread is nothing here, and fails on a fake parameter.
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *_a, **_k: self))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kimi_recursive import distributed
 from kimi_recursive.checkpoint import (
     NUM_KEPT,
     WorkDirectory,
@@ -94,6 +96,10 @@ def train_phase(
         refuse_others: Raise where `work_dir` holds another computation, instead of starting afresh.
         load_options: Passed on to `load_model_with_config`.
 
+    Several processes (`torchrun`) share every batch; the first one writes.
+
+    Returns: the summary, in the first process.
+
     Raises:
         ValueError: bad settings or inputs, or a diverged run.
     """
@@ -112,22 +118,25 @@ def train_phase(
     sampler = WindowSampler(train, context + 1, settings["batch_size"], seed)
     windows = validation_windows(tokens_dir, context, settings["num_validation_windows"])
 
+    rows = distributed.share(settings["batch_size"])
+
     def batch(step: int) -> Tensor:
-        return torch.from_numpy(sampler.batch(step)).to(accelerator.device)
+        return torch.from_numpy(sampler.batch(step)[rows]).to(accelerator.device)
 
     def validate(step: int, tracker: ExperimentTracker) -> dict[str, float]:
         wrapper.eval()
         by_step = losses_by_step(wrapper, windows, settings["batch_size"])
         if fresh and step == 0 and len(set(by_step)) > 1:
             raise ValueError(f"untrained cells change the loss, by inner step: {by_step}")
-        if tokenizer is not None:
+        if tokenizer is not None and distributed.is_main():
             _sample(wrapper, tokenizer, windows[0], step, tracker)
         wrapper.train()
         return {f"validation_loss_step_{t}": float(x) for t, x in enumerate(by_step)}
 
     num_steps, training_flops = _steps_and_flops(arm, settings, wrapper, reference, seed, batch(0))
     objective = build_objective(wrapper, num_steps, settings, seed)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    objective = accelerator.prepare_model(objective, evaluation_mode=True)  # the loop averages
+    optimizer = accelerator.prepare(optimizer)
 
     base_path, revision = base_of(parent_dir), load_options.get("revision")
     if not fresh or (Path(parent_dir) / SIDECAR_NAME).is_file():
@@ -151,19 +160,18 @@ def train_phase(
     }
     torch.manual_seed(seed)
     wrapper.train()
-    with (
-        WorkDirectory(work_dir, fingerprint, num_kept, refuse_others) as work,
-        ExperimentTracker(
-            work_dir,
-            name,
-            description,
-            config,
-            {"phase": phase, "arm": arm, "seed": seed, "total_steps": num_steps, **settings},
-            {"model_path": parent_dir, "base": base_path, "tokens": tokens_dir}
-            | {"recursive_config": Path(parent_dir) / CONFIG_NAME}
-            | (inputs or {}),
-        ) as tracker,
-    ):
+    work = WorkDirectory(work_dir, fingerprint, num_kept, refuse_others)
+    with ExitStack() as stack:
+        tracker = distributed.Silent()
+        if distributed.is_main():
+            stack.enter_context(work)
+            params = {"phase": phase, "arm": arm, "seed": seed, "total_steps": num_steps}
+            paths = {"model_path": parent_dir, "base": base_path, "tokens": tokens_dir}
+            paths |= {"recursive_config": Path(parent_dir) / CONFIG_NAME, **(inputs or {})}
+            tracker = stack.enter_context(
+                ExperimentTracker(work_dir, name, description, config, params | settings, paths)
+            )
+        distributed.wait_for_all()
         result = train_loop(
             objective=objective,
             trainable=trainable,
@@ -182,6 +190,9 @@ def train_phase(
             write_model=write_model,
             read_model=lambda folder: load_sidecar(wrapper, folder),
         )
+        if not distributed.is_main():
+            distributed.wait_for_all()
+            return {}
         with publishing(output_dir) as folder:
             write_model(folder)
         write_parquet(logs_path, result.logs)
@@ -209,6 +220,7 @@ def train_phase(
         results = ("training_flops", "training_tokens", "num_trainable_parameters", "best_step",
                    "best_validation_loss", "validation")  # fmt: skip
         tracker.finish({key: summary[key] for key in results})
+    distributed.wait_for_all()
     return summary
 
 

@@ -1,0 +1,104 @@
+"""Training with two processes gives what one gives, writes once, goes on with another number."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from runs import PHASE
+from safetensors.torch import load_file
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from kimi_recursive.train import train_phase
+
+spec = json.loads(sys.argv[1])
+folder = Path(spec["folder"])
+train_phase(
+    spec["phase"], spec["settings"], 0, spec["parent"], Path(spec["tokens"]),
+    folder / "sidecar", folder / "logs.parquet", folder / "summary.json", folder / "work",
+)
+"""
+
+
+def train(folder, surgery_dir, tokens_dir, num_processes, phase="a", parent=None, **changes):
+    spec = {
+        "folder": str(folder), "phase": phase, "parent": str(parent or surgery_dir),
+        "tokens": str(tokens_dir), "settings": {**PHASE, "own_draft_share": 0.7, **changes},
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "run.py").write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, *(launch if num_processes > 1 else [])]
+    root = str(Path(__file__).parents[1])
+    return subprocess.run(
+        [*command, str(folder / "run.py"), json.dumps(spec)],
+        env={**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def near(one, other, tolerance=2e-5):
+    """Weights, losses, and what is counted."""
+    a, b = (load_file(f / "sidecar/sidecar.safetensors") for f in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=tolerance)
+    logs = [pl.read_parquet(f / "logs.parquet").drop("tokens_per_second") for f in (one, other)]
+    assert logs[0].columns == logs[1].columns and logs[0]["step"].equals(logs[1]["step"])
+    for name in logs[0].columns:
+        x, y = (log[name].drop_nulls().to_numpy() for log in logs)
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-5), name
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
+    for key in ("training_flops", "training_tokens", "num_trainable_parameters", "best_step"):
+        assert summaries[0][key] == summaries[1][key], key
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, surgery_dir, tokens_dir):
+    folder = tmp_path_factory.mktemp("single")
+    done = train(folder, surgery_dir, tokens_dir, 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_two_processes_give_the_result_of_one_and_write_once(
+    single, tmp_path, surgery_dir, tokens_dir
+):
+    done = train(tmp_path / "two", surgery_dir, tokens_dir, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    near(single, tmp_path / "two")
+    names = [
+        sorted(p.name for p in (f / "work").rglob("step_*")) for f in (single, tmp_path / "two")
+    ]
+    assert names[0] == names[1]
+    assert done.stderr.count("step 6: validation_loss_step_0") == 1
+    metadata = json.loads((tmp_path / "two/work/experiment_metadata.json").read_text())
+    assert metadata["status"] == "completed"
+
+
+def test_a_run_goes_on_with_another_number_of_processes(single, tmp_path, surgery_dir, tokens_dir):
+    folder = tmp_path / "resumed"
+    assert train(folder, surgery_dir, tokens_dir, 2).returncode == 0
+    checkpoints = folder / "work/checkpoints"
+    last = sorted(checkpoints.glob("step_*"))[-1]
+    assert last.name == "step_000006"
+    for path in sorted(last.rglob("*"), reverse=True):  # as if it had been stopped before the end
+        path.unlink() if path.is_file() else path.rmdir()
+    last.rmdir()
+    done = train(folder, surgery_dir, tokens_dir, 1)
+    assert done.returncode == 0 and "resumed at step 4" in done.stderr, done.stderr[-3000:]
+    near(single, folder)
+
+
+def test_rows_that_cannot_be_shared_are_one_line(tmp_path, surgery_dir, tokens_dir):
+    done = train(tmp_path / "odd", surgery_dir, tokens_dir, 2, batch_size=3)
+    assert done.returncode != 0
+    assert "batch_size (3) must be a multiple of the 2 processes" in done.stderr
