@@ -23,7 +23,7 @@ all: env config
 	@! test -f results/track_b/summary.txt || { echo; cat results/track_b/summary.txt; }
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow -s tests/slow
