@@ -92,12 +92,11 @@ SMALL = {
 }
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_itemcollected(item) -> None:
     """What shares a fixture stays on one of the processes that `make test` runs: a file, and all
     that needs the finished project."""
-    for item in items:
-        group = "project" if "project" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    group = "project" if "project" in item.fixturenames else item.path.name
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def make_base(kind: str, seed: int = 0) -> PreTrainedModel:
