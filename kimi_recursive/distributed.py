@@ -3,12 +3,20 @@
 The result is that of one process on the same batches, but for the order of sums: draws are made for
 the whole batch, masked means count over all shares, and gradients are averaged. With one process
 everything here does nothing. `torchrun` or `accelerate launch` starts the processes, accelerate
-connects them.
+connects them; `launch` does for a job of the workflow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,3 +107,70 @@ class Silent:
 
     def __getattr__(self, _name: str) -> Any:
         return lambda *_args, **_kwargs: None
+
+
+def launch(function: Callable[..., Any], processes: int, *args: Any, **kwargs: Any) -> None:
+    """Call a function of a module in so many processes; with one, here.
+
+    Signals to stop are passed on. What the processes print is printed here.
+
+    Raises:
+        ValueError: a user error in the first process.
+        Interrupted: they stopped to be resumed.
+        RuntimeError: one of them failed otherwise.
+    """
+    if processes == 1:
+        function(*args, **kwargs)
+        return
+    from kimi_recursive.loop import Interrupted, stop_signals
+
+    with tempfile.TemporaryDirectory() as scratch, stop_signals() as arrived:
+        call, outcome = Path(scratch) / "call.pickle", Path(scratch) / "outcome.json"
+        call.write_bytes(pickle.dumps((function, args, kwargs)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}", "-m", __name__, str(call), str(outcome)]
+        running = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        printer = threading.Thread(target=_print_lines, args=(running.stdout,))
+        printer.start()
+        told = 0
+        while running.poll() is None:
+            time.sleep(0.1)
+            for number in arrived[told:]:
+                running.send_signal(number)
+                told += 1
+        printer.join()
+        found = json.loads(outcome.read_text()) if outcome.is_file() else {}
+    if "error" in found:
+        raise ValueError(found["error"])
+    if "step" in found:
+        raise Interrupted(found["step"])
+    if running.returncode:
+        raise RuntimeError(f"a training process ended with exit code {running.returncode}")
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, end="", file=sys.stderr, flush=True)
+
+
+def _run(call: str, outcome: str) -> None:
+    """One of the processes of `launch`."""
+    from kimi_recursive.loop import Interrupted
+
+    function, args, kwargs = pickle.loads(Path(call).read_bytes())
+    found: dict[str, Any] = {}
+    try:
+        function(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        found = {"error": str(error)}
+    except Interrupted as stopped:
+        found = {"step": stopped.step}
+    if found and is_main():
+        Path(outcome).write_text(json.dumps(found))
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    _run(*sys.argv[1:])

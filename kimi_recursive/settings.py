@@ -142,6 +142,11 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{where}: {e}" for e in RecursiveConfig(**merged).validate())
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
+        if settings["batch_size"] % config["resources"]["gpus_per_run"]:
+            yield (
+                f"training.{phase}.batch_size: must be a multiple of resources.gpus_per_run "
+                f"({config['resources']['gpus_per_run']}), got {settings['batch_size']}"
+            )
         if settings["context_length"] % width:
             yield (
                 f"training.{phase}.context_length: must be a multiple of recursive.chunk_width "

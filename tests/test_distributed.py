@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from accelerate import Accelerator
+from project import TINY
 from runs import PHASE
 from safetensors.torch import load_file
+
+from kimi_recursive import distributed
+
+ROOT = str(Path(__file__).parents[1])
 
 SCRIPT = """
 import json, sys
@@ -35,10 +42,9 @@ def train(folder, surgery_dir, tokens_dir, num_processes, phase="a", parent=None
     (folder / "run.py").write_text(SCRIPT)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     command = [sys.executable, *(launch if num_processes > 1 else [])]
-    root = str(Path(__file__).parents[1])
     return subprocess.run(
         [*command, str(folder / "run.py"), json.dumps(spec)],
-        env={**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
@@ -102,3 +108,46 @@ def test_rows_that_cannot_be_shared_are_one_line(tmp_path, surgery_dir, tokens_d
     done = train(tmp_path / "odd", surgery_dir, tokens_dir, 2, batch_size=3)
     assert done.returncode != 0
     assert "batch_size (3) must be a multiple of the 2 processes" in done.stderr
+
+
+def fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def meet(path: str) -> None:
+    Accelerator()
+    distributed.wait_for_all()
+    Path(f"{path}.{distributed.is_main()}").write_text(str(distributed.num_processes()))
+
+
+def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((ROOT, f"{ROOT}/tests")))
+    distributed.launch(meet, 2, str(tmp_path / "seen"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "seen.True": "2", "seen.False": "2"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="what the user did"):
+        distributed.launch(fail, 2, "what the user did")
+    with pytest.raises(ValueError, match="here"):
+        distributed.launch(fail, 1, "here")
+
+
+@pytest.mark.workflow
+def test_the_workflow_trains_with_as_many_processes_as_the_config_says(copy):
+    run = copy.folder / "results/runs/vanilla_a_s0"
+    before = load_file(run / "sidecar/sidecar.safetensors")
+    shutil.rmtree(run / "work")
+    copy.write({**TINY, "resources": {"gpus_per_run": 2}})
+    assert copy.planned("all") == []
+    done = copy.snakemake("--force", "results/runs/vanilla_a_s0/train_summary.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = load_file(run / "sidecar/sidecar.safetensors")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=2e-5)
+    assert (
+        "validation_loss" in (copy.folder / "results/logs/train_phase/vanilla_a_s0.log").read_text()
+    )
+    copy.write({**TINY, "resources": {"gpus_per_run": 3}})
+    done = copy.snakemake("--dry-run", "all")
+    assert done.returncode == 2
+    assert "batch_size: must be a multiple of resources.gpus_per_run (3), got 2" in done.stderr

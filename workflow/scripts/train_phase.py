@@ -4,10 +4,13 @@ from kimi_recursive.jobs import job
 
 with job(snakemake):
     from kimi_recursive.compare import require_zero_init
+    from kimi_recursive.distributed import launch
     from kimi_recursive.train import train_phase
 
     require_zero_init(snakemake.input.proof)
-    train_phase(
+    launch(
+        train_phase,
+        snakemake.config["resources"]["gpus_per_run"],
         snakemake.params.phase,
         snakemake.params.settings,
         snakemake.params.seed,
