@@ -45,6 +45,8 @@ if config["track_b"]["enabled"]:
             priority: 20  # everything else of Track-B waits for it
             conda:
                 "../environment.yml"
+            resources:
+                gpu=1,
             params:
                 teacher=config["track_b"]["teacher"],
                 numerics=NUMERICS_VERSION,
@@ -113,6 +115,8 @@ if config["track_b"]["enabled"]:
         priority: 10
         conda:
             "../environment.yml"
+        resources:
+            gpu=1,
         params:
             settings=lambda wildcards: STUDENTS[wildcards.student][0],
             seed=lambda wildcards: STUDENTS[wildcards.student][1],

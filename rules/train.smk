@@ -13,6 +13,8 @@ rule train_phase:
     priority: 10  # the long jobs first, so that the short ones fill the gaps
     conda:
         "../environment.yml"
+    resources:
+        gpu=1,
     params:
         arm=lambda wildcards: TRAININGS[wildcards.key].arm,
         phase=lambda wildcards: TRAININGS[wildcards.key].phase,
