@@ -1,6 +1,7 @@
-# make all      environment, then the whole matrix      (CORES=8 CONFIG=config/other.yaml)
+# make all      environment, then the whole matrix      (CORES=8 CONFIG=config/other.yaml GPUS=1)
 # make test     environment, then the tests
 # make test-slow   training killed a hundred times, minutes
+# make test-slurm  the matrix on a private Slurm, minutes; installs Slurm where it may (Debian, root)
 # make env      the environment alone, in .venv
 # make lint     ruff, snakefmt, snakemake --lint
 # make summarize   results/summary.* from what is there, without training
@@ -13,9 +14,11 @@ CORES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(CORES)
+SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(CORES) \
+	$(if $(GPUS),--resources gpu=$(GPUS))
+SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 
-.PHONY: all test test-slow env lint dry-run summarize report unlock clean config
+.PHONY: all test test-slow test-slurm env lint dry-run summarize report unlock clean config
 
 all: env config
 	$(SNAKEMAKE) all
@@ -27,6 +30,15 @@ test: env
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow -s tests/slow
+
+test-slurm: env
+	$(BIN)/python -m pip install --quiet -e '.[slurm]'
+	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null \
+		|| { test "$$(id -u)" = 0 && apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive \
+				apt-get install -y -qq --no-install-recommends $(SLURM); } \
+		|| echo 'Slurm cannot be installed here; as root: apt-get install $(SLURM)' >&2
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 env: $(STAMP)
 

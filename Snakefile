@@ -21,10 +21,13 @@ if config["track_b"]["enabled"]:
     include: "rules/track_b.smk"
 
 
+# Too light for a job of their own on a cluster.
 localrules:
     all,
     track_b,
+    compare_repeat,
     summarize,
+    plot_perplexity_by_step,
     summarize_track_b,
     report,
 

@@ -65,6 +65,8 @@ if SCRATCH:
             "results/logs/train_base.log",
         conda:
             "../environment.yml"
+        resources:
+            gpu=1,
         params:
             base={k: config["base"][k] for k in ("seed", "architecture", "training")},
             numerics=NUMERICS_VERSION,
@@ -80,6 +82,7 @@ else:
             model=directory("results/base/model"),
         log:
             "results/logs/fetch_base.log",
+        localrule: True  # in need of a network, which nodes of a cluster may not have
         conda:
             "../environment.yml"
         params:

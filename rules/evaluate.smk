@@ -16,6 +16,8 @@ rule evaluate:
         "results/logs/evaluate/{name}.log",
     conda:
         "../environment.yml"
+    resources:
+        gpu=1,
     params:
         stage=lambda wildcards: EVALUATIONS[wildcards.name].stage,
         evaluation=config["evaluation"],
@@ -55,6 +57,8 @@ rule compare_zero_init:
         "results/logs/compare_zero_init/{proof}.log",
     conda:
         "../environment.yml"
+    resources:
+        gpu=1,
     params:
         evaluation=config["evaluation"],
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},

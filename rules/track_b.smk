@@ -44,6 +44,8 @@ else:
         priority: 20  # everything else of Track-B waits for it
         conda:
             "../environment.yml"
+        resources:
+            gpu=1,
         params:
             teacher=config["track_b"]["teacher"],
             numerics=NUMERICS_VERSION,
@@ -116,6 +118,8 @@ rule train_student:
     priority: 10
     conda:
         "../environment.yml"
+    resources:
+        gpu=1,
     params:
         settings=lambda wildcards: STUDENTS[wildcards.student][0],
         seed=lambda wildcards: STUDENTS[wildcards.student][1],

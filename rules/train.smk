@@ -19,6 +19,8 @@ rule train_phase:
     priority: 10  # the long jobs first, so that the short ones fill the gaps
     conda:
         "../environment.yml"
+    resources:
+        gpu=config["resources"]["gpus_per_run"],
     params:
         arm=lambda wildcards: TRAININGS[wildcards.key].arm,
         phase=lambda wildcards: TRAININGS[wildcards.key].phase,

@@ -1,0 +1,275 @@
+"""The matrix through `profiles/slurm` on a private Slurm, while jobs are cut off in every way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import polars as pl
+import pytest
+from cluster import Cluster, missing_programs
+from project import SNAKEMAKE, TINY, Project
+from runs import same_run
+
+pytestmark = pytest.mark.slurm
+# Long enough to be cut off in the middle.
+STEPS = {"num_steps": 12, "eval_interval": 6, "save_interval": 1}
+CONFIG = {**TINY, "training": {k: {**v, **STEPS} for k, v in TINY["training"].items()}}
+PATIENCE = 300  # seconds
+# For a small test: look for finished jobs often, and start few at once.
+QUICK = ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1",
+         "--latency-wait", "5", "--jobs", "3"]  # fmt: skip
+CANCELLED, TOO_LARGE, LOST_NODE = "vanilla_a_s0", "recursive_a_s0", "vanilla_flops_a_s0"
+OUT_OF_TIME, PREEMPTED = "recursive_a_s0_repeat", "recursive_b_s0"
+# The lines of the profile that a site edits, and what they hold here.
+SITE = {
+    "gpu_mem_mb": f"(300 if wildcards.get('key') == '{TOO_LARGE}' and attempt == 1 else 32000)",
+    "gpu_minutes": f"(3 if wildcards.get('key') == '{OUT_OF_TIME}' and attempt == 1 else 240)",
+}
+
+
+class SlurmProject(Project):
+    """A project whose jobs go to a private cluster."""
+
+    def __init__(self, folder: Path, cluster: Cluster):
+        if not folder.exists():
+            folder.mkdir()
+            super().__init__(folder)
+        self.folder, self.cluster = folder, cluster
+        self.write(CONFIG)
+        profile = self.path("profiles/slurm/config.yaml")
+        text = profile.read_text()
+        for key, value in SITE.items():
+            text, found = re.subn(
+                rf"^  {key}: .*$", f'  {key}: "{value}"', text, flags=re.MULTILINE
+            )
+            assert found == 1
+        profile.write_text(text)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        command = [*SNAKEMAKE, "--configfile", "tiny.yaml", "--profile", "profiles/slurm", *QUICK]
+        with open(self.path("snakemake.log"), "a") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=self.folder,
+                env={**self.cluster.environment, "PYTHONPATH": str(self.folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        return self.process
+
+    def said(self) -> str:
+        return self.path("snakemake.log").read_text()
+
+    def job_name(self, key: str) -> str:
+        return f"rule_train_phase_wildcards_{key}"
+
+    def log_of(self, job: dict[str, str]) -> str:
+        return Path(job["StdOut"]).read_text()
+
+    def freeze(self, key: str) -> tuple[int, dict[str, str]]:
+        """Stop a training behind its first step; its process and its job."""
+        work = self.path(f"results/runs/{key}/work")
+        step = work / "checkpoints/step_000001"
+        self.cluster.wait_for(
+            lambda: step.exists() or self.process.poll() is not None, f"{key} to train", PATIENCE
+        )
+        assert step.exists(), self.said()[-4000:]
+        (pid,) = holders(work / "lock")
+        os.kill(pid, signal.SIGSTOP)
+        assert not self.path(f"results/runs/{key}/train_summary.json").exists(), "too late"
+        return pid, self.cluster.running(self.job_name(key))
+
+
+def holders(lock: Path) -> list[int]:
+    """Trainings that have a lock open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"train_phase" in (process / "cmdline").read_bytes():
+                opened = [link.readlink() for link in (process / "fd").iterdir()]
+                found += [int(process.name)] * (lock.resolve() in opened)
+    return found
+
+
+@pytest.fixture(scope="session")
+def cluster(request, tmp_path_factory):
+    if missing := missing_programs():
+        pytest.skip(f"Slurm is not installed here (no {', '.join(missing)}): make test-slurm")
+    if "slurm" not in request.config.option.markexpr:
+        pytest.skip("takes minutes: make test-slurm")
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def cancel(project: SlurmProject) -> None:
+    _, job = project.freeze(CANCELLED)
+    project.cluster.run("scancel", job["JobId"])
+
+
+def lose_node(project: SlurmProject) -> None:
+    """Drained, which lets the job go on; then down; then back, for the jobs of the others."""
+    cluster, name = project.cluster, project.job_name(LOST_NODE)
+    node = project.freeze(LOST_NODE)[1]["NodeList"]
+    cluster.set_node(node, "drain")
+    assert cluster.states(name) == ["RUNNING"]
+    cluster.set_node(node, "down")
+    cluster.wait_for(lambda: cluster.states(name) == ["PENDING"], "the job to wait")
+    cluster.set_node(node, "resume")
+
+
+def run_out_of_time(project: SlurmProject) -> None:
+    """The profile asks for a warning two minutes before the end of the three that it has; slurmctld
+    looks each 30 s, and sends it 30 to 60 s behind the start."""
+    pid, job = project.freeze(OUT_OF_TIME)
+    project.cluster.wait_for(
+        lambda: "Will exit after" in project.log_of(job), "a warning", PATIENCE
+    )
+    os.kill(pid, signal.SIGCONT)
+
+
+def preempt(project: SlurmProject) -> None:
+    _, job = project.freeze(PREEMPTED)
+    urgent = ("--partition", "urgent", "--exclusive", "--nodelist", job["NodeList"])
+    project.cluster.run("sbatch", *urgent, "--output", "/dev/null", "--wrap", "true")
+
+
+def run_locally(folder: Path) -> Project:
+    project = Project(folder)
+    project.write(CONFIG)
+    done = project.snakemake("--cores", "1", "all")  # the cluster has the other core
+    assert done.returncode == 0, done.stderr[-4000:]
+    return project
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory, cluster):
+    """The matrix on this machine, and at the same time on the cluster, where each of five trainings
+    is cut off in a way of its own."""
+    project = SlurmProject(tmp_path_factory.mktemp("matrix") / "project", cluster)
+    hurts = (cancel, lose_node, run_out_of_time, preempt)
+    process = project.start("all")
+    try:
+        with ThreadPoolExecutor() as pool:
+            local = pool.submit(run_locally, tmp_path_factory.mktemp("local"))
+            list(pool.map(lambda hurt: hurt(project), hurts))
+        assert process.wait(PATIENCE) == 0, project.said()[-4000:]
+    finally:
+        process.kill()
+        cluster.cancel_all()
+    return local.result(), project
+
+
+@pytest.fixture
+def local(both):
+    return both[0]
+
+
+@pytest.fixture
+def matrix(both):
+    return both[1]
+
+
+def test_the_matrix_equals_the_local_run(local, matrix):
+    for run in local.path("results/runs").iterdir():
+        same_run(run, matrix.path(f"results/runs/{run.name}"))
+    for path in local.path("results").glob("**/*"):
+        twin = matrix.folder / path.relative_to(local.folder)
+        if path.name.endswith("_documents.parquet"):
+            assert pl.read_parquet(path).equals(pl.read_parquet(twin)), path.name
+        elif path.name in ("verdicts.json", "repeat.json") or path.parts[-2:-1] == ("tokens",):
+            assert path.read_bytes() == twin.read_bytes(), path.name
+    assert json.loads(matrix.path("results/compare/zero_init.json").read_text())["passed"]
+    assert "8 of 8 expected evaluations" in matrix.path("results/summary.txt").read_text()
+
+
+def test_heavy_rules_are_jobs_with_resources_of_their_own_and_light_ones_are_local(matrix):
+    jobs = {}
+    for job in matrix.cluster.jobs():
+        rule = job["Comment"].split("_wildcards_")[0].removeprefix("rule_")
+        asked = ("Partition", "TresPerJob", "CPUs/Task", "MinMemoryNode", "TimeLimit")
+        jobs.setdefault(rule, set()).add(tuple(job.get(key) for key in asked))
+    cpu = ("cpu", None, "1", "8000M", "01:00:00")
+    gpu = ("gpu", "gres:gpu:1", "2", "32000M", "04:00:00")
+    assert gpu in jobs.pop("train_phase"), "some of it has other numbers here"
+    assert jobs == {
+        **{rule: {cpu} for rule in ("prepare_corpus", "train_tokenizer", "tokenize_corpus")},
+        **{rule: {gpu} for rule in ("train_base", "evaluate", "compare_zero_init")},
+        "insert_cells": {("cpu", None, "1", "32000M", "01:00:00")},
+    }
+
+
+def resumed_at(project: Project, key: str) -> int:
+    """The step from which the last attempt of a training went on; 0 if it started afresh."""
+    log = project.path(f"results/logs/train_phase/{key}.log").read_text()
+    found = re.search(r"resumed at step (\d+)$", log, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize(
+    ("key", "states", "reason"),
+    [
+        (CANCELLED, ["CANCELLED", "COMPLETED"], None),
+        (OUT_OF_TIME, ["FAILED", "COMPLETED"], "NonZeroExitCode"),
+        (PREEMPTED, ["FAILED", "COMPLETED"], "NonZeroExitCode"),
+        (LOST_NODE, ["COMPLETED"], None),
+    ],
+)
+def test_a_training_that_is_cut_off_goes_on_from_its_checkpoint(matrix, key, states, reason):
+    jobs = matrix.cluster.jobs(matrix.job_name(key))
+    assert [job["JobState"] for job in jobs] == states
+    assert reason is None or jobs[0]["Reason"] == reason
+    assert int(jobs[-1]["Restarts"]) == (key == LOST_NODE), "Slurm itself starts it again"
+    assert resumed_at(matrix, key) >= 1
+
+
+def test_memory_and_time_grow_with_the_attempt(matrix):
+    """The first attempt is killed for its 300 MB."""
+    jobs = matrix.cluster.jobs(matrix.job_name(TOO_LARGE))
+    assert [job["JobState"] for job in jobs] == ["FAILED", "COMPLETED"]
+    assert "exceeded memory limit" in matrix.log_of(jobs[0])
+    assert [job["MinMemoryNode"] for job in jobs] == ["300M", "62.50G"]
+    assert [job["TimeLimit"] for job in jobs] == ["04:00:00", "08:00:00"]
+
+
+def test_sigkill_of_snakemake_leaves_a_job_that_no_second_one_joins(local, cluster, tmp_path):
+    """The old job goes on; the rerun submits the same training, which stops at the lock and is
+    tried again, until the old one is done."""
+    key = "vanilla_b_s0"
+    shutil.copytree(local.folder, tmp_path / "copy", symlinks=True)
+    project = SlurmProject(tmp_path / "copy", cluster)
+    shutil.rmtree(project.path(f"results/runs/{key}"))
+    target = f"results/runs/{key}/train_summary.json"
+    first = len(cluster.jobs(project.job_name(key)))
+
+    def new_jobs() -> list[dict[str, str]]:
+        return cluster.jobs(project.job_name(key))[first:]
+
+    try:
+        project.start(target)
+        pid, _ = project.freeze(key)
+        project.process.kill()
+        project.process.wait()
+        assert project.start("--unlock").wait(60) == 0
+        project.start(target)
+        cluster.wait_for(
+            lambda: "FAILED" in [j["JobState"] for j in new_jobs()], "the lock", PATIENCE
+        )
+        said = project.log_of(new_jobs()[1])
+        assert "another process is training in this folder" in said
+        assert new_jobs()[0]["JobState"] == "RUNNING"
+        assert holders(project.path(f"results/runs/{key}/work/lock")) == [pid]
+        os.kill(pid, signal.SIGCONT)
+        assert project.process.wait(PATIENCE) == 0, project.said()[-4000:]
+    finally:
+        project.process.kill()
+        cluster.cancel_all()
+    assert {job["JobState"] for job in new_jobs()} == {"COMPLETED", "FAILED"}
+    same_run(local.path(f"results/runs/{key}"), project.path(f"results/runs/{key}"))
