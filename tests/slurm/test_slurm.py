@@ -39,8 +39,9 @@ class SlurmProject(Project):
     def __init__(self, folder: Path, cluster: Cluster):
         if not folder.exists():
             folder.mkdir()
-            super().__init__(folder)
-        self.folder, self.cluster = folder, cluster
+            Project.make(folder)
+        super().__init__(folder)
+        self.cluster = cluster
         self.write(CONFIG)
         profile = self.path("profiles/slurm/config.yaml")
         text = profile.read_text()
@@ -142,7 +143,7 @@ def preempt(project: SlurmProject) -> None:
 
 
 def run_locally(folder: Path) -> Project:
-    project = Project(folder)
+    project = Project.make(folder)
     project.write(CONFIG)
     done = project.snakemake("--cores", "1", "all")  # the cluster has the other core
     assert done.returncode == 0, done.stderr[-4000:]
