@@ -108,13 +108,15 @@ def test_phase_c_resumes_bit_for_bit(phases, tmp_path, tokens_dir):
 @pytest.mark.parametrize("change", ["parent", "load"])
 def test_another_parent_or_way_to_load_starts_afresh(
     phases,
+    surgery_dir,
     tmp_path,
     tokens_dir,
     capfd,
     change,
 ):
     shutil.copytree(phases, tmp_path / "p", symlinks=True)
-    shutil.copytree(phases.parent / "models0", tmp_path / "models0")
+    models = surgery_dir.parent  # a sidecar names its base by a relative path
+    shutil.copytree(models, tmp_path / models.name)
     parent, options = tmp_path / "p/a/sidecar", {}
     if change == "load":
         options["dtype"] = "float32"
