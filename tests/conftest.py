@@ -92,13 +92,6 @@ SMALL = {
 }
 
 
-def pytest_itemcollected(item) -> None:
-    """What shares a fixture stays on one of the processes that `make test` runs: a file, and all
-    that needs the finished project."""
-    group = "project" if "project" in item.fixturenames else item.path.name
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 def make_base(kind: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
