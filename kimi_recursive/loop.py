@@ -220,7 +220,7 @@ def train_loop(
             distributed.average_gradients(trainable.values())
             norm = float(accelerator.clip_grad_norm_(trainable.values(), settings.max_grad_norm))
             number = parts.pop(counted)
-            measures = distributed.mean({"loss": loss, **parts})
+            measures = distributed.mean({"loss": loss.detach(), **parts})
             loss_value = measures["loss"]
             if not (math.isfinite(loss_value) and math.isfinite(norm)):
                 raise Diverged(

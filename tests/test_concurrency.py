@@ -73,4 +73,4 @@ def test_the_slurm_profile_sends_to_the_gpu_what_the_rules_say():
         asked = ProfileConfigFileParser().parse(file)["set-resources"]
     assert {entry.split(":")[0] for entry in asked} <= rules.keys()
     on_gpu = {entry.split(":")[0] for entry in asked if ":gpu=1" in entry}
-    assert on_gpu == {name for name, body in rules.items() if "gpu=1" in body}
+    assert on_gpu == {name for name, body in rules.items() if "gpu=" in body}
