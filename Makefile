@@ -31,14 +31,17 @@ test: env
 test-slow: env
 	$(BIN)/python -m pytest -m slow -s tests/slow
 
-test-slurm: env
+test-slurm: $(VENV)/.slurm
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+$(VENV)/.slurm: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[slurm]'
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null \
 		|| { test "$$(id -u)" = 0 && apt-get update -qq \
 			&& DEBIAN_FRONTEND=noninteractive \
 				apt-get install -y -qq --no-install-recommends $(SLURM); } \
 		|| echo 'Slurm cannot be installed here; as root: apt-get install $(SLURM)' >&2
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	@touch $@
 
 env: $(STAMP)
 
