@@ -237,7 +237,7 @@ def test_memory_and_time_grow_with_the_attempt(matrix):
     jobs = matrix.cluster.jobs(matrix.job_name(TOO_LARGE))
     assert "exceeded memory limit" in matrix.log_of(jobs[0])
     assert "Will exit after" in matrix.log_of(jobs[1])
-    assert [job["MinMemoryNode"] for job in jobs] == ["300M", "62.50G", "93.75G"]
+    assert [job["MinMemoryNode"] for job in jobs] == ["300M", "62.50G", "96000M"]
     assert [job["TimeLimit"] for job in jobs] == ["04:00:00", "08:00:00", "12:00:00"]
 
 
