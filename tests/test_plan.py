@@ -9,6 +9,7 @@ import yaml
 from conftest import CONFIGS, call, make_base
 from project import ROOT, TINY
 
+from kimi_recursive import plan as plan_module
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.flops import cumulative_training_flops, forward_flops_per_token
 from kimi_recursive.kda import install_fast_kda
@@ -111,7 +112,8 @@ def test_a_run_is_spread_over_as_many_gpus_as_it_needs():
     assert gpus_needed(run, 100) == 1 and gpus_needed(run, 99) == 2
 
 
-def test_the_command_plans_a_config(tmp_path, monkeypatch, capsys):
+def test_the_command_shows_the_plan(tmp_path, monkeypatch, capsys, planned):
+    monkeypatch.setattr(plan_module, "plan", lambda _config: planned)
     monkeypatch.chdir(tmp_path)
     for name in ("config", "workflow"):
         shutil.copytree(ROOT / name, tmp_path / name)
