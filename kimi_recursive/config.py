@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 CONFIG_NAME = "recursive_config.json"
 CORRUPTION_SCHEDULES = ("linear", "cosine", "none")
 COMMIT_MODES = ("verified", "learned")
@@ -22,6 +24,23 @@ def unknown_key_message(key: str, allowed: Iterable[str], where: str) -> str:
     near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(allowed)}"
     return f"{where}: unknown key '{key}'; {hint}"
+
+
+def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping; an empty file is an empty one.
+
+    Raises:
+        ValueError: the file cannot be read, does not parse, or is no mapping.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML mapping ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a YAML mapping, but {type(found).__name__}")
+    return found
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ def plan(
 ) -> None:
     """Parameters, memory, GPUs, tokens per second and disk of every phase, without weights.
 
-    The real code runs on tensors without storage. Layers are meant to be spread over the GPUs
-    (device_map), of which one computes at a time.
+    The real code runs on tensors without storage. GPUs: how many would hold the model with its
+    layers spread over them, one computing at a time; loading a model that way is not built yet.
     """
     for name, value in {"--gpu-memory": gpu_memory, "--tflops": tflops, "--mfu": mfu}.items():
         if not 0 < value < float("inf"):

@@ -12,7 +12,12 @@ import yaml
 from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError
 
-from kimi_recursive.config import RecursiveConfig, read_json_object, unknown_key_message
+from kimi_recursive.config import (
+    RecursiveConfig,
+    read_json_object,
+    read_yaml_mapping,
+    unknown_key_message,
+)
 
 # JSON Schema takes 16.0 for an integer; Python's range does not.
 _Validator = validators.extend(
@@ -63,12 +68,7 @@ def read_config(paths: Sequence[str | Path], schema_path: str | Path) -> dict[st
 
     config: dict[str, Any] = {}
     for path in paths:
-        try:
-            update_config(config, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: not a YAML mapping ({' '.join(str(error).split())})"
-            ) from error
+        update_config(config, read_yaml_mapping(path))
     return validate_settings(config, schema_path)
 
 

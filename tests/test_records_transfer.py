@@ -80,10 +80,11 @@ def test_migration_writes_nothing_when_a_line_does_not_fit(old, monkeypatch, cap
 @pytest.mark.parametrize(
     "mapping, expected",
     [
-        ("[1]", "must have 'fields'"),
+        ("[1]", "not a YAML mapping, but list"),
+        ("kind: baselines", "must have 'fields'"),
         ("fields: {a: b}\nkindd: x", "unknown key 'kindd'; did you mean 'kind'?"),
         ("fields: {a: b}\nkind: x", "kind: must be one of training_log, baselines"),
-        ("fields: {a: [", "not YAML"),
+        ("fields: {a: [", "not a YAML mapping"),
     ],
 )
 def test_a_bad_mapping_is_one_line(old, monkeypatch, capsys, mapping, expected):
@@ -230,7 +231,7 @@ def test_a_run_is_held_against_the_best_before_it_that_is_comparable():
         ("t: {a: {field: x, above: best}}", "t.a: above must be a number, got 'best'"),
         ("t: {a: {field: x, abovee: 1}}", "t.a: unknown key 'abovee'"),
         ("t: 3", "t.: must have a 'field'"),
-        ("- t", "must map experiment types to criteria"),
+        ("- t", "not a YAML mapping, but list"),
     ],
 )
 def test_bad_criteria_are_one_line(tmp_path, text, expected):

@@ -126,7 +126,7 @@ def query(
         raise ValueError("give either --failed or --status")
     shown = metric or query.default_metric(log)
     wanted = query.Filter(
-        domain, "failed" if failed else status, type_, None, _where(where), metric, above, below
+        domain, "failed" if failed else status, type_, _where(where), metric, above, below
     )
     found = query.select(log, wanted, numbers=[shown])
     _warn(log, found.problems)

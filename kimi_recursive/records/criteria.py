@@ -8,8 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kimi_recursive.config import read_yaml_mapping
 from kimi_recursive.records.kinds import find, get, identity, kind_of, number, parse_time
 
 # One of these in each criterion.
@@ -34,16 +33,9 @@ def read_criteria(path: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Criteria by experiment type and name.
 
     Raises:
-        ValueError: no such file, no YAML, or a criterion that is none; where, and what is allowed.
+        ValueError: no YAML mapping, or a criterion that is none; where, and what is allowed.
     """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file (--criteria)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must map experiment types to criteria")
+    found = read_yaml_mapping(path)
     for type_, criteria in found.items():
         for name, criterion in criteria.items() if isinstance(criteria, dict) else [("", None)]:
             if problem := _problem(criterion):

@@ -34,7 +34,6 @@ class Filter:
     domain: str | None = None
     status: str | None = None
     type: str | None = None
-    run_id: str | None = None
     where: Mapping[str, str] | None = None
     metric: str | None = None
     above: float | None = None
@@ -56,13 +55,12 @@ def select(
     numbers = [*([wanted.metric] if wanted.metric else []), *numbers]
     table = read_table(path, numbers, [*where, *texts])
     usual = {"domain": wanted.domain, "status": wanted.status, "type": wanted.type}
-    usual |= {"run_id": wanted.run_id, **where}
-    tests = [_is(name, value) for name, value in usual.items() if value is not None]
+    tests = [_is(name, value) for name, value in {**usual, **where}.items() if value is not None]
     if wanted.metric:
         tests.append(pl.col(wanted.metric).is_not_null())
         tests += [pl.col(wanted.metric) > wanted.above] if wanted.above is not None else []
         tests += [pl.col(wanted.metric) < wanted.below] if wanted.below is not None else []
-    return Table(table.kind, table.rows.filter(*tests), table.problems)
+    return Table(table.rows.filter(*tests), table.problems)
 
 
 def _is(name: str, value: str) -> pl.Expr:
@@ -93,7 +91,7 @@ def best(path: str | Path, wanted: Filter, lowest: bool) -> Table:
     assert wanted.metric is not None
     ended = table.rows.filter(pl.col("status").fill_null("") != "failed")
     rows = ended.sort(wanted.metric, descending=not lowest, maintain_order=True)
-    return Table(table.kind, rows, table.problems)
+    return Table(rows, table.problems)
 
 
 def compare(

@@ -22,13 +22,11 @@ ROW = "record"  # which of the lines that are not blank, from 0
 @dataclass(frozen=True)
 class Table:
     """Attributes:
-    kind: Of the log.
     rows: One row for each record; a record `running` of a run that has a later one is left out.
         Columns: `record`, and the fields by the names they were asked for.
     problems: Lines that were left out or changed in reading, and why.
     """
 
-    kind: Kind
     rows: pl.DataFrame
     problems: tuple[str, ...] = ()
 
@@ -73,7 +71,7 @@ def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[st
         *(_pick(flat, kind, path, name, wanted[name], pl.Float64) for name in numbers),
         *(_pick(flat, kind, path, name, wanted[name], pl.String) for name in texts),
     )
-    return Table(kind, _without_starts(rows), tuple(problems))
+    return Table(_without_starts(rows), tuple(problems))
 
 
 def matching_lines(path: str | Path, rows: Sequence[int]) -> Iterator[str]:

@@ -12,9 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kimi_recursive.config import unknown_key_message
+from kimi_recursive.config import read_yaml_mapping, unknown_key_message
 from kimi_recursive.files import replacing
 from kimi_recursive.records.kinds import (
     KINDS,
@@ -53,14 +51,9 @@ def read_mapping(path: str | Path) -> FieldMapping:
     Raises:
         ValueError: no such file, no YAML, an unknown key, or no mapping of fields.
     """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file (--mapping)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    found = read_yaml_mapping(path)
     allowed = ("kind", "fields", "defaults", "keep")
-    if not isinstance(found, dict) or not isinstance(found.get("fields"), dict):
+    if not isinstance(found.get("fields"), dict):
         raise ValueError(f"{path}: must have 'fields', the old field by the new one")
     for key in found:
         if key not in allowed:
