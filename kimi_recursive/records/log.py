@@ -88,16 +88,25 @@ def read_lines(path: str | Path) -> Iterator[Line]:
     Raises:
         ValueError: as `check_log`.
     """
-    with open(check_log(path), "rb") as file:
+    for number, raw in raw_lines(check_log(path)):
+        if len(raw) > MAX_LINE:
+            yield Line(number, None, f"is longer than {MAX_LINE // 2**20} MiB")
+        else:
+            yield _parse(number, raw)
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line that is not blank; the start of one that is too long."""
+    with open(path, "rb") as file:
         number = 0
         while raw := file.readline(MAX_LINE + 1):
             number += 1
-            if len(raw) > MAX_LINE:
-                while not raw.endswith(b"\n") and (raw := file.readline(MAX_LINE)):
-                    pass
-                yield Line(number, None, f"is longer than {MAX_LINE // 2**20} MiB")
-            elif not raw.isspace():
-                yield _parse(number, raw)
+            rest = raw
+            while len(raw) > MAX_LINE and not rest.endswith(b"\n"):
+                if not (rest := file.readline(MAX_LINE)):
+                    break
+            if not raw.isspace():
+                yield number, raw
 
 
 def _parse(number: int, raw: bytes) -> Line:

@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.records.kinds import Kind, get, number
-from kimi_recursive.records.log import MAX_LINE, check_log, kind_of_log, read_lines
+from kimi_recursive.records.log import MAX_LINE, check_log, kind_of_log, raw_lines, read_lines
 
 ROW = "record"  # which of the lines that are not blank, from 0
 
@@ -77,11 +77,9 @@ def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[st
 def matching_lines(path: str | Path, rows: Sequence[int]) -> Iterator[str]:
     """The lines of a log as they are, by the `record` numbers of its table."""
     wanted = set(rows)
-    with open(path, "rb") as file:
-        lines = (line for line in file if not line.isspace())
-        for number_, line in enumerate(lines):
-            if number_ in wanted:
-                yield line.decode("utf-8").rstrip("\r\n")
+    for row, (_, raw) in enumerate(raw_lines(Path(path))):
+        if row in wanted:
+            yield raw.decode("utf-8-sig").rstrip("\r\n")
 
 
 def longest_line_exceeds(path: Path, limit: int) -> bool:
