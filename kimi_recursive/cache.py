@@ -1,24 +1,47 @@
-"""Functional use of transformers' caches: a fork never writes to the cache it came from.
+"""Functional use of transformers' caches: forks, taking tokens back, rows of unequal length.
 
 transformers' linear-attention layers copy new states *in place* into the cached tensors
 (`LinearAttentionLayer.update_recurrent_state`), which would corrupt a snapshot that shares them and
 break autograd through it. A forked layer assigns new tensors instead, so a fork shares memory with
 its origin until it is updated, and gradients flow through its states.
+
+Rows of unequal length lie as left-padded prompts do: they end together, and an attention mask says
+where each begins. What a cache holds before that is arbitrary.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+_STATE_DICTS = (
+    "recurrent_states",
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "has_previous_state",
+    "conv_kernel_size",
+)
 
 
 class _OutOfPlace:
-    """Mixed in before a linear-attention cache layer: updates assign instead of copying."""
+    """Mixed in before a linear-attention cache layer: updates assign instead of copying.
+
+    Attributes:
+        trail: While recording, (conv state, recurrent state) behind each update.
+    """
+
+    trail: list[tuple[Tensor, Tensor]] | None = None
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
         if not self.is_conv_states_initialized[state_idx]:
@@ -36,6 +59,9 @@ class _OutOfPlace:
         if not self.is_recurrent_states_initialized[state_idx]:
             self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
         self.recurrent_states[state_idx] = recurrent_states
+        if self.trail is not None:
+            # The decoding of single tokens writes into the conv state, so that is cloned.
+            self.trail.append((self.conv_states[state_idx].clone(), recurrent_states))
         return recurrent_states
 
 
@@ -50,17 +76,12 @@ def _fork_layer(layer):
     if isinstance(layer, LinearAttentionLayer):
         twin = object.__new__(_out_of_place(type(layer)))
         twin.__dict__.update(layer.__dict__)
+        twin.trail = None
         # The one-token decode path writes into the conv state that it is handed, so that is cloned.
         twin.conv_states = {
             i: None if state is None else state.clone() for i, state in layer.conv_states.items()
         }
-        for name in (
-            "recurrent_states",
-            "is_conv_states_initialized",
-            "is_recurrent_states_initialized",
-            "has_previous_state",
-            "conv_kernel_size",
-        ):
+        for name in _STATE_DICTS:
             setattr(twin, name, dict(getattr(layer, name)))
         return twin
     if isinstance(layer, DynamicLayer):
@@ -79,4 +100,118 @@ def fork(cache: Cache) -> Cache:
     """
     twin = copy.copy(cache)
     twin.layers = [_fork_layer(layer) for layer in cache.layers]
+    return twin
+
+
+def record(cache: Cache) -> Cache:
+    """A fork that remembers its states behind each token read from here on, for `rewind`."""
+    twin = fork(cache)
+    for layer in twin.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            layer.trail = []
+    return twin
+
+
+def rewind(cache: Cache, num_read: int, keep: Sequence[int]) -> Cache | None:
+    """The cache as it would be, had each row read only its first tokens since `record`.
+
+    Args:
+        cache: A recorded cache that has read `num_read` tokens since.
+        keep: How many of them each row keeps, 1 to `num_read`.
+
+    Returns: the rows right-aligned; None where a layer does not know its states behind these
+        tokens: linear attention that read several tokens in one pass, a full sliding window.
+    """
+    if min(keep) == num_read:
+        return fork(cache)
+    if not all(_is_rewindable(layer, num_read) for layer in cache.layers):
+        return None
+    longest, twin = max(keep), fork(cache)
+    for layer, new in zip(cache.layers, twin.layers, strict=True):
+        if isinstance(layer, LinearAttentionLayer):
+            conv, recurrent = zip(*(layer.trail[n - 1] for n in keep), strict=True)
+            new.conv_states[0] = _diagonal(conv)
+            new.recurrent_states[0] = _diagonal(recurrent)
+        elif layer.is_initialized:
+            length = layer.keys.shape[2] - num_read + longest
+            later = [longest - n for n in keep]
+            new.keys = _shift(layer.keys[:, :, :length], later)
+            new.values = _shift(layer.values[:, :, :length], later)
+            _set_length(new, length)
+    return twin
+
+
+def _is_rewindable(layer, num_read: int) -> bool:
+    if isinstance(layer, LinearAttentionLayer):
+        plain = not isinstance(layer, DynamicLayer) and layer.number_of_states == 1
+        return plain and layer.trail is not None and len(layer.trail) == num_read
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return layer.cumulative_length < layer.sliding_window
+    return type(layer) is DynamicLayer
+
+
+def _diagonal(states: Sequence[Tensor]) -> Tensor:
+    """Row i of the i-th tensor [B, ...]."""
+    if all(state is states[0] for state in states):
+        return states[0]
+    return torch.cat([state[i : i + 1] for i, state in enumerate(states)])
+
+
+def _shift(states: Tensor, later: Sequence[int]) -> Tensor:
+    """[B, H, T, D] with each row moved `later[row]` positions towards the end."""
+    if not any(later):
+        return states
+    source = torch.arange(states.shape[2]) - torch.tensor(later)[:, None]
+    source = source.clamp(min=0).to(states.device)
+    return torch.take_along_dim(states, source[:, None, :, None], dim=2)
+
+
+def _set_length(layer, length: int) -> None:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = length
+
+
+def merge(first: Cache, second: Cache, take_second: Tensor) -> Cache:
+    """Rows of two caches in one: those of `second` where `take_second` [B] is true.
+
+    The shorter cache is padded on the left to the length of the longer.
+    """
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        if missing := b.shape[2] - a.shape[2]:
+            a = F.pad(a, (0, 0, max(0, missing), 0))
+            b = F.pad(b, (0, 0, max(0, -missing), 0))
+        return torch.where(take_second.to(a.device).view(-1, *[1] * (a.ndim - 1)), b, a)
+
+    return _map(choose, first, second)
+
+
+def select_rows(cache: Cache, rows: Tensor) -> Cache:
+    """The cache of the rows with these indices [n]."""
+    return _map(lambda state: state[rows.to(state.device)], cache)
+
+
+def trim(cache: Cache, length: int) -> Cache:
+    """The cache without what lies before its last `length` positions."""
+    twin = fork(cache)
+    for layer in twin.layers:
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            layer.keys, layer.values = layer.keys[:, :, -length:], layer.values[:, :, -length:]
+            _set_length(layer, length)
+    return twin
+
+
+def _map(function: Callable[..., Tensor], *caches: Cache) -> Cache:
+    """A cache of `function` of each state; what has not been written to stays so."""
+    twin = fork(caches[0])
+    for new, *old in zip(twin.layers, *(cache.layers for cache in caches), strict=True):
+        if isinstance(new, LinearAttentionLayer):
+            for name in ("conv_states", "recurrent_states"):
+                for i, state in getattr(new, name).items():
+                    if state is not None:
+                        getattr(new, name)[i] = function(*(getattr(x, name)[i] for x in old))
+        if isinstance(new, DynamicLayer) and new.is_initialized:
+            new.keys = function(*(layer.keys for layer in old))
+            new.values = function(*(layer.values for layer in old))
+            _set_length(new, max(x.get_seq_length() for x in old))
     return twin

@@ -180,7 +180,7 @@ class ChunkRefineWrapper(nn.Module):
         """An empty cache for the base."""
         return DynamicCache(config=self.base.config)
 
-    def _run_base(
+    def run_base(
         self,
         cache: Cache,
         mask: Tensor | None,
@@ -225,13 +225,13 @@ class ChunkRefineWrapper(nn.Module):
 
     def read(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Tensor:
         """The base reads `input_ids` [B, T] and updates `cache`; logits [B, T, V]."""
-        return self._run_base(cache, mask, input_ids=input_ids)[1]
+        return self.run_base(cache, mask, input_ids=input_ids)[1]
 
     def encode(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Cache:
         """The cache after the base has read `input_ids` [B, T]; `cache` itself is left as it is."""
         cache = fork(cache)
         if input_ids.shape[1]:
-            self._run_base(cache, mask, input_ids=input_ids, logits_to_keep=1)
+            self.run_base(cache, mask, input_ids=input_ids, logits_to_keep=1)
         return cache
 
     def start_chunk(
@@ -248,7 +248,7 @@ class ChunkRefineWrapper(nn.Module):
                 f"got {input_ids.shape[1]}"
             )
         committed = fork(prefix)
-        h_top, logits = self._run_base(committed, mask, input_ids=input_ids)
+        h_top, logits = self.run_base(committed, mask, input_ids=input_ids)
         return ChunkState(prefix, committed, input_ids, mask, 0, h_top, logits)
 
     def refine(self, chunk: ChunkState, input_ids: Tensor | None = None) -> ChunkState:
@@ -258,16 +258,22 @@ class ChunkRefineWrapper(nn.Module):
             input_ids: The chunk's tokens [B, W] where they were edited since the step before.
         """
         ids = chunk.input_ids if input_ids is None else input_ids
-        embeds = self.base.get_input_embeddings()(ids)
-        single = self.config.single_pass
-        if self.latent is not None:
-            feedback = torch.zeros_like(chunk.h_top) if single else chunk.h_top
-            embeds = self.latent(embeds, feedback)
-        states = {} if single else dict(chunk.states)
-        h_top, logits = self._run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
+        embeds, states = self.next_inputs(ids, chunk.h_top), self.next_states(chunk.states)
+        h_top, logits = self.run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
         return ChunkState(
             chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states
         )
+
+    def next_inputs(self, input_ids: Tensor, h_top: Tensor) -> Tensor:
+        """What the next step reads [B, W, D], from the tokens [B, W] and the step before."""
+        embeds = self.base.get_input_embeddings()(input_ids)
+        if self.latent is None:
+            return embeds
+        return self.latent(embeds, torch.zeros_like(h_top) if self.config.single_pass else h_top)
+
+    def next_states(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The cell states that the next step starts from: a copy that it may update."""
+        return {} if self.config.single_pass else dict(states)
 
     def steps(self, chunk: ChunkState, num_steps: int | None = None) -> Iterator[ChunkState]:
         """The chunk at steps 0..`num_steps`, K by default; only step 0 when not active."""

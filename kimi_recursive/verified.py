@@ -1,0 +1,291 @@
+"""Verified decoding: the base drafts some tokens, the refined model confirms or corrects them.
+
+The base reads token by token and drafts what it would say next. The inner steps then read the
+drafted tokens in one pass each, behind caches that hold the chunk so far as each step saw it. What
+the refined model would have said itself is committed, up to and with its first correction. So each
+token is what token-by-token decoding of the refined model gives (with sampling: has its
+distribution), whatever was drafted, and depth is paid once a draft.
+
+Shapes: B rows still generating, L tokens drafted in a round, S positions in the caches, D hidden
+size, V vocabulary. Rows are right-aligned in the caches, as left-padded prompts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kimi_recursive.cache import fork, merge, record, rewind, select_rows, trim
+from kimi_recursive.decode import MAX_TOKENS, ShortPasses
+from kimi_recursive.generate import GenerationStats, Output, Sampling
+from kimi_recursive.model import ChunkRefineWrapper
+
+
+@dataclass
+class Rows:
+    """The rows that still generate, between two rounds.
+
+    Attributes:
+        index: Their rows in the output.
+        base: The base's cache of all tokens but the last.
+        refined: By inner step, from 1: as `base` up to the start of the row's chunk, and from there
+            on the states of that step.
+        length: Tokens in the caches, by row [B]; the longest row fills them.
+        done: Tokens of the present chunk in the caches, by row [B]; below `chunk_width`.
+        last: The last token [B, 1].
+    """
+
+    index: list[int]
+    base: Cache
+    refined: list[Cache]
+    length: Tensor
+    done: Tensor
+    last: Tensor
+
+    def mask(self, num_new: int) -> Tensor | None:
+        """Attention mask [B, S + num_new]; None where no row is padded."""
+        longest = int(self.length.max())
+        if bool((self.length == longest).all()):
+            return None
+        slots = torch.arange(longest + num_new, device=self.length.device)
+        return (slots >= longest - self.length[:, None]).long()
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone, and without positions that none of them needs."""
+        if not rows:
+            self.index = []
+            return
+        if len(rows) < len(self.index):
+            chosen = torch.tensor(rows, device=self.last.device)
+            self.index = [self.index[row] for row in rows]
+            self.base = select_rows(self.base, chosen)
+            self.refined = [select_rows(cache, chosen) for cache in self.refined]
+            self.length, self.done = self.length[chosen], self.done[chosen]
+            self.last = self.last[chosen]
+        longest = int(self.length.max())
+        self.base = trim(self.base, longest)
+        self.refined = [trim(cache, longest) for cache in self.refined]
+
+
+@dataclass
+class Pass:
+    """A pass over the L inputs of a round, which can be taken back in part.
+
+    Attributes:
+        cache: As the pass left it.
+        again: Runs the pass over the first n inputs; returns the cache.
+    """
+
+    cache: Cache
+    again: Callable[[int], Cache]
+
+    def first(self, keep: list[int], num_read: int) -> Cache:
+        """The cache with the first `keep[row]` inputs of each row."""
+        if (cache := rewind(self.cache, num_read, keep)) is not None:
+            return cache
+        caches = {n: self.again(n) for n in set(keep)}
+        cache = caches.pop(max(keep))
+        for n, other in caches.items():
+            cache = merge(cache, other, torch.tensor([k == n for k in keep]))
+        return cache
+
+
+class Lookahead:
+    """When to stop drafting: once another token is worth less than a token was on average.
+
+    Draft token i + 1 costs one more pass, and is committed with the probability that all before it
+    are accepted; E tokens for K + i passes is what the round gives without it. How often a draft is
+    accepted is learned while generating, by the margin of its logit over the runner-up.
+    """
+
+    EDGES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    PRIOR = 0.9  # counts as one draft in each bin
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+        self.num_accepted = torch.full((len(self.EDGES) + 1,), self.PRIOR, dtype=torch.float64)
+        self.num_tried = torch.ones_like(self.num_accepted)
+        self.edges = torch.tensor(self.EDGES)
+
+    def start(self) -> None:
+        self.bins: list[Tensor] = []
+        self.alive: Tensor | float = 1.0
+        self.expected = 1.0  # the first token is committed or corrected
+
+    def go_on(self, logits: Tensor) -> bool:
+        """After a draft token of each row from logits [B, V]: whether to draft another."""
+        top = logits.topk(2, dim=-1).values.float()
+        self.bins.append(torch.bucketize((top[:, 0] - top[:, 1]).cpu(), self.edges))
+        self.alive = self.alive * (self.num_accepted / self.num_tried)[self.bins[-1]]
+        gain = float(self.alive.mean())
+        if self.num_steps and gain * (self.num_steps + len(self.bins)) <= self.expected:
+            return False
+        self.expected += gain
+        return True
+
+    def learn(self, num_agreed: Tensor) -> None:
+        """Drafts agreed up to `num_agreed` [B]; the one behind, if there was one, did not."""
+        bins, slots = torch.stack(self.bins, 1), torch.arange(len(self.bins))
+        last = num_agreed.cpu()[:, None]
+        self.num_accepted += torch.bincount(bins[slots < last], minlength=len(self.num_tried))
+        self.num_tried += torch.bincount(bins[slots <= last], minlength=len(self.num_tried))
+
+
+def decode(
+    wrapper: ChunkRefineWrapper,
+    output: Output,
+    num_steps: int | None,
+    sampling: Sampling | None,
+    stats: GenerationStats,
+) -> Iterator[Rows]:
+    """Fill `output`, round by round; yields the rows that go on.
+
+    Args:
+        num_steps: Inner steps, K by default.
+        sampling: None for greedy.
+    """
+    num_steps = wrapper.resolve_steps(num_steps)
+    short = ShortPasses(wrapper) if ShortPasses.serves(wrapper) else None
+    run = wrapper.run_base if short is None else short.run
+    most = wrapper.config.chunk_width if short is None else MAX_TOKENS
+    lookahead = Lookahead(num_steps)
+    rows = _start(wrapper, output, num_steps)
+    while rows.index:
+        # No row is read beyond its end, where there might be no position for it; beyond the end of
+        # its chunk what it reads is not used.
+        room = wrapper.config.chunk_width - rows.done
+        limit = min(most, int(room.max()), *map(output.remaining, rows.index))
+        with stats.timing("draft"):
+            drafted, h_top, proposals, draft = _draft(run, rows, limit, lookahead, sampling)
+        with stats.timing("refine"):
+            tokens, agreed, passes = drafted, torch.full_like(room, drafted.shape[1]), []
+            if num_steps:
+                logits, passes = _refine(wrapper, run, rows, drafted, h_top)
+                tokens, agreed = _verify(drafted, proposals, logits, sampling)
+        lookahead.learn(agreed)
+        num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
+        num_new = [
+            output.add(row, new[:n].tolist())
+            for row, n, new in zip(rows.index, num_new, tokens, strict=True)
+        ]
+        num_accepted = sum(min(n, a) for n, a in zip(num_new, agreed.tolist(), strict=True))
+        stats.add(len(num_new), num_steps, drafted.numel(), num_accepted, sum(num_new))
+        with stats.timing("refine"):
+            _advance(rows, [draft, *passes], tokens, num_new, wrapper.config.chunk_width)
+            rows.keep([i for i, row in enumerate(rows.index) if not output.ended[row]])
+        yield rows
+
+
+def _start(wrapper: ChunkRefineWrapper, output: Output, num_steps: int) -> Rows:
+    prompts = output.prompts
+    length = torch.tensor([len(ids) - 1 for ids in prompts], device=prompts[0].device)
+    longest = int(length.max())
+    ids = torch.stack([F.pad(ids, (longest + 1 - len(ids), 0)) for ids in prompts])
+    cache = wrapper.new_cache()
+    rows = Rows(list(range(len(ids))), cache, [], length, torch.zeros_like(length), ids[:, -1:])
+    rows.base = wrapper.encode(ids[:, :-1], cache, rows.mask(0))
+    rows.refined = [rows.base] * num_steps
+    return rows
+
+
+def _draft(
+    run: Callable, rows: Rows, limit: int, lookahead: Lookahead, sampling: Sampling | None
+) -> tuple[Tensor, Tensor, Tensor | None, Pass]:
+    """The base says up to `limit` tokens, one at a time.
+
+    Returns: tokens [B, L], top hidden states of their inputs [B, L, D], with sampling the
+        distributions they were drawn from [B, L, V], and the pass.
+    """
+    origin, mask = rows.base, rows.mask(limit)
+    cache, feed = record(origin), rows.last
+    inputs, tokens, tops, proposals = [], [], [], []
+    lookahead.start()
+    while True:
+        h_top, logits = run(cache, _shortened(mask, limit - len(tokens) - 1), input_ids=feed)
+        inputs.append(feed)
+        if sampling is None:
+            feed = logits[:, -1].argmax(-1, keepdim=True)
+        else:
+            proposals.append(sampling.probabilities(logits))
+            feed = sampling.draw(proposals[-1][:, -1])[:, None]
+        tokens.append(feed)
+        tops.append(h_top)
+        if not lookahead.go_on(logits[:, -1]) or len(tokens) == limit:
+            break
+
+    def again(n: int) -> Cache:
+        cache = fork(origin)
+        run(cache, _shortened(mask, limit - n), input_ids=torch.cat(inputs[:n], 1))
+        return cache
+
+    drawn_from = torch.cat(proposals, 1) if proposals else None
+    return torch.cat(tokens, 1), torch.cat(tops, 1), drawn_from, Pass(cache, again)
+
+
+def _shortened(mask: Tensor | None, by: int) -> Tensor | None:
+    return None if mask is None else mask[:, : mask.shape[1] - by]
+
+
+def _refine(
+    wrapper: ChunkRefineWrapper, run: Callable, rows: Rows, drafted: Tensor, h_top: Tensor
+) -> tuple[Tensor, list[Pass]]:
+    """Read the inputs of the drafted tokens at every inner step.
+
+    Returns: logits of the last step [B, L, V], and the pass of each step.
+    """
+    num_read, mask = drafted.shape[1], rows.mask(drafted.shape[1])
+    inputs = torch.cat([rows.last, drafted[:, :-1]], dim=1)
+    states, passes = {}, []
+    for origin in rows.refined:
+        embeds, before = wrapper.next_inputs(inputs, h_top), wrapper.next_states(states)
+
+        def again(n: int, origin=origin, embeds=embeds, before=before) -> Cache:
+            cache, part = fork(origin), {index: state[:, :n] for index, state in before.items()}
+            run(cache, _shortened(mask, num_read - n), part, inputs_embeds=embeds[:, :n])
+            return cache
+
+        cache, states = record(origin), dict(before)
+        h_top, logits = run(cache, mask, states, inputs_embeds=embeds)
+        passes.append(Pass(cache, again))
+    return logits, passes
+
+
+def _verify(
+    drafted: Tensor, proposals: Tensor | None, logits: Tensor, sampling: Sampling | None
+) -> tuple[Tensor, Tensor]:
+    """What the refined model says in place of the drafts.
+
+    Returns: tokens [B, L], right up to the first that differs from the draft, and how many before
+        that are as drafted [B].
+    """
+    if sampling is None:
+        tokens = logits.argmax(-1)
+        return tokens, (tokens == drafted).long().cumprod(1).sum(1)
+    target, num_read = sampling.probabilities(logits), drafted.shape[1]
+    p, q = (x.gather(-1, drafted[..., None])[..., 0] for x in (target, proposals))
+    agreed = (sampling.uniform(q) * q < p).long().cumprod(1).sum(1)
+    first = agreed.clamp(max=num_read - 1)[:, None]  # where the first rejection is, if there is one
+    target, proposal = (x.take_along_dim(first[..., None], 1)[:, 0] for x in (target, proposals))
+    rest = (target - proposal).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target)
+    corrected = torch.where(agreed < num_read, sampling.draw(rest), drafted.gather(1, first)[:, 0])
+    return drafted.scatter(1, first, corrected[:, None]), agreed
+
+
+def _advance(
+    rows: Rows, passes: list[Pass], tokens: Tensor, num_new: list[int], chunk_width: int
+) -> None:
+    """Commit the first `num_new[row]` tokens of each row: take the rest back from the caches."""
+    rows.base, *rows.refined = (one.first(num_new, tokens.shape[1]) for one in passes)
+    added = torch.tensor(num_new, device=tokens.device)
+    rows.last = tokens.gather(1, added[:, None] - 1)
+    rows.length = rows.length + added
+    rows.done = (rows.done + added) % chunk_width
+    at_start = rows.done == 0
+    if bool(at_start.any()):
+        rows.refined = [merge(cache, rows.base, at_start) for cache in rows.refined]
