@@ -151,19 +151,24 @@ class _DeltaAttention:
         norms = torch.rsqrt(qkv[:, :, :2].square().sum(-1, keepdim=True) + NORM_EPS)
         q, k = (qkv[:, :, :2] * (norms * self.scales)).unbind(2)
         g = F.softplus(F.linear(forget, self.forget) + self.dt_bias, threshold=20.0)
-        decay = (g.view(batch, num_new, heads, dim) * self.rate).exp().unsqueeze(-1)
-        beta = beta.sigmoid()[..., None, None]
-        state, outputs = states.recurrent_states[0], []
-        # q, k, v as rows [B, H, 1, d], the state [B, H, d, d]
-        steps = zip(*(y.unsqueeze(-2).unbind(1) for y in (q, k, qkv[:, :, 2])), strict=True)
-        for i, (q_i, k_i, v_i) in enumerate(steps):
-            state = state * decay[:, i]
-            state = torch.addcmul(state, k_i.mT, (v_i - k_i @ state) * beta[:, i])
-            outputs.append(q_i @ state)
-            if states.trail is not None:
-                states.trail.append((full[..., i + 1 : i + 1 + width], state))
-        states.conv_states[0], states.recurrent_states[0] = full[..., -width:], state
-        out = self.norm(torch.stack(outputs, 1).squeeze(-2))
+        decay = (g.view(q.shape) * self.rate).exp()
+        beta = beta.sigmoid().unsqueeze(-1)
+        # By token, then the B * H states [d, d] side by side; rows are [1, d], columns [d, 1].
+        rows = (q, k * decay * beta, qkv[:, :, 2] * beta, k, decay)
+        shape = (num_new, batch * heads, 1, dim)
+        q, read, value, k, decay = (y.transpose(0, 1).reshape(shape) for y in rows)
+        new = [states.recurrent_states[0].view(-1, dim, dim)]
+        for step in zip(read, value, k.mT, decay.mT, strict=True):
+            read_i, value_i, k_i, decay_i = step
+            error = torch.baddbmm(value_i, read_i, new[-1], alpha=-1)
+            new.append(torch.addcmul(new[-1] * decay_i, k_i, error))
+        out = torch.bmm(q.flatten(0, 1), torch.cat(new[1:])).view(num_new, batch, heads, dim)
+        new = [state.view(batch, heads, dim, dim) for state in new[1:]]
+        if states.trail is not None:
+            convs = (full[..., i : i + width] for i in range(1, num_new + 1))
+            states.trail.extend(zip(convs, new, strict=True))
+        states.conv_states[0], states.recurrent_states[0] = full[..., -width:], new[-1]
+        out = self.norm(out.transpose(0, 1))
         out = out * F.linear(gate, self.gate).view(out.shape).sigmoid()
         return F.linear(out.flatten(2), self.output)
 

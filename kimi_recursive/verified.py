@@ -12,6 +12,7 @@ size, V vocabulary. Rows are right-aligned in the caches, as left-padded prompts
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -108,32 +109,33 @@ class Lookahead:
 
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
-        self.num_accepted = torch.full((len(self.EDGES) + 1,), self.PRIOR, dtype=torch.float64)
-        self.num_tried = torch.ones_like(self.num_accepted)
-        self.edges = torch.tensor(self.EDGES)
+        self.num_accepted = [self.PRIOR] * (len(self.EDGES) + 1)
+        self.num_tried = [1.0] * len(self.num_accepted)
 
-    def start(self) -> None:
-        self.bins: list[Tensor] = []
-        self.alive: Tensor | float = 1.0
+    def start(self, num_rows: int) -> None:
+        """A new round."""
+        self.bins: list[list[int]] = []  # by draft token and row
+        self.alive = [1.0] * num_rows  # probability that all drafts so far are accepted
         self.expected = 1.0  # the first token is committed or corrected
 
     def go_on(self, logits: Tensor) -> bool:
         """After a draft token of each row from logits [B, V]: whether to draft another."""
-        top = logits.topk(2, dim=-1).values.float()
-        self.bins.append(torch.bucketize((top[:, 0] - top[:, 1]).cpu(), self.edges))
-        self.alive = self.alive * (self.num_accepted / self.num_tried)[self.bins[-1]]
-        gain = float(self.alive.mean())
+        top = logits.topk(2, dim=-1).values.tolist()
+        self.bins.append([bisect(self.EDGES, first - second) for first, second in top])
+        rates = (self.num_accepted[i] / self.num_tried[i] for i in self.bins[-1])
+        self.alive = [alive * rate for alive, rate in zip(self.alive, rates, strict=True)]
+        gain = sum(self.alive) / len(self.alive)
         if self.num_steps and gain * (self.num_steps + len(self.bins)) <= self.expected:
             return False
         self.expected += gain
         return True
 
-    def learn(self, num_agreed: Tensor) -> None:
-        """Drafts agreed up to `num_agreed` [B]; the one behind, if there was one, did not."""
-        bins, slots = torch.stack(self.bins, 1), torch.arange(len(self.bins))
-        last = num_agreed.cpu()[:, None]
-        self.num_accepted += torch.bincount(bins[slots < last], minlength=len(self.num_tried))
-        self.num_tried += torch.bincount(bins[slots <= last], minlength=len(self.num_tried))
+    def learn(self, num_agreed: list[int]) -> None:
+        """In each row so many drafts agreed; the one behind, if there was one, did not."""
+        for i, bins in enumerate(self.bins):
+            for bin_, agreed in zip(bins, num_agreed, strict=True):
+                self.num_accepted[bin_] += i < agreed
+                self.num_tried[bin_] += i <= agreed
 
 
 def decode(
@@ -167,7 +169,7 @@ def decode(
             if num_steps:
                 logits, passes = _refine(wrapper, run, rows, drafted, h_top)
                 tokens, agreed = _verify(drafted, proposals, logits, sampling)
-        lookahead.learn(agreed)
+        lookahead.learn(agreed.tolist())
         num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
         num_new = [
             output.add(row, new[:n].tolist())
@@ -204,7 +206,7 @@ def _draft(
     origin, mask = rows.base, rows.mask(limit)
     cache, feed = record(origin), rows.last
     inputs, tokens, tops, proposals = [], [], [], []
-    lookahead.start()
+    lookahead.start(len(feed))
     while True:
         h_top, logits = run(cache, _shortened(mask, limit - len(tokens) - 1), input_ids=feed)
         inputs.append(feed)

@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
 VOCAB, BOS, EOS, PAD = 97, 0, 1, 2
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -50,7 +50,7 @@ _SIZES = {
 }
 CONFIGS = {
     "kimi": lambda: KimiLinearConfig(
-        **_SIZES,
+        **SIZES,
         num_hidden_layers=4,
         moe_intermediate_size=32,
         num_experts=4,
@@ -68,8 +68,8 @@ CONFIGS = {
             "full_attn_layers": [4],
         },
     ),
-    "llama": lambda: LlamaConfig(**_SIZES, num_hidden_layers=3),
-    "qwen": lambda: Qwen3Config(**_SIZES, num_hidden_layers=3, head_dim=16),
+    "llama": lambda: LlamaConfig(**SIZES, num_hidden_layers=3),
+    "qwen": lambda: Qwen3Config(**SIZES, num_hidden_layers=3, head_dim=16),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB,
         n_embd=32,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import EOS, make_base, make_wrapper, perturb, random_ids
+from conftest import make_base, make_wrapper, perturb, random_ids
 from torch import nn
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
@@ -301,95 +301,3 @@ def test_parity_and_causality_on_a_gpu(base, dtype):
     if dtype == torch.float32:
         ids[:, 10] = (ids[:, 10] - 3 + 1) % 94 + 3
         torch.testing.assert_close(wrapper.step_logits(ids, 4)[:, :, :6], before[:, :, :6], **CLOSE)
-
-
-# ---- generation ---------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("commit", ["verified", "learned"])
-@pytest.mark.parametrize("prompt_length", [1, 5, 11])
-def test_untrained_generation_is_the_base_token_for_token(base, commit, prompt_length):
-    wrapper = make_wrapper(base)
-    ids = random_ids(3, prompt_length)
-    expected = base.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=21, do_sample=False
-    )
-    assert torch.equal(wrapper.generate_chunks(ids, max_new_tokens=21, commit=commit), expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("std", [0.02, 0.3])
-def test_verified_output_equals_token_by_token_decoding_of_the_refined_model(base, std):
-    wrapper = perturb(make_wrapper(base), std)
-    ids = random_ids(2, 5)
-    output, stats = wrapper.generate_chunks(
-        ids, max_new_tokens=19, eos_token_id=[], return_stats=True
-    )
-    expected = ids
-    for n in range(19):
-        start = ids.shape[1] - 1 + n // 8 * 8
-        next_token = wrapper.step_logits(expected, start)[-1, :, -1].argmax(-1)
-        expected = torch.cat([expected, next_token[:, None]], 1)
-    assert torch.equal(output, expected)
-    assert sum(stats.num_committed) == 2 * 19
-    assert not torch.equal(expected, base.generate(ids, max_new_tokens=19, do_sample=False))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("commit", ["verified", "learned"])
-def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
-    wrapper = perturb(make_wrapper(base), 0.1)
-    long, short = random_ids(1, 9), random_ids(1, 4, seed=5)
-    batch = torch.cat([long, torch.cat([torch.full((1, 5), 2), short], 1)])
-    mask = torch.ones_like(batch)
-    mask[1, :5] = 0
-    together = wrapper.generate_chunks(
-        batch, max_new_tokens=13, attention_mask=mask, commit=commit, eos_token_id=[]
-    )
-    for row, alone in enumerate((long, short)):
-        expected = wrapper.generate_chunks(alone, max_new_tokens=13, commit=commit, eos_token_id=[])
-        assert torch.equal(together[row, 9:], expected[0, alone.shape[1] :])
-
-
-@torch.no_grad()
-def test_generation_stops_at_eos_and_pads_behind_it():
-    base = make_base("llama")
-    wrapper = make_wrapper(base)
-    ids = random_ids(2, 5)
-    free = wrapper.generate_chunks(ids, max_new_tokens=16, eos_token_id=[])[:, 5:]
-    eos = int(free[0, 3])
-    stopped = wrapper.generate_chunks(ids, max_new_tokens=16, eos_token_id=eos, pad_token_id=2)
-    expected = base.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
-        eos_token_id=eos, pad_token_id=2,
-    )  # fmt: skip
-    assert torch.equal(stopped, expected)
-    assert eos != EOS
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [-100.0, 100.0])
-def test_learned_commit_never_deadlocks(bias):
-    wrapper = perturb(make_wrapper(make_base("kimi")))
-    wrapper.boundary.commit.bias.fill_(bias)
-    wrapper.boundary.length.bias[0] = 1e4  # predicts length 0
-    output, stats = wrapper.generate_chunks(
-        random_ids(1, 3), max_new_tokens=6, commit="learned", eos_token_id=[], return_stats=True
-    )
-    assert output.shape[1] == 9 and stats.num_committed == [1] * 6
-
-
-def test_generation_refuses_what_it_cannot_do():
-    wrapper = make_wrapper(make_base("llama"))
-    ids = random_ids(1, 3)
-    for options, message in (
-        ({"do_sample": True}, "do_sample"),
-        ({"commit": "always"}, "commit must be one of verified, learned"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padded on the left"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrapper.generate_chunks(ids, **options)
-    with pytest.raises(ValueError, match="P >= 1"):
-        wrapper.generate_chunks(ids[:, :0])

@@ -1,0 +1,436 @@
+"""Chunked generation: what is committed, in what batches, where it ends, what it reports."""
+
+import random
+from itertools import chain
+
+import pytest
+import torch
+from conftest import (
+    CONFIGS,
+    EOS,
+    SIZES,
+    SMALL,
+    adapted,
+    make_base,
+    make_wrapper,
+    perturb,
+    random_ids,
+)
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3NextConfig
+from transformers.generation import BaseStreamer
+
+from kimi_recursive import RecursiveConfig, load_model_with_config
+from kimi_recursive.decode import ShortPasses
+from kimi_recursive.generate import GenerationStats, Output
+from kimi_recursive.verified import decode
+
+
+@pytest.fixture(params=["short passes", "modules"])
+def passes(request, monkeypatch):
+    """KimiLinear on both ways that its passes can be computed."""
+    if request.param == "modules":
+        monkeypatch.setattr(ShortPasses, "serves", lambda _wrapper: False)
+
+
+def padded(rows):
+    """Prompts as one batch, padded on the left: ids and mask."""
+    longest = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row.new_full((longest - len(row),), 2), row]) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+    return ids, mask
+
+
+@torch.no_grad()
+def token_by_token(wrapper, prompt, num_tokens, num_steps=None, choose=lambda x: x.argmax(-1)):
+    """The definition: each token from the last step over the chunk so far."""
+    ids = prompt[None]
+    for n in range(num_tokens):
+        start = len(prompt) - 1 + n // wrapper.config.chunk_width * wrapper.config.chunk_width
+        logits = wrapper.step_logits(ids, start, num_steps)[-1, :, -1]
+        ids = torch.cat([ids, choose(logits)[:, None]], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def new_tokens(output, ids):
+    return output[:, ids.shape[1] :].tolist()
+
+
+# ---- verified: exact -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_verified_equals_token_by_token_decoding_of_the_refined_model(kind, seed):
+    draw = random.Random(f"{kind} {seed}")
+    width, steps = draw.choice([1, 2, 3, 5, 8, 16]), draw.choice([1, 2, 3, 4])
+    base = make_base(kind, seed)
+    wrapper = make_wrapper(base, chunk_width=width, max_chunk_len=width, max_inner_steps=steps)
+    perturb(wrapper, draw.choice([0.02, 0.1, 0.3]), seed)
+    lengths = [draw.choice([1, 2, 4, 7, 17]) for _ in range(draw.choice([1, 2, 3]))]
+    prompts = [random_ids(1, n, seed=10 * seed + i)[0] for i, n in enumerate(lengths)]
+    ids, mask = padded(prompts)
+    num_tokens = draw.choice([1, 7, 19])
+    output, stats = wrapper.generate_chunks(
+        ids, max_new_tokens=num_tokens, attention_mask=mask, eos_token_id=[], return_stats=True
+    )
+    assert new_tokens(output, ids) == [token_by_token(wrapper, p, num_tokens) for p in prompts]
+    assert sum(stats.num_committed) == num_tokens * len(prompts)
+    assert set(stats.inner_steps) == {steps}
+
+
+def test_the_loop_has_a_say_in_what_is_generated(base):
+    wrapper = perturb(make_wrapper(base))
+    ids = random_ids(2, 5)
+    refined = wrapper.generate_chunks(ids, max_new_tokens=19, eos_token_id=[])
+    assert not torch.equal(
+        refined, wrapper.generate_chunks(ids, max_new_tokens=19, eos_token_id=[], num_steps=0)
+    )
+
+
+def test_both_ways_to_compute_a_pass_generate_the_same(passes):
+    wrapper = perturb(make_wrapper(make_base("kimi")))
+    prompts = [random_ids(1, n, seed=n)[0] for n in (9, 1)]
+    ids, mask = padded(prompts)
+    output = wrapper.generate_chunks(ids, max_new_tokens=17, attention_mask=mask, eos_token_id=[])
+    assert new_tokens(output, ids) == [token_by_token(wrapper, p, 17) for p in prompts]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SIZES, sliding_window=6, head_dim=16, num_hidden_layers=3),
+        Qwen3NextConfig(
+            **SIZES, num_hidden_layers=4, head_dim=16,
+            linear_num_key_heads=2, linear_num_value_heads=2,
+            linear_key_head_dim=16, linear_value_head_dim=16, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=32, shared_expert_intermediate_size=32, decoder_sparse_step=1,
+        ),
+    ],
+    ids=["sliding window", "gated delta net"],
+)  # fmt: skip
+def test_caches_that_cannot_be_taken_back_are_read_again(config):
+    torch.manual_seed(0)
+    wrapper = perturb(make_wrapper(AutoModelForCausalLM.from_config(config).eval()))
+    prompts = [random_ids(1, n, seed=n)[0] for n in (7, 3)]
+    ids, mask = padded(prompts)
+    output = wrapper.generate_chunks(ids, max_new_tokens=13, attention_mask=mask, eos_token_id=[])
+    assert new_tokens(output, ids) == [token_by_token(wrapper, p, 13) for p in prompts]
+
+
+def test_single_pass_cells_and_trained_bases_generate_what_they_say():
+    single = perturb(make_wrapper(make_base("kimi"), single_pass=True, max_inner_steps=1))
+    for wrapper in (single, adapted(make_base("kimi"), layers=[1])):
+        ids = random_ids(1, 4)
+        output = wrapper.generate_chunks(ids, max_new_tokens=11, eos_token_id=[])
+        assert new_tokens(output, ids) == [token_by_token(wrapper, ids[0], 11)]
+
+
+def states(cache, length):
+    """All that a cache holds of one row's last `length` tokens."""
+    for layer in cache.layers:
+        if hasattr(layer, "recurrent_states"):
+            yield from (layer.conv_states[0], layer.recurrent_states[0])
+        else:
+            yield from (layer.keys[:, :, -length:], layer.values[:, :, -length:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*CONFIGS, "kimi by modules"])
+def test_after_each_round_the_caches_are_those_of_the_committed_tokens(kind, monkeypatch):
+    """The base's as if it had read them at once; each step's as if it had refined the chunk."""
+    if kind == "kimi by modules":
+        monkeypatch.setattr(ShortPasses, "serves", lambda _wrapper: False)
+    wrapper = perturb(make_wrapper(make_base(kind.split()[0])))
+    prompts = [random_ids(1, n, seed=n)[0] for n in (6, 2, 1)]
+    output, stats = Output(prompts, 18, eos=[]), GenerationStats()
+    num_compared = 0
+    for rows in decode(wrapper, output, None, None, stats):
+        for i, row in enumerate(rows.index):
+            ids = torch.cat([prompts[row], torch.tensor(output.tokens[row])])[None]
+            assert rows.last[i] == ids[0, -1]
+            length, done = int(rows.length[i]), int(rows.done[i])
+            assert length == ids.shape[1] - 1
+            assert done == len(output.tokens[row]) % wrapper.config.chunk_width
+            before = wrapper.encode(ids[:, : length - done], wrapper.new_cache())
+            expected = [wrapper.encode(ids[:, :-1], wrapper.new_cache())]
+            expected += refined_caches(wrapper, ids[:, length - done : -1], before)
+            for ours, theirs in zip([rows.base, *rows.refined], expected, strict=True):
+                for a, b in zip(states(ours, length), states(theirs, length), strict=True):
+                    assert (a[i : i + 1] - b).abs().max() < 2e-3 * b.abs().max()
+                    num_compared += 1
+    assert num_compared > 100
+    assert any(n < d for n, d in zip(stats.num_accepted, stats.num_drafted, strict=True))
+
+
+def refined_caches(wrapper, ids, before):
+    """Of each inner step over the chunk `ids` behind `before`."""
+    if not ids.shape[1]:
+        return [before] * wrapper.config.max_inner_steps
+    kept, run_base = [], wrapper.run_base
+
+    def keep(cache, *args, **kwargs):
+        kept.append(cache)
+        return run_base(cache, *args, **kwargs)
+
+    wrapper.run_base = keep
+    wrapper.last_step(wrapper.start_chunk(ids, before))
+    del wrapper.run_base
+    return kept[1:]
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary():
+    """A refined model over 5 tokens, with chunks of 2, whose base says something else."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=5, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=2, initializer_range=0.2, eos_token_id=None)
+    ).eval()  # fmt: skip
+    return perturb(make_wrapper(base, chunk_width=2, max_chunk_len=2, max_inner_steps=2), 0.3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.5, "top_k": 3}],
+    ids=["plain", "temperature and top-p", "temperature and top-k"],
+)
+def test_sampling_has_the_distribution_of_the_refined_model(small_vocabulary, options):
+    """Of three tokens over a chunk's end, by a chi-square test over all continuations."""
+    wrapper, num_samples = small_vocabulary, 4000
+    prompt = torch.tensor([[1, 3, 0]])
+    expected = torch.ones(1)
+    sequences = prompt
+    for n in range(3):
+        logits = wrapper.step_logits(sequences, 2 + n // 2 * 2)[-1, :, -1]
+        expected = (expected[:, None] * warped(logits, **options)).flatten()
+        tokens = torch.arange(5).repeat(len(sequences))[:, None]
+        sequences = torch.cat([sequences.repeat_interleave(5, 0), tokens], 1)
+
+    def p_value(num_steps):
+        output, stats = wrapper.generate_chunks(
+            prompt.repeat(num_samples, 1), max_new_tokens=3, do_sample=True, seed=0,
+            num_steps=num_steps, return_stats=True, **options,
+        )  # fmt: skip
+        codes = (output[:, 3:] * torch.tensor([25, 5, 1])).sum(1)
+        found, wanted = torch.bincount(codes, minlength=125).double(), expected.double()
+        if found[wanted == 0].any():
+            return 0.0, stats
+        rare = wanted * num_samples < 5
+        found = torch.cat([found[~rare], found[rare].sum()[None]])
+        wanted = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+        found, wanted = found[wanted > 0], wanted[wanted > 0]
+        return chisquare(found, wanted / wanted.sum() * num_samples).pvalue, stats
+
+    value, stats = p_value(None)
+    assert value > 1e-3
+    assert 0.1 < stats.acceptance_rate < 0.9, "the test must see both, drafts taken and refused"
+    assert p_value(0)[0] < 1e-9, "the base alone must fail this test"
+
+
+def warped(logits, temperature=1.0, top_p=1.0, top_k=5):
+    """Temperature, then top-k, then top-p, written down again."""
+    probabilities = (logits / temperature).softmax(-1)
+    kept = probabilities.sort(descending=True).values
+    probabilities = probabilities.masked_fill(probabilities < kept[:, top_k - 1, None], 0)
+    ordered, order = probabilities.sort(descending=True)
+    beyond = ordered.cumsum(-1) - ordered >= top_p
+    probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(1)), 0)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def test_a_seed_repeats_a_sample_and_little_temperature_is_greedy():
+    wrapper = perturb(make_wrapper(make_base("kimi")))
+    ids = random_ids(2, 5)
+
+    def sample(**options):
+        return new_tokens(
+            wrapper.generate_chunks(ids, max_new_tokens=17, do_sample=True, **options), ids
+        )
+
+    before = torch.get_rng_state()
+    assert sample(seed=3) == sample(seed=3) != sample(seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    greedy = new_tokens(wrapper.generate_chunks(ids, max_new_tokens=17), ids)
+    assert sample(temperature=1e-4) == greedy != sample(seed=3)
+    assert sample(top_k=1) == greedy == sample(top_p=1e-6)
+
+
+# ---- where rows end ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("commit", ["verified", "learned"])
+@pytest.mark.parametrize("prompt_length", [1, 5, 11])
+def test_untrained_generation_is_the_base_token_for_token(base, commit, prompt_length):
+    wrapper = make_wrapper(base)
+    for parameter in wrapper.boundary.parameters():
+        parameter.normal_()
+    ids = random_ids(3, prompt_length)
+    expected = base.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=21, do_sample=False
+    )
+    assert torch.equal(wrapper.generate_chunks(ids, max_new_tokens=21, commit=commit), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("commit", ["verified", "learned"])
+def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
+    wrapper = perturb(make_wrapper(base), 0.1)
+    prompts = [random_ids(1, n, seed=n)[0] for n in (9, 4, 1)]
+    ids, mask = padded(prompts)
+    together = wrapper.generate_chunks(
+        ids, max_new_tokens=13, attention_mask=mask, commit=commit, eos_token_id=[]
+    )
+    for prompt, row in zip(prompts, new_tokens(together, ids), strict=True):
+        alone = wrapper.generate_chunks(
+            prompt[None], max_new_tokens=13, commit=commit, eos_token_id=[]
+        )
+        assert row == alone[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("commit", ["verified", "learned"])
+@pytest.mark.parametrize("at", [0, 3, 8])
+def test_rows_end_at_eos_and_are_padded_behind_it(commit, at):
+    base = make_base("llama")
+    wrapper = make_wrapper(base)
+    ids = random_ids(3, 5)
+    free = wrapper.generate_chunks(ids, max_new_tokens=16, eos_token_id=[])[:, 5:]
+    eos = int(free[0, at])
+    stopped = wrapper.generate_chunks(
+        ids, max_new_tokens=16, eos_token_id=eos, pad_token_id=2, commit=commit
+    )
+    expected = base.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
+        eos_token_id=eos, pad_token_id=2,
+    )  # fmt: skip
+    assert torch.equal(stopped, expected)
+    assert eos != EOS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("commit", ["verified", "learned"])
+def test_a_stop_string_ends_its_row_as_in_transformers(commit, model_dir):
+    wrapper, tokenizer, _ = load_model_with_config(
+        model_dir / "base", config=RecursiveConfig(**SMALL)
+    )
+    ids = random_ids(2, 5)
+    free = wrapper.generate_chunks(ids, max_new_tokens=20, eos_token_id=[])[:, 5:]
+    options = {"max_new_tokens": 20, "eos_token_id": [], "pad_token_id": 2, "tokenizer": tokenizer}
+    options["stop_strings"] = ["nothing", tokenizer.decode(free[0, 4:7])]
+    stopped = wrapper.generate_chunks(ids, commit=commit, **options)
+    mask = torch.ones_like(ids)
+    expected = wrapper.base.generate(ids, attention_mask=mask, do_sample=False, **options)
+    assert torch.equal(stopped, expected)
+    ended = stopped[0, 5:].tolist()
+    assert 0 < len(ended) - ended.count(2) < 20
+
+
+class Listener(BaseStreamer):
+    def __init__(self):
+        self.puts, self.ended = [], False
+
+    def put(self, value):
+        assert not self.ended
+        self.puts.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("commit", ["verified", "learned"])
+def test_a_streamer_gets_the_prompt_then_each_round_then_the_end(commit):
+    wrapper = perturb(make_wrapper(make_base("kimi")))
+    ids, listener = random_ids(1, 5), Listener()
+    output, stats = wrapper.generate_chunks(
+        ids, max_new_tokens=19, eos_token_id=[], commit=commit, streamer=listener, return_stats=True
+    )
+    assert listener.ended and listener.puts[0] == ids[0].tolist()
+    assert list(chain(*listener.puts)) == output[0].tolist()
+    assert [len(put) for put in listener.puts[1:]] == stats.num_committed
+    assert stats.num_rounds > 1
+
+
+# ---- learned commits, statistics, refusals -------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [-100.0, 100.0])
+def test_learned_commit_never_deadlocks(bias):
+    wrapper = perturb(make_wrapper(make_base("kimi")))
+    wrapper.boundary.commit.bias.fill_(bias)
+    wrapper.boundary.length.bias[0] = 1e4  # predicts length 0
+    output, stats = wrapper.generate_chunks(
+        random_ids(1, 3), max_new_tokens=6, commit="learned", eos_token_id=[], return_stats=True
+    )
+    assert output.shape[1] == 9 and stats.num_committed == [1] * 6
+
+
+@torch.no_grad()
+def test_learned_commit_stops_and_commits_by_the_thresholds_of_the_config():
+    def run(p_commit, **thresholds):
+        wrapper = perturb(make_wrapper(make_base("kimi"), **thresholds), 0.3)
+        wrapper.boundary.commit.weight.zero_()
+        wrapper.boundary.commit.bias.fill_(torch.tensor(p_commit).logit())
+        wrapper.boundary.length.weight.zero_()
+        wrapper.boundary.length.bias[5] = 1e4  # predicts length 5
+        return wrapper.generate_chunks(
+            random_ids(1, 3),
+            max_new_tokens=10,
+            commit="learned",
+            eos_token_id=[],
+            return_stats=True,
+        )[1]
+
+    sure = run(0.6, commit_threshold=0.5)
+    assert (sure.inner_steps, sure.num_committed) == ([1, 1], [5, 5])
+    unsure = run(0.6, commit_threshold=0.7, min_commit_threshold=0.3)
+    assert (unsure.inner_steps, unsure.num_committed) == ([3, 3], [5, 5])
+    refused = run(0.6, commit_threshold=0.9, min_commit_threshold=0.7)
+    assert refused.num_committed == [1] * 10
+    assert unsure.mean_inner_steps == 3 and unsure.mean_committed == 5
+
+
+@torch.no_grad()
+def test_statistics_add_up(base):
+    ids, mask = padded([random_ids(1, n, seed=n)[0] for n in (6, 3)])
+    for wrapper in (make_wrapper(base), perturb(make_wrapper(base), 0.3)):
+        output, stats = wrapper.generate_chunks(
+            ids, max_new_tokens=20, attention_mask=mask, eos_token_id=[], return_stats=True
+        )
+        assert output.shape == (2, 26) and sum(stats.num_committed) == 40
+        rounds = zip(
+            stats.num_rows, stats.num_drafted, stats.num_accepted, stats.num_committed, strict=True
+        )
+        for rows, drafted, accepted, committed in rounds:
+            assert rows <= committed <= drafted and committed - rows <= accepted <= committed
+        assert stats.draft_seconds > 0 and stats.refine_seconds > 0
+        if not wrapper.refine_cells[0].out.weight.any():
+            assert stats.num_accepted == stats.num_committed, "the base agrees with itself"
+            assert stats.num_rounds < 20 / 2, "and is let draft ahead"
+
+
+def test_generation_refuses_what_it_cannot_do():
+    wrapper = make_wrapper(make_base("llama"))
+    ids = random_ids(1, 3)
+    for options, message in (
+        ({"do_sample": True, "commit": "learned"}, "do_sample needs commit='verified'"),
+        ({"do_sample": True, "temperature": 0}, "temperature must be above 0, got 0"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"do_sample": True, "top_k": -1}, "top_k must be at least 1"),
+        ({"commit": "always"}, "commit must be one of verified, learned"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_steps": -1}, "num_steps must be at least 0"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padded on the left"),
+        ({"stop_strings": "x"}, "stop_strings needs the tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrapper.generate_chunks(ids, **options)
+    with pytest.raises(ValueError, match="P >= 1"):
+        wrapper.generate_chunks(ids[:, :0])
+    with pytest.raises(ValueError, match="a streamer takes one row, got 2"):
+        wrapper.generate_chunks(random_ids(2, 3), streamer=Listener())
