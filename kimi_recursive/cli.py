@@ -17,6 +17,7 @@ from kimi_recursive.config import (
     get_baseline_config,
     read_json_object,
 )
+from kimi_recursive.generate_cli import generate
 from kimi_recursive.hub_cli import upload
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
 from kimi_recursive.matrix import ARMS, MAX_SEED, PHASES, STAGES
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 app.add_typer(track_b, name="track-b")
 app.add_typer(log, name="log")
+app.command()(generate)
 app.command()(upload)
 app.command()(plan)
 

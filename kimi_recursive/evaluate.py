@@ -6,7 +6,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -17,12 +16,12 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
 
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
 from kimi_recursive.files import git_state, versions, write_json, write_parquet
 from kimi_recursive.flops import forward_flops_per_token
+from kimi_recursive.generate import plain_generation
 from kimi_recursive.loader import check_context, load_model_with_config
 from kimi_recursive.model import ChunkRefineWrapper
 
@@ -158,20 +157,6 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-@contextmanager
-def _plain_generation(base: PreTrainedModel) -> Iterator[None]:
-    """Greedy decoding and nothing else. The base's own generation config is put aside, since what
-    an argument of `generate` leaves unset is taken from there."""
-    own = base.generation_config
-    base.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
 def generate_samples(
     wrapper: ChunkRefineWrapper, tokenizer, prompts: Sequence[str], max_new_tokens: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -195,7 +180,7 @@ def generate_samples(
             )
             inner_steps += stats.inner_steps
         else:
-            with _plain_generation(wrapper.base):
+            with plain_generation(wrapper.base):
                 output = wrapper.generate_chunks(
                     input_ids, attention_mask=mask, max_new_tokens=max_new_tokens
                 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
     BaseStreamer,
     LogitsProcessorList,
@@ -82,6 +83,20 @@ class GenerationStats:
         yield
         name = f"{part}_seconds"
         setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+
+
+@contextmanager
+def plain_generation(base: PreTrainedModel) -> Iterator[None]:
+    """Inside, `base.generate` does nothing but what its arguments say. The base's own generation
+    config is put aside, since what an argument leaves unset is taken from there."""
+    own = base.generation_config
+    base.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 class Sampling:
@@ -198,7 +213,7 @@ def generate_chunks(
     """Generation with the loop; arguments are called as in transformers' `generate`.
 
     Args:
-        input_ids: Prompts [B, P], padded on the left where `attention_mask` is 0.
+        input_ids: Prompts [B, P], padded on either side where `attention_mask` is 0.
         max_new_tokens: Tokens to add at most.
         eos_token_id, pad_token_id: By default those of the base's generation config.
         commit: `verified` (a token is committed only if the refined model, given the committed
@@ -220,8 +235,8 @@ def generate_chunks(
         statistics when asked.
 
     Raises:
-        ValueError: an empty prompt, right-padded prompts, an argument out of its range, several
-            rows with a streamer, sampling with `learned`.
+        ValueError: an empty prompt, an argument out of its range, several rows with a streamer,
+            sampling with `learned`.
     """
     commit = commit or wrapper.config.commit
     if commit not in COMMIT_MODES:
@@ -230,8 +245,6 @@ def generate_chunks(
         raise ValueError(f"input_ids must be [B, P] with P >= 1, got {tuple(input_ids.shape)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        raise ValueError("prompts must be padded on the left")
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"a streamer takes one row, got {len(input_ids)}")
     if stop_strings and tokenizer is None:
@@ -251,6 +264,8 @@ def generate_chunks(
     prompts = list(input_ids)
     if attention_mask is not None:
         prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"attention_mask: leaves nothing of row {empty[0]}")
 
     output, stats = Output(prompts, max_new_tokens, eos, stop, streamer), GenerationStats()
     if streamer is not None:

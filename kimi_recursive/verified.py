@@ -125,7 +125,7 @@ class Lookahead:
         rates = (self.num_accepted[i] / self.num_tried[i] for i in self.bins[-1])
         self.alive = [alive * rate for alive, rate in zip(self.alive, rates, strict=True)]
         gain = sum(self.alive) / len(self.alive)
-        if self.num_steps and gain * (self.num_steps + len(self.bins)) <= self.expected:
+        if gain * (self.num_steps + len(self.bins)) <= self.expected:
             return False
         self.expected += gain
         return True
@@ -152,11 +152,12 @@ def decode(
         sampling: None for greedy.
     """
     num_steps = wrapper.resolve_steps(num_steps)
+    refine = _refine if num_steps else _read
     short = ShortPasses(wrapper) if ShortPasses.serves(wrapper) else None
     run = wrapper.run_base if short is None else short.run
     most = wrapper.config.chunk_width if short is None else MAX_TOKENS
-    lookahead = Lookahead(num_steps)
-    rows = _start(wrapper, output, num_steps)
+    lookahead = Lookahead(num_steps or wrapper.config.max_inner_steps)
+    rows = _start(wrapper, output, num_steps or 1)
     while rows.index:
         # No row is read beyond its end, where there might be no position for it; beyond the end of
         # its chunk what it reads is not used.
@@ -165,10 +166,8 @@ def decode(
         with stats.timing("draft"):
             drafted, h_top, proposals, draft = _draft(run, rows, limit, lookahead, sampling)
         with stats.timing("refine"):
-            tokens, agreed, passes = drafted, torch.full_like(room, drafted.shape[1]), []
-            if num_steps:
-                logits, passes = _refine(wrapper, run, rows, drafted, h_top)
-                tokens, agreed = _verify(drafted, proposals, logits, sampling)
+            logits, passes = refine(wrapper, run, rows, drafted, h_top)
+            tokens, agreed = _verify(drafted, proposals, logits, sampling)
         lookahead.learn(agreed.tolist())
         num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
         num_new = [
@@ -183,7 +182,7 @@ def decode(
         yield rows
 
 
-def _start(wrapper: ChunkRefineWrapper, output: Output, num_steps: int) -> Rows:
+def _start(wrapper: ChunkRefineWrapper, output: Output, num_caches: int) -> Rows:
     prompts = output.prompts
     length = torch.tensor([len(ids) - 1 for ids in prompts], device=prompts[0].device)
     longest = int(length.max())
@@ -191,7 +190,7 @@ def _start(wrapper: ChunkRefineWrapper, output: Output, num_steps: int) -> Rows:
     cache = wrapper.new_cache()
     rows = Rows(list(range(len(ids))), cache, [], length, torch.zeros_like(length), ids[:, -1:])
     rows.base = wrapper.encode(ids[:, :-1], cache, rows.mask(0))
-    rows.refined = [rows.base] * num_steps
+    rows.refined = [rows.base] * num_caches
     return rows
 
 
@@ -255,6 +254,22 @@ def _refine(
         h_top, logits = run(cache, mask, states, inputs_embeds=embeds)
         passes.append(Pass(cache, again))
     return logits, passes
+
+
+def _read(
+    _wrapper: ChunkRefineWrapper, run: Callable, rows: Rows, drafted: Tensor, _h_top: Tensor
+) -> tuple[Tensor, list[Pass]]:
+    """As `_refine` with no inner step: what cells that do nothing leave of a step, bit for bit."""
+    num_read, mask, (origin,) = drafted.shape[1], rows.mask(drafted.shape[1]), rows.refined
+    inputs = torch.cat([rows.last, drafted[:, :-1]], dim=1)
+
+    def again(n: int) -> Cache:
+        cache = fork(origin)
+        run(cache, _shortened(mask, num_read - n), input_ids=inputs[:, :n])
+        return cache
+
+    cache = record(origin)
+    return run(cache, mask, input_ids=inputs)[1], [Pass(cache, again)]
 
 
 def _verify(

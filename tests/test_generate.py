@@ -290,6 +290,11 @@ def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
             prompt[None], max_new_tokens=13, commit=commit, eos_token_id=[]
         )
         assert row == alone[0, len(prompt) :].tolist()
+    ids = torch.stack([ids[i].roll(int(mask[i].sum())) for i in range(len(ids))])
+    on_the_right = wrapper.generate_chunks(
+        ids, max_new_tokens=13, attention_mask=mask.flip(1), commit=commit, eos_token_id=[]
+    )
+    assert new_tokens(on_the_right, ids) == new_tokens(together, ids)
 
 
 @torch.no_grad()
@@ -425,7 +430,7 @@ def test_generation_refuses_what_it_cannot_do():
         ({"commit": "always"}, "commit must be one of verified, learned"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"num_steps": -1}, "num_steps must be at least 0"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padded on the left"),
+        ({"attention_mask": torch.zeros_like(ids)}, "leaves nothing of row 0"),
         ({"stop_strings": "x"}, "stop_strings needs the tokenizer"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,106 @@
+"""`kimi-recursive generate` on a Llama with a byte-level tokenizer."""
+
+import json
+
+import pytest
+import torch
+from conftest import call
+
+from kimi_recursive import load_model_with_config
+from kimi_recursive.evaluate import prompt_ids
+from kimi_recursive.generate_cli import agreement, side_by_side
+
+
+@pytest.fixture(scope="module")
+def generated(model_dir):
+    """What the package itself makes of a prompt: ids of the continuation, by number of steps."""
+    wrapper, tokenizer, _ = load_model_with_config(model_dir / "sidecar")
+    ids = torch.tensor([prompt_ids(tokenizer, "abcd ab")])
+    made = {
+        steps: wrapper.generate_chunks(ids, max_new_tokens=12, num_steps=steps)[0, ids.shape[1] :]
+        for steps in (0, 3)
+    }
+    assert made[0].tolist() != made[3].tolist()
+    return tokenizer, {steps: tokens.tolist() for steps, tokens in made.items()}
+
+
+def generate(monkeypatch, model, *options):
+    options = ("--prompt", "abcd ab", "--max-new-tokens", 12, *options)
+    return call(monkeypatch, "generate", "--model", model, *options)
+
+
+def test_json_holds_the_refined_models_tokens(model_dir, generated, monkeypatch, capsys):
+    tokenizer, made = generated
+    for steps in (3, 0):
+        code = generate(monkeypatch, model_dir / "sidecar", "--json", "--num-steps", steps)
+        out, err = capsys.readouterr()
+        assert code == 0 and json.loads(out) == {
+            "prompt": "abcd ab",
+            "completion": tokenizer.decode(made[steps], skip_special_tokens=True),
+            "token_ids": made[steps],
+        }
+        assert "12 tokens, " in err and f"{steps:.2f} inner steps" in err
+
+
+def test_prompts_of_unequal_length_are_one_batch(model_dir, generated, monkeypatch, capsys):
+    generate(monkeypatch, model_dir / "sidecar", "--prompt", "ab", "--json")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["abcd ab", "ab"]
+    assert rows[0]["token_ids"] == generated[1][3]
+
+
+def test_stream_prints_prompt_and_text(model_dir, generated, monkeypatch, capsys):
+    tokenizer, made = generated
+    assert generate(monkeypatch, model_dir / "sidecar", "--stream") == 0
+    text = tokenizer.decode(tokenizer.encode("abcd ab") + made[3], skip_special_tokens=True)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_compare_shows_each_and_says_how_far_they_agree(model_dir, generated, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    code = generate(monkeypatch, model_dir / "sidecar", "--compare", "--commit", "learned")
+    out, err = capsys.readouterr()
+    same = agreement([generated[1][0]], [generated[1][3]])
+    assert code == 0 and out.splitlines()[0] == "> abcd ab"
+    assert [name.strip() for name in out.splitlines()[1].split("|")] == [
+        "base", "verified", "learned",
+    ]  # fmt: skip
+    assert f"the first {same} tokens are those of base" in err
+    assert "tokens are those of verified" in err
+
+
+def test_columns_wrap_and_give_way_on_a_narrow_terminal():
+    texts = {"base": "one two three four", "refined": "five\n\nsix"}
+    assert side_by_side(texts, width=51).splitlines() == [
+        "base                     | refined",
+        "------------------------ | ------------------------",
+        "one two three four       | five",
+        "                         |",
+        "                         | six",
+    ]
+    assert side_by_side(texts, width=50) == "[base]\none two three four\n[refined]\nfive\n\nsix"
+    assert agreement([[1, 2, 3], [4]], [[1, 2, 4], [4, 5]]) == "3 of 5"
+
+
+def test_a_base_alone_generates_and_is_not_compared(model_dir, generated, monkeypatch, capsys):
+    assert generate(monkeypatch, model_dir / "base", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == generated[1][0]
+    assert generate(monkeypatch, model_dir / "base", "--compare") == 2
+    assert "is a base without cells" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--commit", "maybe"), "--commit: must be one of verified, learned, got 'maybe'"),
+        (("--stream", "--prompt", "two"), "--stream: takes one prompt, got 2"),
+        (("--stream", "--json"), "give one of --stream, --compare and --json"),
+        (("--sample", "--top-p", 3), "top_p must be above 0 and at most 1, got 3.0"),
+        (("--sample", "--commit", "learned"), "do_sample needs commit='verified'"),
+        (("--max-new-tokens", 10**6), "positions"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(model_dir, monkeypatch, capsys, options, message):
+    assert generate(monkeypatch, model_dir / "sidecar", *options) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.splitlines()) == 1
