@@ -17,6 +17,7 @@ from kimi_recursive.config import (
     get_baseline_config,
     read_json_object,
 )
+from kimi_recursive.harness_cli import lm_eval
 from kimi_recursive.hub_cli import upload
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
 from kimi_recursive.matrix import ARMS, MAX_SEED, PHASES, STAGES
@@ -36,6 +37,8 @@ app.add_typer(track_b, name="track-b")
 app.add_typer(log, name="log")
 app.command()(upload)
 app.command()(plan)
+_passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("lm-eval", no_args_is_help=True, context_settings=_passed_on)(lm_eval)
 
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 
