@@ -5,6 +5,7 @@ is that of the workflow, seen from the folder where it ran.
 """
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def _pairs(corpus: str) -> list[dict[str, Any]]:
         sentences = split_sentences(text)
         found = [
             {"document_id": document_id, "context": first, "next": second}
-            for first, second in zip(sentences, sentences[1:], strict=False)
+            for first, second in pairwise(sentences)
             if all(len(s.split()) in SENTENCE_WORDS for s in (first, second))
         ]
         stride = max(1, len(found) // QUESTIONS_PER_DOCUMENT)
@@ -50,17 +51,24 @@ def beginnings(corpus: str = CORPUS, num_characters: int = 6000, **_: Any) -> di
     return {"test": Dataset.from_list(rows)}
 
 
-def next_sentences(corpus: str = CORPUS, **_: Any) -> dict[str, Dataset]:
-    """A sentence, the one that follows it, and three that follow others, of other documents where
-    there are any."""
+def endings(corpus: str = CORPUS, **_: Any) -> dict[str, Dataset]:
+    """A sentence and the first half of the next; its second half, and three of other documents."""
     pairs, draw = _pairs(corpus), random.Random(0)
     rows = []
     for pair in pairs:
+        begun, ending = _halves(pair["next"])
         others = [p["next"] for p in pairs if p["document_id"] != pair["document_id"]]
-        choices = [pair["next"], *draw.sample(others, CHOICES - 1)]
+        choices = [ending, *(_halves(s)[1] for s in draw.sample(others, CHOICES - 1))]
         draw.shuffle(choices)
-        rows.append({**pair, "choices": choices, "answer": choices.index(pair["next"])})
+        prompt = f"{pair['context']} {begun}"
+        rows.append({"prompt": prompt, "choices": choices, "answer": choices.index(ending)})
     return {"test": Dataset.from_list(rows)}
+
+
+def _halves(sentence: str) -> tuple[str, str]:
+    words = sentence.split()
+    middle = len(words) // 2
+    return " ".join(words[:middle]), " ".join(words[middle:])
 
 
 def last_words(corpus: str = CORPUS, **_: Any) -> dict[str, Dataset]:
@@ -69,5 +77,5 @@ def last_words(corpus: str = CORPUS, **_: Any) -> dict[str, Dataset]:
     for pair in _pairs(corpus):
         prompt, last = f"{pair['context']} {pair['next']}".rsplit(None, 1)
         word = "".join(c for c in last if c.isalnum())
-        rows.append({"document_id": pair["document_id"], "prompt": prompt, "word": word})
+        rows.append({"prompt": prompt, "word": word})
     return {"test": Dataset.from_list(rows)}
