@@ -44,7 +44,7 @@ class RecursiveLM(HFLM):
     """A base, or a sidecar and the base that it names, at one inner step.
 
     Args:
-        path: As `load_model_with_config`: a directory or a Hub id.
+        path: Needed; as of `load_model_with_config`: a directory or a Hub id.
         num_steps: The inner step whose logits count, and that generation verifies with: K by
             default. 0 is the base in one plain pass, as transformers runs it: what `hf` runs.
         commit: `verified` or `learned`, see `generate_chunks`; of tasks that generate.
@@ -61,12 +61,14 @@ class RecursiveLM(HFLM):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         num_steps: int | None = None,
         commit: str = "verified",
         revision: str | None = None,
         **hf_options: Any,
     ) -> None:
+        if path is None:
+            raise ValueError("model_args: path=FOLDER is missing: a base, or a sidecar")
         _check_options(num_steps, commit, hf_options)
         folder, revision = local_model(path, revision)
         base = base_of(folder)

@@ -213,6 +213,7 @@ def test_what_cannot_be_is_one_line(sidecar, model_dir, tmp_path):
         options = {"path": folder, **changes}
         error = error_of(lambda options=options: model(options.pop("path"), **options))
         assert message in error
+    assert "path=FOLDER is missing" in error_of(RecursiveLM)
     named = model(tmp_path / "mute", tokenizer=str(model_dir / "tokenizer"))
     assert named.num_steps == 0 and named.tok_encode("a")
     lm = model(folder, 2)
