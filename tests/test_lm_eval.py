@@ -143,7 +143,7 @@ def test_padding_batches_and_order_change_no_answer(sidecar, kind):
     """Requests of different lengths share a batch, padded on the right for scores and on the left
     for generation; some prompts are longer than the context."""
     asked = [(TEXT[:n], TEXT[n : n + 9]) for n in (3, 30, 11, 90, 140)]
-    until = {"until": ["e "], "max_gen_toks": 20}
+    until = {"until": ["e "], "max_gen_toks": 10}
     found = []
     for batch_size, order in ((1, 1), (5, -1)):
         lm = model(sidecar(kind), batch_size=batch_size)
