@@ -18,6 +18,7 @@ from kimi_recursive.config import (
     read_json_object,
 )
 from kimi_recursive.generate_cli import generate
+from kimi_recursive.harness_cli import lm_eval
 from kimi_recursive.hub_cli import upload
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
 from kimi_recursive.matrix import ARMS, MAX_SEED, PHASES, STAGES
@@ -38,6 +39,8 @@ app.add_typer(log, name="log")
 app.command()(generate)
 app.command()(upload)
 app.command()(plan)
+_passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("lm-eval", no_args_is_help=True, context_settings=_passed_on)(lm_eval)
 
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 

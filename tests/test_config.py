@@ -275,6 +275,7 @@ def test_the_readme_shows_every_column_of_the_sheet_with_its_default():
 def test_environment_yml_and_pyproject_hold_the_same_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    assert set(extras["eval"]) <= set(extras["test"])
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     assert sorted(pip) == sorted(project["dependencies"] + extras["demo"] + extras["test"])
