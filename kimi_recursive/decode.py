@@ -64,19 +64,21 @@ class ShortPasses:
         cache: Cache,
         mask: Tensor | None,
         states: dict[int, Tensor] | None = None,
+        logits_to_keep: int = 0,
         **inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """As `ChunkRefineWrapper.run_base`, which also takes the passes that this does not."""
         x = self.embed(inputs["input_ids"]) if "input_ids" in inputs else inputs["inputs_embeds"]
         num_read = cache.get_seq_length()
         if not num_read or x.shape[1] > MAX_TOKENS:
+            inputs["logits_to_keep"] = logits_to_keep
             return self.wrapper.run_base(cache, mask, states, **inputs)
         bias = _attention_bias(mask, num_read, x.shape[1])
         for index, layer in enumerate(self.layers):
             x = layer(x, cache, bias)
             if states is not None and index in self.cells:
                 x, states[index] = self.cells[index](x, states.get(index))
-        return x, F.linear(self.norm(x), self.head)
+        return x, F.linear(self.norm(x[:, -logits_to_keep:]), self.head)
 
 
 def _attention_bias(mask: Tensor | None, num_read: int, num_new: int) -> Tensor | None:

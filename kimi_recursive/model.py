@@ -223,10 +223,6 @@ class ChunkRefineWrapper(nn.Module):
                 handle.remove()
         return captured["h_top"], logits
 
-    def read(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Tensor:
-        """The base reads `input_ids` [B, T] and updates `cache`; logits [B, T, V]."""
-        return self.run_base(cache, mask, input_ids=input_ids)[1]
-
     def encode(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Cache:
         """The cache after the base has read `input_ids` [B, T]; `cache` itself is left as it is."""
         cache = fork(cache)

@@ -69,8 +69,9 @@ class Rows:
             self.length, self.done = self.length[chosen], self.done[chosen]
             self.last = self.last[chosen]
         longest = int(self.length.max())
-        self.base = trim(self.base, longest)
-        self.refined = [trim(cache, longest) for cache in self.refined]
+        if self.base.get_seq_length() > longest:
+            self.base = trim(self.base, longest)
+            self.refined = [trim(cache, longest) for cache in self.refined]
 
 
 @dataclass
@@ -242,7 +243,7 @@ def _refine(
     num_read, mask = drafted.shape[1], rows.mask(drafted.shape[1])
     inputs = torch.cat([rows.last, drafted[:, :-1]], dim=1)
     states, passes = {}, []
-    for origin in rows.refined:
+    for step, origin in enumerate(rows.refined, 1):
         embeds, before = wrapper.next_inputs(inputs, h_top), wrapper.next_states(states)
 
         def again(n: int, origin=origin, embeds=embeds, before=before) -> Cache:
@@ -251,7 +252,8 @@ def _refine(
             return cache
 
         cache, states = record(origin), dict(before)
-        h_top, logits = run(cache, mask, states, inputs_embeds=embeds)
+        wanted = 0 if step == len(rows.refined) else 1  # of logits: 0 is all
+        h_top, logits = run(cache, mask, states, inputs_embeds=embeds, logits_to_keep=wanted)
         passes.append(Pass(cache, again))
     return logits, passes
 

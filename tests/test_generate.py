@@ -125,6 +125,15 @@ def test_single_pass_cells_and_trained_bases_generate_what_they_say():
         assert new_tokens(output, ids) == [token_by_token(wrapper, ids[0], 11)]
 
 
+def test_no_row_is_read_beyond_the_positions_that_it_needs():
+    """A GPT-2 has 128 of them, and no entry for more."""
+    wrapper = make_wrapper(make_base("gpt2"))  # every draft is accepted, so it drafts far ahead
+    prompts = [random_ids(1, n, seed=n)[0] for n in (106, 119)]
+    ids, mask = padded(prompts)
+    output = wrapper.generate_chunks(ids, max_new_tokens=9, attention_mask=mask, eos_token_id=[])
+    assert new_tokens(output, ids) == [token_by_token(wrapper, p, 9) for p in prompts]
+
+
 def states(cache, length):
     """All that a cache holds of one row's last `length` tokens."""
     for layer in cache.layers:

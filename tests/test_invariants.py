@@ -139,7 +139,7 @@ def test_base_logits_do_not_depend_on_where_a_prefix_is_cut(base, cuts, forked):
     cache, parts = wrapper.new_cache(), []
     for start, stop in zip([0, *cuts], [*cuts, 20], strict=True):
         cache = fork(cache) if forked else cache
-        parts.append(wrapper.read(ids[:, start:stop], cache))
+        parts.append(wrapper.run_base(cache, None, input_ids=ids[:, start:stop])[1])
     torch.testing.assert_close(torch.cat(parts, 1), base(ids).logits, **CLOSE)
 
 
@@ -164,10 +164,11 @@ def test_the_committed_cache_equals_one_made_from_scratch(base):
         for tensor, copied in zip(cache_tensors(chunk.prefix), before, strict=True):
             assert torch.equal(tensor, copied)
     scratch = wrapper.new_cache()
-    wrapper.read(ids[:, :16], scratch)
+    wrapper.run_base(scratch, None, input_ids=ids[:, :16])
     for ours, theirs in zip(cache_tensors(chunk.committed), cache_tensors(scratch), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
-    after = wrapper.read(ids[:, 16:], wrapper.encode(ids[:, :0], chunk.committed))
+    again = wrapper.encode(ids[:, :0], chunk.committed)
+    after = wrapper.run_base(again, None, input_ids=ids[:, 16:])[1]
     torch.testing.assert_close(after, base(ids).logits[:, 16:], **CLOSE)
 
 
