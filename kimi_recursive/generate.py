@@ -218,7 +218,8 @@ def generate_chunks(
         eos_token_id, pad_token_id: By default those of the base's generation config.
         commit: `verified` (a token is committed only if the refined model, given the committed
             prefix, predicts it: the output equals token-by-token decoding of the refined model on
-            the same grid) or `learned` (the boundary head decides); the config's by default.
+            the same grid, up to rounding where two tokens are as probable) or `learned` (the
+            boundary head decides); the config's by default.
         num_steps: Inner steps of `verified`, K by default; 0 generates with the base alone, through
             the same passes.
         do_sample: Sample from the refined model instead of taking its most probable token. Drafts
@@ -236,11 +237,13 @@ def generate_chunks(
 
     Raises:
         ValueError: an empty prompt, an argument out of its range, several rows with a streamer,
-            sampling with `learned`.
+            sampling or a number of steps with `learned`.
     """
     commit = commit or wrapper.config.commit
     if commit not in COMMIT_MODES:
         raise ValueError(f"commit must be one of {', '.join(COMMIT_MODES)}, got {commit!r}")
+    if commit == "learned" and num_steps is not None:
+        raise ValueError("num_steps needs commit='verified'; learned stops by the boundary head")
     if input_ids.ndim != 2 or input_ids.shape[1] < 1:
         raise ValueError(f"input_ids must be [B, P] with P >= 1, got {tuple(input_ids.shape)}")
     if max_new_tokens < 1:

@@ -73,6 +73,10 @@ def generate(
         raise ValueError(f"--commit: must be one of {', '.join(COMMIT_MODES)}, got '{commit}'")
     if stream + compare + as_json > 1:
         raise ValueError("give one of --stream, --compare and --json")
+    if not sample and (temperature, top_k, top_p, seed) != (1.0, 0, 1.0, None):
+        raise ValueError("--temperature, --top-k, --top-p and --seed need --sample")
+    if not prompt and sys.stdin.isatty():
+        raise ValueError("give --prompt, or a text on standard input")
     prompts = prompt or [sys.stdin.read().rstrip("\n")]
     if stream and len(prompts) > 1:
         raise ValueError(f"--stream: takes one prompt, got {len(prompts)}")
@@ -84,8 +88,8 @@ def generate(
     )
     if tokenizer is None:
         raise ValueError(f"{model}: has no tokenizer")
-    if compare and not wrapper.active:
-        raise ValueError(f"--compare: {model} is a base without cells")
+    if not wrapper.active and (compare or commit is not None or num_steps is not None):
+        raise ValueError(f"--compare, --commit, --num-steps: {model} is a base without cells")
     shared = {"max_new_tokens": max_new_tokens}
     if sample:
         shared |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}

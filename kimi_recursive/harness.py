@@ -161,7 +161,7 @@ class RecursiveLM(HFLM):
             eos_token_id=sorted({*eos, self.eot_token_id} - {None}),
             pad_token_id=self.tokenizer.pad_token_id,
             commit=self.commit,
-            num_steps=self.num_steps,
+            num_steps=self._given_steps,
             stop_strings=stop,
             tokenizer=self.tokenizer,
             **generation_kwargs,

@@ -38,7 +38,7 @@ def padded(rows):
     longest = max(len(row) for row in rows)
     ids = torch.stack([torch.cat([row.new_full((longest - len(row),), 2), row]) for row in rows])
     mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
-    return ids, mask
+    return ids, mask.to(ids.device)
 
 
 @torch.no_grad()
@@ -115,6 +115,18 @@ def test_caches_that_cannot_be_taken_back_are_read_again(config):
     ids, mask = padded(prompts)
     output = wrapper.generate_chunks(ids, max_new_tokens=13, attention_mask=mask, eos_token_id=[])
     assert new_tokens(output, ids) == [token_by_token(wrapper, p, 13) for p in prompts]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_padded_batch_on_a_gpu(base):
+    wrapper = perturb(make_wrapper(base.cuda()).cuda())
+    prompts = [random_ids(1, n, seed=n)[0].cuda() for n in (9, 1, 4)]
+    ids, mask = padded(prompts)
+    output = wrapper.generate_chunks(ids, max_new_tokens=13, attention_mask=mask, eos_token_id=[])
+    assert new_tokens(output, ids) == [token_by_token(wrapper, p, 13) for p in prompts]
+    sampled = [wrapper.generate_chunks(ids, do_sample=True, seed=1) for _ in range(2)]
+    assert torch.equal(*sampled)
 
 
 def test_single_pass_cells_and_trained_bases_generate_what_they_say():
@@ -439,6 +451,7 @@ def test_generation_refuses_what_it_cannot_do():
         ({"commit": "always"}, "commit must be one of verified, learned"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"num_steps": -1}, "num_steps must be at least 0"),
+        ({"num_steps": 1, "commit": "learned"}, "num_steps needs commit='verified'"),
         ({"attention_mask": torch.zeros_like(ids)}, "leaves nothing of row 0"),
         ({"stop_strings": "x"}, "stop_strings needs the tokenizer"),
     ):

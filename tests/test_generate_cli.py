@@ -1,5 +1,6 @@
 """`kimi-recursive generate` on a Llama with a byte-level tokenizer."""
 
+import io
 import json
 
 import pytest
@@ -49,6 +50,17 @@ def test_prompts_of_unequal_length_are_one_batch(model_dir, generated, monkeypat
     assert rows[0]["token_ids"] == generated[1][3]
 
 
+def test_a_prompt_can_come_from_standard_input(model_dir, generated, monkeypatch, capsys):
+    stdin = io.StringIO("abcd ab\n")
+    monkeypatch.setattr("sys.stdin", stdin)
+    arguments = ("generate", "--model", model_dir / "sidecar", "--max-new-tokens", 12, "--json")
+    assert call(monkeypatch, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == generated[1][3]
+    monkeypatch.setattr(stdin, "isatty", lambda: True)
+    assert call(monkeypatch, *arguments) == 2
+    assert "give --prompt, or a text on standard input" in capsys.readouterr().err
+
+
 def test_stream_prints_prompt_and_text(model_dir, generated, monkeypatch, capsys):
     tokenizer, made = generated
     assert generate(monkeypatch, model_dir / "sidecar", "--stream") == 0
@@ -85,8 +97,9 @@ def test_columns_wrap_and_give_way_on_a_narrow_terminal():
 def test_a_base_alone_generates_and_is_not_compared(model_dir, generated, monkeypatch, capsys):
     assert generate(monkeypatch, model_dir / "base", "--json") == 0
     assert json.loads(capsys.readouterr().out)["token_ids"] == generated[1][0]
-    assert generate(monkeypatch, model_dir / "base", "--compare") == 2
-    assert "is a base without cells" in capsys.readouterr().err
+    for option in (("--compare",), ("--num-steps", 1), ("--commit", "verified")):
+        assert generate(monkeypatch, model_dir / "base", *option) == 2
+        assert "is a base without cells" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -94,6 +107,8 @@ def test_a_base_alone_generates_and_is_not_compared(model_dir, generated, monkey
     [
         (("--commit", "maybe"), "--commit: must be one of verified, learned, got 'maybe'"),
         (("--stream", "--prompt", "two"), "--stream: takes one prompt, got 2"),
+        (("--top-k", 4), "--temperature, --top-k, --top-p and --seed need --sample"),
+        (("--num-steps", 2, "--commit", "learned"), "num_steps needs commit='verified'"),
         (("--stream", "--json"), "give one of --stream, --compare and --json"),
         (("--sample", "--top-p", 3), "top_p must be above 0 and at most 1, got 3.0"),
         (("--sample", "--commit", "learned"), "do_sample needs commit='verified'"),

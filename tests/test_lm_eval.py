@@ -177,6 +177,16 @@ def test_generation_is_generate_chunks_up_to_the_first_stop(sidecar):
     assert len(found) == 3
 
 
+def test_sampling_is_that_of_the_refined_model(sidecar):
+    wrapper, tokenizer, _ = load_model_with_config(sidecar("llama"))
+    ids = torch.tensor([tokenizer.encode("The Union")])
+    sampling = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "seed": 4}
+    new = wrapper.generate_chunks(ids, max_new_tokens=12, **sampling)[0, ids.shape[1] :]
+    asked = requests(("The Union", {"until": [], "max_gen_toks": 12, **sampling}))
+    [found] = model(sidecar("llama")).generate_until(asked, disable_tqdm=True)
+    assert found == tokenizer.decode(new, skip_special_tokens=True)
+
+
 def test_a_trained_base_is_scored_as_it_was_saved(model_dir, tmp_path):
     """With LoRA and whole layers, as phases B and C leave them; step 0 is the trained base."""
     base = with_tokenizer(make_base("llama"), tmp_path, model_dir)
