@@ -58,9 +58,6 @@ class Rows:
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows alone, and without positions that none of them needs."""
-        if not rows:
-            self.index = []
-            return
         if len(rows) < len(self.index):
             chosen = torch.tensor(rows, device=self.last.device)
             self.index = [self.index[row] for row in rows]
@@ -153,13 +150,12 @@ def decode(
         sampling: None for greedy.
     """
     num_steps = wrapper.resolve_steps(num_steps)
-    refine = _refine if num_steps else _read
     short = ShortPasses(wrapper) if ShortPasses.serves(wrapper) else None
     run = wrapper.run_base if short is None else short.run
     most = wrapper.config.chunk_width if short is None else MAX_TOKENS
     lookahead = Lookahead(num_steps or wrapper.config.max_inner_steps)
     rows = _start(wrapper, output, num_steps or 1)
-    while rows.index:
+    while True:
         # No row is read beyond its end, where there might be no position for it; beyond the end of
         # its chunk what it reads is not used.
         room = wrapper.config.chunk_width - rows.done
@@ -167,7 +163,7 @@ def decode(
         with stats.timing("draft"):
             drafted, h_top, proposals, draft = _draft(run, rows, limit, lookahead, sampling)
         with stats.timing("refine"):
-            logits, passes = refine(wrapper, run, rows, drafted, h_top)
+            logits, passes = _refine(wrapper, run, rows, num_steps, drafted, h_top)
             tokens, agreed = _verify(drafted, proposals, logits, sampling)
         lookahead.learn(agreed.tolist())
         num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
@@ -177,9 +173,11 @@ def decode(
         ]
         num_accepted = sum(min(n, a) for n, a in zip(num_new, agreed.tolist(), strict=True))
         stats.add(len(num_new), num_steps, drafted.numel(), num_accepted, sum(num_new))
+        if not (left := [i for i, row in enumerate(rows.index) if not output.ended[row]]):
+            return
         with stats.timing("refine"):
             _advance(rows, [draft, *passes], tokens, num_new, wrapper.config.chunk_width)
-            rows.keep([i for i, row in enumerate(rows.index) if not output.ended[row]])
+            rows.keep(left)
         yield rows
 
 
@@ -234,44 +232,55 @@ def _shortened(mask: Tensor | None, by: int) -> Tensor | None:
 
 
 def _refine(
-    wrapper: ChunkRefineWrapper, run: Callable, rows: Rows, drafted: Tensor, h_top: Tensor
+    wrapper: ChunkRefineWrapper,
+    run: Callable,
+    rows: Rows,
+    num_steps: int,
+    drafted: Tensor,
+    h_top: Tensor,
 ) -> tuple[Tensor, list[Pass]]:
-    """Read the inputs of the drafted tokens at every inner step.
+    """Read the inputs of the drafted tokens at every inner step; without one, with the base: what
+    cells that do nothing leave of a step, bit for bit.
 
     Returns: logits of the last step [B, L, V], and the pass of each step.
     """
-    num_read, mask = drafted.shape[1], rows.mask(drafted.shape[1])
-    inputs = torch.cat([rows.last, drafted[:, :-1]], dim=1)
+    mask, inputs = rows.mask(drafted.shape[1]), torch.cat([rows.last, drafted[:, :-1]], dim=1)
+    if not num_steps:
+        _, logits, one = _pass(run, rows.refined[0], mask, input_ids=inputs)
+        return logits, [one]
     states, passes = {}, []
     for step, origin in enumerate(rows.refined, 1):
-        embeds, before = wrapper.next_inputs(inputs, h_top), wrapper.next_states(states)
-
-        def again(n: int, origin=origin, embeds=embeds, before=before) -> Cache:
-            cache, part = fork(origin), {index: state[:, :n] for index, state in before.items()}
-            run(cache, _shortened(mask, num_read - n), part, inputs_embeds=embeds[:, :n])
-            return cache
-
-        cache, states = record(origin), dict(before)
-        wanted = 0 if step == len(rows.refined) else 1  # of logits: 0 is all
-        h_top, logits = run(cache, mask, states, inputs_embeds=embeds, logits_to_keep=wanted)
-        passes.append(Pass(cache, again))
+        embeds, states = wrapper.next_inputs(inputs, h_top), wrapper.next_states(states)
+        wanted = 0 if step == num_steps else 1  # of logits: 0 is all
+        h_top, logits, one = _pass(run, origin, mask, states, wanted, inputs_embeds=embeds)
+        passes.append(one)
     return logits, passes
 
 
-def _read(
-    _wrapper: ChunkRefineWrapper, run: Callable, rows: Rows, drafted: Tensor, _h_top: Tensor
-) -> tuple[Tensor, list[Pass]]:
-    """As `_refine` with no inner step: what cells that do nothing leave of a step, bit for bit."""
-    num_read, mask, (origin,) = drafted.shape[1], rows.mask(drafted.shape[1]), rows.refined
-    inputs = torch.cat([rows.last, drafted[:, :-1]], dim=1)
+def _pass(
+    run: Callable,
+    origin: Cache,
+    mask: Tensor | None,
+    states: dict[int, Tensor] | None = None,
+    logits_to_keep: int = 0,
+    **inputs: Tensor,
+) -> tuple[Tensor, Tensor, Pass]:
+    """One pass behind `origin`, which is left as it is; `states` are updated.
+
+    Returns: top hidden state [B, L, D], logits, and what can take the pass back in part.
+    """
+    before = None if states is None else dict(states)
 
     def again(n: int) -> Cache:
-        cache = fork(origin)
-        run(cache, _shortened(mask, num_read - n), input_ids=inputs[:, :n])
+        cache, (num_read,) = fork(origin), {x.shape[1] for x in inputs.values()}
+        part = None if before is None else {index: s[:, :n] for index, s in before.items()}
+        first = {name: x[:, :n] for name, x in inputs.items()}
+        run(cache, _shortened(mask, num_read - n), part, **first)
         return cache
 
     cache = record(origin)
-    return run(cache, mask, input_ids=inputs)[1], [Pass(cache, again)]
+    h_top, logits = run(cache, mask, states, **inputs, logits_to_keep=logits_to_keep)
+    return h_top, logits, Pass(cache, again)
 
 
 def _verify(
