@@ -1,10 +1,10 @@
 """Short passes of a small KimiLinear on CPU, without the overhead of its modules.
 
-A pass of transformers' KimiLinear over one token of the embedded default is some 2,300 operators of
-a microsecond each. `ShortPasses` computes the same with about a tenth of them, from weights that
-it lays side by side: what reads the same input is one product, all experts are two, keys and values
-of the latent attention are absorbed into queries and outputs. It reads and writes transformers'
-own cache, and notes the states behind every token for `cache.rewind`.
+Over a few tokens of a small model, operators cost more than their arithmetic. `ShortPasses` computes
+the same as transformers' modules with half of the operators and a third of the time (one token of the
+embedded default), from weights that it lays side by side: what reads the same input is one product, all
+experts are two, the products that make keys and values from latents are absorbed. It reads and writes
+transformers' own cache, and notes the states behind every token for `cache.rewind`.
 
 Shapes: B batch, T new tokens, S tokens with the cache, D hidden size, H heads, d head dim,
 R rank of the latent, E experts.
@@ -21,9 +21,10 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from kimi_recursive.kda import NORM_EPS
 from kimi_recursive.model import ChunkRefineWrapper
 
-MAX_TOKENS = 16  # of one pass; beyond, the chunked KDA of the modules is faster
-MAX_HIDDEN_SIZE = 512  # beyond, products take the time, and the copies of weights the memory
-MAX_EXPERTS = 16  # all of them are computed
+# Of one pass, and of the model: beyond, the modules are as fast (docs/log.md).
+MAX_TOKENS = 32
+MAX_HIDDEN_SIZE = 512
+MAX_EXPERTS = 16
 
 
 class ShortPasses:
