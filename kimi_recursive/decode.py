@@ -1,10 +1,10 @@
 """Short passes of a small KimiLinear on CPU, without the overhead of its modules.
 
-Over a few tokens of a small model, operators cost more than their arithmetic. `ShortPasses` computes
-the same as transformers' modules with half of the operators and a third of the time (one token of the
-embedded default), from weights that it lays side by side: what reads the same input is one product, all
-experts are two, the products that make keys and values from latents are absorbed. It reads and writes
-transformers' own cache, and notes the states behind every token for `cache.rewind`.
+Over a few tokens of a small model operators cost more than their arithmetic. `ShortPasses` computes
+the same as transformers' modules with half of the operators and in a third of the time (one token
+of the embedded default), from weights that it lays side by side: what reads the same input is one
+product, all experts are two, those that make keys and values from latents are absorbed. It reads
+and writes transformers' own cache, and notes the states behind every token for `cache.rewind`.
 
 Shapes: B batch, T new tokens, S tokens with the cache, D hidden size, H heads, d head dim,
 R rank of the latent, E experts.
