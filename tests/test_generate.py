@@ -91,8 +91,8 @@ def test_both_ways_to_compute_a_pass_generate_the_same(passes):
     wrapper = perturb(make_wrapper(make_base("kimi")))
     prompts = [random_ids(1, n, seed=n)[0] for n in (9, 1)]
     ids, mask = padded(prompts)
-    output = wrapper.generate_chunks(ids, max_new_tokens=17, attention_mask=mask, eos_token_id=[])
-    assert new_tokens(output, ids) == [token_by_token(wrapper, p, 17) for p in prompts]
+    output = wrapper.generate_chunks(ids, max_new_tokens=11, attention_mask=mask, eos_token_id=[])
+    assert new_tokens(output, ids) == [token_by_token(wrapper, p, 11) for p in prompts]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_after_each_round_the_caches_are_those_of_the_committed_tokens(kind, mon
         monkeypatch.setattr(ShortPasses, "serves", lambda _wrapper: False)
     wrapper = perturb(make_wrapper(make_base(kind.split()[0])))
     prompts = [random_ids(1, n, seed=n)[0] for n in (6, 2, 1)]
-    output, stats = Output(prompts, 18, eos=[]), GenerationStats()
+    output, stats = Output(prompts, 13, eos=[]), GenerationStats()
     num_compared = 0
     for rows in decode(wrapper, output, None, None, stats):
         for i, row in enumerate(rows.index):
@@ -304,16 +304,16 @@ def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
     prompts = [random_ids(1, n, seed=n)[0] for n in (9, 4, 1)]
     ids, mask = padded(prompts)
     together = wrapper.generate_chunks(
-        ids, max_new_tokens=13, attention_mask=mask, commit=commit, eos_token_id=[]
+        ids, max_new_tokens=10, attention_mask=mask, commit=commit, eos_token_id=[]
     )
     for prompt, row in zip(prompts, new_tokens(together, ids), strict=True):
         alone = wrapper.generate_chunks(
-            prompt[None], max_new_tokens=13, commit=commit, eos_token_id=[]
+            prompt[None], max_new_tokens=10, commit=commit, eos_token_id=[]
         )
         assert row == alone[0, len(prompt) :].tolist()
     ids = torch.stack([ids[i].roll(int(mask[i].sum())) for i in range(len(ids))])
     on_the_right = wrapper.generate_chunks(
-        ids, max_new_tokens=13, attention_mask=mask.flip(1), commit=commit, eos_token_id=[]
+        ids, max_new_tokens=10, attention_mask=mask.flip(1), commit=commit, eos_token_id=[]
     )
     assert new_tokens(on_the_right, ids) == new_tokens(together, ids)
 
