@@ -37,6 +37,7 @@ app.add_typer(log, name="log")
 app.command()(upload)
 app.command()(plan)
 
+DEVICE_MAP_HELP = "auto or sequential: spread the layers over devices (config/README.md)."
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 
 
@@ -94,6 +95,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to a prompt.")] = 48,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
@@ -143,6 +145,7 @@ def evaluate(
             split=split,
             dtype=dtype,
             device=device,
+            device_map=device_map,
             **options,
         )
     for row in results["perplexity"]["by_step"]:
@@ -239,6 +242,7 @@ def run_experiment(
         bool, typer.Option("--force", help="Start afresh where another experiment is.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
@@ -320,6 +324,7 @@ def run_experiment(
             force=force,
             inputs={name: value for name, value in inputs.items() if value},
             dtype=dtype,
+            device_map=device_map,
             **options,
         )
     if not is_main():  # of the processes that torchrun started
