@@ -219,6 +219,21 @@ def test_the_command_takes_a_device_map(model_dir, tmp_path, monkeypatch, capsys
     assert call(monkeypatch, *arguments, "--device-map", "everywhere") == 2
 
 
+@pytest.mark.workflow
+def test_the_workflow_spreads_the_base_and_makes_nothing_again_for_it(copy):
+    modules = ("embed_tokens", "layers", "norm")
+    spread = {f"model.{name}": "disk" for name in modules} | {"lm_head": "cpu"}
+    copy.write({**TINY, "resources": {"gpus_per_run": 3, "device_map": spread}})
+    assert copy.planned("all") == ["report", "summarize"]  # which show the config
+    name = "results/eval/finetuned_recursive_documents.parquet"
+    before = pl.read_parquet(copy.path(name))
+    done = copy.snakemake("--force", name)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = copy.path("results/logs/evaluate/finetuned_recursive.log").read_text()
+    assert "modules on each device: cpu 1, disk 3" in log
+    assert pl.read_parquet(copy.path(name)).equals(before)
+
+
 def move(self: nn.Module, device=None, dtype=None, **_ignored) -> nn.Module:
     """`Module.to`, which fails on fake parameters."""
     for module in self.modules():
