@@ -11,11 +11,13 @@ import polars as pl
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import make_base, make_wrapper, perturb, random_ids
 from project import TINY
 from runs import PHASE
 from safetensors.torch import load_file
 
-from kimi_recursive import distributed
+from kimi_recursive import distributed, evaluate
+from kimi_recursive.data import Window
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -127,6 +129,44 @@ def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monke
         distributed.launch(fail, 2, "what the user did")
     with pytest.raises(ValueError, match="here"):
         distributed.launch(fail, 1, "here")
+
+
+def score(path: str, num_windows: int) -> None:
+    Accelerator()
+    wrapper = perturb(make_wrapper(make_base("llama")))
+    windows = [
+        Window(i, 0, ids[:-1].numpy(), ids[1:].numpy())
+        for i, ids in enumerate(random_ids(num_windows, 17))
+    ]
+    scored, score_windows = [], evaluate.score_windows
+
+    def noting(wrapper, windows, *arguments):
+        scored.extend(window.document for window in windows)
+        return score_windows(wrapper, windows, *arguments)
+
+    evaluate.score_windows = noting
+    losses = evaluate.losses_by_step(wrapper, windows, 2)
+    evaluate.score_windows = score_windows
+    if distributed.num_processes() == 1:
+        rows = score_windows(wrapper, windows, 2).group_by("step", maintain_order=True)
+        exact = rows.agg(pl.col("loss_sum").sum() / pl.col("num_tokens").sum())
+        assert losses == exact["loss_sum"].to_list(), "to the last bit"
+    Path(f"{path}.{distributed.is_main()}").write_text(json.dumps([scored, losses]))
+
+
+@pytest.mark.parametrize("num_windows", [5, 1])
+def test_each_process_validates_on_its_share_of_the_windows(tmp_path, monkeypatch, num_windows):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((ROOT, f"{ROOT}/tests")))
+    distributed.launch(score, 1, str(tmp_path / "one"), num_windows)
+    distributed.launch(score, 2, str(tmp_path / "two"), num_windows)
+    everything, expected = json.loads((tmp_path / "one.True").read_text())
+    (first, losses), (second, others) = (
+        json.loads((tmp_path / f"two.{main}").read_text()) for main in (True, False)
+    )
+    assert everything == sorted(first + second) == list(range(num_windows))
+    assert abs(len(first) - len(second)) == 1
+    assert losses == others == pytest.approx(expected, rel=1e-6)
+    assert len(set(expected)) == 4, "each step has its own loss"
 
 
 @pytest.mark.workflow

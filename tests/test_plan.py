@@ -14,7 +14,7 @@ from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.flops import cumulative_training_flops, forward_flops_per_token
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.loader import build_wrapper
-from kimi_recursive.plan import PeakMemory, _base_config, gpus_needed, plan
+from kimi_recursive.plan import PeakMemory, base_shape, gpus_needed, plan
 from kimi_recursive.settings import MODEL_KEYS, phase_overrides, read_config, recursive_subset
 from kimi_recursive.train import build_objective, parameter_groups
 
@@ -36,7 +36,7 @@ def planned(config):
 
 def real_wrapper(config, phase="a"):
     """The same model with weights."""
-    base_config, _ = _base_config(config)
+    base_config, _ = base_shape(config)
     torch.manual_seed(0)
     base = type(make_base("kimi"))(base_config).eval()
     install_fast_kda(base)
@@ -148,7 +148,7 @@ def test_the_released_config_is_read_as_it_is():
     """1-indexed lists of layers, `auto_map` to code that is not run: transformers' own class."""
     settings = read_config([ROOT / "config/config.yaml", ROOT / "config/kimi48b.yaml"], SCHEMA)
     base = {**settings["base"], "config_json": str(ROOT / settings["base"]["config_json"])}
-    found, dtype = _base_config({**settings, "base": base})
+    found, dtype = base_shape({**settings, "base": base})
     assert type(found) is type(CONFIGS["kimi"]()) and dtype == torch.bfloat16
     full = [i + 1 for i, kind in enumerate(found.layer_types) if kind == "full_attention"]
     assert full == [4, 8, 12, 16, 20, 24, 27] and found.mlp_layer_types[:2] == ["dense", "sparse"]
