@@ -28,6 +28,7 @@ from kimi_recursive.surgery import insert_cells
 from kimi_recursive.train import train_phase
 
 NUM_STEPS = 16
+HALF = NUM_STEPS // 2  # after so many, and at the end, is a validation
 
 
 def measure(config: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -110,8 +111,7 @@ def _evaluate(config: Mapping[str, Any], folder: Path) -> dict[str, float]:
 
 def _train(config: Mapping[str, Any], folder: Path, phase: str) -> dict[str, float]:
     settings = config["training"][phase]
-    half = NUM_STEPS // 2
-    few = {"num_steps": NUM_STEPS, "warmup_steps": 1, "eval_interval": half, "save_interval": half}
+    few = {"num_steps": NUM_STEPS, "warmup_steps": 1, "eval_interval": HALF, "save_interval": HALF}
     parent = "surgery" if phase == config["phases"][0] else chr(ord(phase) - 1)
     logs = folder / f"{phase}.parquet"
     train_phase(
@@ -126,19 +126,19 @@ def _train(config: Mapping[str, Any], folder: Path, phase: str) -> dict[str, flo
         folder / f"{phase}.work",
         overrides=phase_overrides(config, phase),
     )
-    rows = pl.read_parquet(logs).filter(pl.col("step") > 0)
-    tokens = (rows["tokens"] / rows["step"])[0]
-    clock = np.concatenate([[0.0], rows["tokens"] / rows["tokens_per_second"]])
-    seconds = np.diff(clock)  # of each step; the one behind a validation has that in it
-    others = np.delete(seconds, half)
-    step = float(others.mean())
-    validation = max(0.0, float(seconds[half]) - step)
+    return {**predict(pl.read_parquet(logs), settings), "resident_bytes": _resident()}
+
+
+def predict(logs: pl.DataFrame, settings: Mapping[str, Any]) -> dict[str, float]:
+    """`tokens_per_second` and `minutes` of a whole run, from the log of the first `NUM_STEPS`."""
+    logs = logs.filter(pl.col("step") > 0)
+    clock = np.concatenate([[0.0], logs["tokens"] / logs["tokens_per_second"]])
+    seconds = np.diff(clock)  # of each step; in that behind the validation is the validation
+    step = float(np.delete(seconds, HALF).mean())
+    validation = max(0.0, float(seconds[HALF]) - step)
     whole = settings["num_steps"] * (step + validation / settings["eval_interval"])
-    return {
-        "tokens_per_second": settings["num_steps"] * tokens / whole,
-        "resident_bytes": _resident(),
-        "minutes": whole / 60,
-    }
+    tokens = settings["num_steps"] * logs["tokens"][-1] / NUM_STEPS
+    return {"tokens_per_second": tokens / whole, "minutes": whole / 60}
 
 
 def _resident() -> int:
