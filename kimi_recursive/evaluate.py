@@ -93,9 +93,9 @@ def losses_by_step(
     """Mean cross-entropy in nats per token at steps 0..K; of several processes each scores its
     share of the windows."""
     scores = score_windows(wrapper, distributed.part(windows), batch_size)
-    sums = torch.zeros(wrapper.resolve_steps(None) + 1, 2)
+    sums = torch.zeros(wrapper.resolve_steps(None) + 1, 2, dtype=torch.float64)
     for step, *summed in scores.group_by("step").agg(pl.col("loss_sum", "num_tokens").sum()).rows():
-        sums[step] = torch.tensor(summed, dtype=torch.float64)
+        sums[step] = sums.new_tensor(summed)
     losses, num_tokens = distributed.total(sums).T
     return (losses / num_tokens).tolist()
 
