@@ -88,8 +88,8 @@ def plan_text(found: dict[str, Any], gpu_bytes: float, flops_per_second: float) 
             f"{flops_per_second / per_token:>10.0f}{run['checkpoint_bytes'] / GIB:>12.3f}"
         )
     lines.append(
-        f"(GPUs of {gpu_bytes / GIB:g} GiB, 90 % of it used; tokens/s at "
-        f"{flops_per_second / 1e12:g} TFLOP/s, which is an assumption)"
+        f"(memory of tensors; GPUs of {gpu_bytes / GIB:g} GiB, 90 % of it used; tokens/s at "
+        f"{flops_per_second / 1e12:g} TFLOP/s, an assumption)"
     )
     if "measured" in found:
         lines += ["", "measured here:  tokens/s  process GiB  minutes"]
