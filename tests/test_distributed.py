@@ -107,8 +107,8 @@ def test_a_run_goes_on_with_another_number_of_processes(single, double, surgery_
     near(single, folder)
 
 
-def fail(message: str) -> None:
-    raise ValueError(message)
+def fail(message: str, kind: type[Exception] = ValueError) -> None:
+    raise kind(message)
 
 
 def meet(path: str) -> None:
@@ -128,6 +128,8 @@ def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monke
     assert (tmp_path / "seen.False").read_text() == f"2 {slice(2, 4)} {refused}"
     with pytest.raises(ValueError, match="what the user did"):
         distributed.launch(fail, 2, "what the user did")
+    with pytest.raises(OSError, match="what may pass"):
+        distributed.launch(fail, 2, "what may pass", OSError)
     with pytest.raises(ValueError, match="here"):
         distributed.launch(fail, 1, "here")
 
