@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from kimi_recursive.files import read_safetensors
 from kimi_recursive.loader import ADAPTER_DIR
 from kimi_recursive.model import ChunkRefineWrapper
+from kimi_recursive.placement import describe, is_offloaded
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LAYERS_NAME = "layers.safetensors"
@@ -40,9 +41,17 @@ class Adapter:
         lora: The configuration of the LoRA modules, or None.
         layers: Indices of the unfrozen decoder layers.
         pretrained: The weights that these layers had, by name, on the CPU.
+
+    Raises:
+        ValueError: weights of the base are offloaded.
     """
 
     def __init__(self, wrapper: ChunkRefineWrapper):
+        if is_offloaded(wrapper.base):
+            raise ValueError(
+                "device_map: phases b and c train inside the base, and what they trained is put "
+                f"there, so all of it has to fit the GPUs; now: {describe(wrapper.base)}"
+            )
         self.base = wrapper.base
         self.decoder_layers = wrapper.layers
         self.lora: LoraConfig | None = None

@@ -96,7 +96,8 @@ class WorkDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise ValueError(f"{self.path}: another process is training in this folder") from error
+            message = f"{self.path}: another process is training in this folder"
+            raise BlockingIOError(message) from error
         self._claim()
         return self
 

@@ -42,6 +42,7 @@ app.command()(plan)
 _passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("lm-eval", no_args_is_help=True, context_settings=_passed_on)(lm_eval)
 
+DEVICE_MAP_HELP = "auto or sequential: spread the layers over devices (config/README.md)."
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 
 
@@ -99,6 +100,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to a prompt.")] = 48,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
@@ -148,6 +150,7 @@ def evaluate(
             split=split,
             dtype=dtype,
             device=device,
+            device_map=device_map,
             **options,
         )
     for row in results["perplexity"]["by_step"]:
@@ -244,6 +247,7 @@ def run_experiment(
         bool, typer.Option("--force", help="Start afresh where another experiment is.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
@@ -325,6 +329,7 @@ def run_experiment(
             force=force,
             inputs={name: value for name, value in inputs.items() if value},
             dtype=dtype,
+            device_map=device_map,
             **options,
         )
     if not is_main():  # of the processes that torchrun started

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ def share(num_rows: int) -> slice:
         raise ValueError(f"batch_size ({num_rows}) must be a multiple of the {size} processes")
     rank, part = (dist.get_rank() if size > 1 else 0), num_rows // size
     return slice(rank * part, (rank + 1) * part)
+
+
+def part(items: Sequence[Any]) -> Sequence[Any]:
+    """Those of the items that this process takes; the numbers of two processes differ by one at
+    most."""
+    return items[dist.get_rank() :: num_processes()] if num_processes() > 1 else items
 
 
 def total(value: Tensor) -> Tensor:
@@ -115,7 +121,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **kwargs: A
     Signals to stop are passed on. What the processes print is printed here.
 
     Raises:
-        ValueError: a user error in the first process.
+        ValueError, OSError: a user error, or a file, in the first process.
         Interrupted: they stopped to be resumed.
         RuntimeError: one of them failed otherwise.
     """
@@ -143,7 +149,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **kwargs: A
         printer.join()
         found = json.loads(outcome.read_text()) if outcome.is_file() else {}
     if "error" in found:
-        raise ValueError(found["error"])
+        raise (OSError if found["file"] else ValueError)(found["error"])
     if "step" in found:
         raise Interrupted(found["step"])
     if running.returncode:
@@ -164,7 +170,7 @@ def _run(call: str, outcome: str) -> None:
     try:
         function(*args, **kwargs)
     except (ValueError, OSError) as error:
-        found = {"error": str(error)}
+        found = {"error": str(error), "file": isinstance(error, OSError)}
     except Interrupted as stopped:
         found = {"step": stopped.step}
     if found and is_main():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from kimi_recursive import distributed
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.data import TokenSplit, Window, document_windows, load_tokens
 from kimi_recursive.files import git_state, versions, write_json, write_parquet
@@ -88,10 +89,14 @@ def score_windows(
 def losses_by_step(
     wrapper: ChunkRefineWrapper, windows: Sequence[Window], batch_size: int
 ) -> list[float]:
-    """Mean cross-entropy in nats per token at steps 0..K."""
-    scores = score_windows(wrapper, windows, batch_size)
-    by_step = scores.group_by("step").agg(pl.col("loss_sum", "num_tokens").sum()).sort("step")
-    return (by_step["loss_sum"] / by_step["num_tokens"]).to_list()
+    """Mean cross-entropy in nats per token at steps 0..K; of several processes each scores its
+    share of the windows."""
+    scores = score_windows(wrapper, distributed.part(windows), batch_size)
+    sums = torch.zeros(wrapper.resolve_steps(None) + 1, 2, dtype=torch.float64)
+    for step, *summed in scores.group_by("step").agg(pl.col("loss_sum", "num_tokens").sum()).rows():
+        sums[step] = sums.new_tensor(summed)
+    losses, num_tokens = distributed.total(sums).T
+    return (losses / num_tokens).tolist()
 
 
 def document_scores(scores: pl.DataFrame, split: TokenSplit) -> pl.DataFrame:

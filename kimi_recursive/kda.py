@@ -356,8 +356,13 @@ def _kda_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, kimi.KimiLinearDeltaAttention)]
 
 
+def _slot(layer: nn.Module) -> str:
+    """Where a layer has its own forward: accelerate's hooks keep it beside theirs."""
+    return "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+
+
 def _is_fast(layer: nn.Module) -> bool:
-    return getattr(vars(layer).get("forward"), "__func__", None) is _fast_forward()
+    return getattr(getattr(layer, _slot(layer)), "__func__", None) is _fast_forward()
 
 
 def install_fast_kda(model: nn.Module) -> int:
@@ -365,23 +370,23 @@ def install_fast_kda(model: nn.Module) -> int:
 
     Other devices and the decoding of single tokens stay transformers' own, and so does everything
     where `fla` is installed. The switch is an attribute of each layer: copy.deepcopy keeps it,
-    state_dict and save_pretrained do not know it.
+    state_dict and save_pretrained do not know it. accelerate's hooks may be there already.
 
     Returns: the number of KDA layers now switched.
 
     Raises: AssertionError if transformers changed so that the switch would not take, or if a
-    layer's forward is overridden or hooked already (install before accelerate's hooks).
+    layer's forward is overridden otherwise.
     """
     if importlib.util.find_spec("fla") is not None:
         return 0
     layers = _kda_layers(model)
     for layer in layers:
-        original = type(layer).forward is kimi.KimiLinearDeltaAttention.forward
-        assert original and ("forward" not in vars(layer) or _is_fast(layer)), (
-            f"{type(layer).__name__}.forward is overridden or hooked: installing would undo that"
+        forward = getattr(getattr(layer, _slot(layer)), "__func__", None)
+        assert forward in (kimi.KimiLinearDeltaAttention.forward, _fast_forward()), (
+            f"{type(layer).__name__}.forward is overridden: installing would undo that"
         )
     for layer in layers:
-        layer.forward = types.MethodType(_fast_forward(), layer)
+        setattr(layer, _slot(layer), types.MethodType(_fast_forward(), layer))
     return len(layers)
 
 
@@ -389,5 +394,5 @@ def uninstall_fast_kda(model: nn.Module) -> int:
     """Undoes :func:`install_fast_kda`. Returns: the number of layers restored."""
     layers = [layer for layer in _kda_layers(model) if _is_fast(layer)]
     for layer in layers:
-        del layer.forward
+        setattr(layer, _slot(layer), types.MethodType(type(layer).forward, layer))
     return len(layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from kimi_recursive.config import (
 from kimi_recursive.files import read_safetensors, replacing
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.model import ChunkRefineWrapper
+from kimi_recursive.placement import DeviceMap, describe, device_map_options, embedding_weight
 
 SIDECAR_NAME = "sidecar.safetensors"
 ADAPTER_DIR = "adapter"
@@ -44,7 +46,7 @@ NO_SIDECAR = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 def base_identity(base: PreTrainedModel) -> dict[str, Any]:
     """What a sidecar must find again: the base's shape, and a digest of its first embeddings."""
     config = base.config.get_text_config()
-    rows = base.get_input_embeddings().weight[:16].detach().float().cpu().contiguous()
+    rows = embedding_weight(base)[:16].float().cpu().contiguous()
     return {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
@@ -60,6 +62,7 @@ def load_base(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a Hugging Face decoder, in eval mode, with the fast KDA where the CPU serves it.
@@ -67,27 +70,42 @@ def load_base(
     Args:
         path: Local directory, or a Hub id (with a pinned `revision`).
         dtype: A torch dtype by name, or `auto` for the checkpoint's own.
+        device_map: In place of `device`; spreads the layers over several, as in transformers:
+            `auto` over the GPUs there are, then the CPU, then disk; or module names with a device
+            each.
         trust_remote_code: Run code that comes with the checkpoint, where transformers has no class
             of its own for the model.
 
     Raises:
-        ValueError: nothing there, no decoder, or damaged weights.
+        ValueError: nothing there, no decoder, damaged weights, devices that are not there, or a
+            device map in one of several processes.
     """
     where = str(path)
     if _is_local(where) and not Path(where).is_dir():
         raise ValueError(f"{where}: no such model directory")
     if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
         raise ValueError(f"dtype must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}")
+    placement = device_map_options(device_map)
     _check_safetensors(Path(where))
     try:
         config, _ = PretrainedConfig.get_config_dict(where, revision=revision)
         known = config.get("model_type") in CONFIG_MAPPING
         model = AutoModelForCausalLM.from_pretrained(
-            where, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code and not known
+            where,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code and not known,
+            **placement,
         )
     except (OSError, ValueError, SafetensorError, HTTPError) as error:
         raise ValueError(f"{where}: cannot be loaded as a decoder: {_first_line(error)}") from error
-    if device is not None:
+    except (RuntimeError, AssertionError) as error:
+        if device_map is None:
+            raise
+        raise ValueError(f"device_map {device_map}: {_first_line(error)}") from error
+    if device_map is not None:
+        print(f"device_map: {describe(model)}", file=sys.stderr)
+    elif device is not None:
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:
@@ -95,6 +113,11 @@ def load_base(
     model.eval()
     install_fast_kda(model)
     return model
+
+
+def numeric(load_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of `load_base` that numbers depend on."""
+    return {k: v for k, v in load_options.items() if k not in ("device", "device_map")}
 
 
 def check_context(base: PreTrainedModel, length: int, where: str) -> None:
@@ -233,8 +256,9 @@ def load_model_with_config(
         overrides: Parameters to change in the config found that way.
         base_path: Where the sidecar's base is now, if it moved or was not published.
         seed: Decides cells that are not loaded from a sidecar.
-        load_options: Passed on to `load_base` (revision, dtype, device, trust_remote_code). With a
-            sidecar on the Hub, `revision` is the sidecar's; that of its base it names itself.
+        load_options: Passed on to `load_base` (revision, dtype, device, device_map,
+            trust_remote_code). With a sidecar on the Hub, `revision` is the sidecar's; that of
+            its base it names itself.
 
     Returns:
         `(model, tokenizer, config)`; the tokenizer is None when none is stored with the base.

@@ -218,7 +218,9 @@ class DraftRepair(nn.Module):
         weight consolidation with the identity for the Fisher matrix: Kirkpatrick et al., 2017)."""
         pretrained = self.wrapper.adapter.pretrained
         return sum(
-            (p.float() - pretrained[name].to(p.device).float()).square().sum() / 2
+            ((p.float() - pretrained[name].to(p.device).float()).square().sum() / 2).to(
+                self.wrapper.device
+            )
             for name, p in self.unfrozen
         )
 

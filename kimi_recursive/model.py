@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kimi_recursive.cache import fork
 from kimi_recursive.config import RecursiveConfig
+from kimi_recursive.placement import Refetching, execution_device, is_offloaded
 from kimi_recursive.refine import BoundaryHead, LatentToken, RefineCell
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class ChunkRefineWrapper(nn.Module):
         self.config = config.validated()
         self.base = base
         self._layers = [find_decoder_layers(base)]  # in a list: not a submodule of the wrapper
+        self._refetching = Refetching(base) if is_offloaded(base) else None
         self._accepted = set(inspect.signature(base.forward).parameters)
         self.refine_cells = self.latent = self.boundary = None
         self.adapter: Adapter | None = None
@@ -121,12 +123,12 @@ class ChunkRefineWrapper(nn.Module):
                 )
             self.latent = LatentToken(d_model)
         self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
-        # A device_map may have spread the layers.
+        # A device_map may have spread the layers; what is not of a layer is where tokens go in.
         for index, cell in zip(self.refined_layers, self.refine_cells, strict=True):
-            cell.to(next(self.layers[index].parameters()).device)
-        if self.latent is not None:
-            self.latent.to(base.get_input_embeddings().weight.device)
-        self.boundary.to(next(self.layers[-1].parameters()).device)
+            cell.to(execution_device(self.layers[index]))
+        for module in (self.latent, self.boundary):
+            if module is not None:
+                module.to(self.device)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -135,7 +137,8 @@ class ChunkRefineWrapper(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.base.device
+        """Where tokens go in, and logits, top hidden states and losses come out."""
+        return execution_device(self.base.get_input_embeddings())
 
     @property
     def active(self) -> bool:
@@ -215,13 +218,14 @@ class ChunkRefineWrapper(nn.Module):
                 width = next(iter(inputs.values())).shape[1]
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
             inputs = {k: v for k, v in inputs.items() if k in self._accepted}
-            logits = self.base(
-                **inputs, attention_mask=mask, past_key_values=cache, use_cache=True
-            ).logits
+            with self._refetching.graph() if self._refetching else nullcontext():
+                logits = self.base(
+                    **inputs, attention_mask=mask, past_key_values=cache, use_cache=True
+                ).logits
         finally:
             for handle in handles:
                 handle.remove()
-        return captured["h_top"], logits
+        return captured["h_top"].to(self.device), logits.to(self.device)
 
     def encode(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Cache:
         """The cache after the base has read `input_ids` [B, T]; `cache` itself is left as it is."""

@@ -84,7 +84,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the base's config cannot be read, or a phase does not fit the base.
     """
-    base_config, dtype = _base_config(config)
+    base_config, dtype = base_shape(config)
     runs = {}
     with _fake(dtype):
         model = recursive_subset(config, MODEL_KEYS)
@@ -122,7 +122,8 @@ class _Vocabulary:
         return self.size
 
 
-def _base_config(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype]:
+def base_shape(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype]:
+    """Config and dtype of the base, without its weights; ValueError where it cannot be read."""
     base = config["base"]
     if base["kind"] == "scratch":
         vocabulary = _Vocabulary(config["tokenizer"]["vocab_size"])

@@ -22,14 +22,23 @@ def plan(
     mfu: Annotated[
         float, typer.Option(help="Share of the peak that is reached. An assumption: measure yours.")
     ] = 0.3,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Also run 16 steps of each phase here, on random weights: tokens/s, time, and "
+            "what a process takes of this machine's own memory. Minutes; for a base that fits it.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Every number, in bytes and FLOPs.")] = (
         False
     ),
 ) -> None:
     """Parameters, memory, GPUs, tokens per second and disk of every phase, without weights.
 
-    The real code runs on tensors without storage. GPUs: how many would hold the model with its
-    layers spread over them, one computing at a time; loading a model that way is not built yet.
+    The real code runs on tensors without storage. Memory is that of tensors: libraries, text, and
+    what an allocator keeps come on top. GPUs: how many hold the model with its layers spread over
+    them (resources.device_map), one computing at a time.
     """
     for name, value in {"--gpu-memory": gpu_memory, "--tflops": tflops, "--mfu": mfu}.items():
         if not 0 < value < float("inf"):
@@ -45,6 +54,10 @@ def plan(
     from kimi_recursive.plan import plan
 
     found = plan(settings)
+    if measure:
+        from kimi_recursive.measure import measure as measured
+
+        found["measured"] = measured(settings, found["runs"])
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -69,16 +82,28 @@ def plan_text(found: dict[str, Any], gpu_bytes: float, flops_per_second: float) 
         parts = [run[f"{part}_bytes"] / GIB for part in ("weight", "optimizer", "peak")]
         per_token = run["flops"] / run["tokens"]
         lines.append(
-            f"{name if name == 'evaluation' else f'phase {name}':<12}"
+            f"{_label(name):<12}"
             f"{_count(run['num_trainable']):>8}{parts[0]:>9.2f}{parts[1]:>11.2f}{parts[2]:>13.2f}"
             f"{sum(parts):>8.2f}{gpus_needed(run, gpu_bytes):>6}{per_token / 1e9:>7.3g}"
             f"{flops_per_second / per_token:>10.0f}{run['checkpoint_bytes'] / GIB:>12.3f}"
         )
     lines.append(
-        f"(GPUs of {gpu_bytes / GIB:g} GiB, 90 % of it used; tokens/s at "
-        f"{flops_per_second / 1e12:g} TFLOP/s, which is an assumption)"
+        f"(memory of tensors; GPUs of {gpu_bytes / GIB:g} GiB, 90 % of it used; tokens/s at "
+        f"{flops_per_second / 1e12:g} TFLOP/s, an assumption)"
     )
+    if "measured" in found:
+        lines += ["", "measured here:  tokens/s  process GiB  minutes"]
+    for name, run in found.get("measured", {}).items():
+        minutes = f"{run['minutes']:>9.1f}" if "minutes" in run else ""
+        lines.append(
+            f"{_label(name):<14}{run['tokens_per_second']:>10.0f}"
+            f"{run['resident_bytes'] / GIB:>13.2f}{minutes}"
+        )
     return "\n".join(lines)
+
+
+def _label(run: str) -> str:
+    return run if run == "evaluation" else f"phase {run}"
 
 
 def _count(number: int) -> str:

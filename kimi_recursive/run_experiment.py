@@ -18,7 +18,7 @@ from kimi_recursive.data import WindowSampler, load_tokens, validation_windows
 from kimi_recursive.evaluate import losses_by_step
 from kimi_recursive.experiment import METADATA_NAME, ExperimentTracker
 from kimi_recursive.files import write_parquet
-from kimi_recursive.loader import SIDECAR_NAME, base_of, load_model_with_config
+from kimi_recursive.loader import SIDECAR_NAME, base_of, load_model_with_config, numeric
 from kimi_recursive.loop import NEUTRAL_KEYS, Interrupted, stop_signals
 from kimi_recursive.losses import DraftRepair
 from kimi_recursive.matrix import NUMERICS_VERSION
@@ -134,7 +134,7 @@ def run_baseline(
         "baseline": {k: v for k, v in settings.items() if k not in NEUTRAL_KEYS},
         "seed": seed,
         "config": config.to_dict(),
-        "load": load_options,
+        "load": numeric(load_options),
         "base": model_digest(base_of(model_path), load_options.get("revision")),
         "tokens": token_digests(tokens_dir),
         "numerics": NUMERICS_VERSION,

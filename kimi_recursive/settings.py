@@ -98,6 +98,12 @@ def phase_overrides(config: Mapping[str, Any], phase: str) -> dict[str, Any]:
     return shared | config["training"][phase]["recursive"]
 
 
+def num_processes(config: Mapping[str, Any]) -> int:
+    """Processes of one training: one for each GPU, or one that spreads the base over all."""
+    resources = config["resources"]
+    return resources["gpus_per_run"] if resources["device_map"] is None else 1
+
+
 def upstream_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of the config that decide base and tokens, and with them every result."""
     base, scratch = config["base"], config["base"]["kind"] == "scratch"
@@ -142,10 +148,10 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{where}: {e}" for e in RecursiveConfig(**merged).validate())
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
-        if settings["batch_size"] % config["resources"]["gpus_per_run"]:
+        if settings["batch_size"] % num_processes(config):
             yield (
                 f"training.{phase}.batch_size: must be a multiple of resources.gpus_per_run "
-                f"({config['resources']['gpus_per_run']}), got {settings['batch_size']}"
+                f"({num_processes(config)}), got {settings['batch_size']}"
             )
         if settings["context_length"] % width:
             yield (
@@ -202,6 +208,12 @@ def _where(error: ValidationError) -> str:
     return ".".join(str(part) for part in error.absolute_path)
 
 
+def _other_types(schema: Mapping[str, Any]) -> str:
+    """What may be in place of a text."""
+    names = {"array": "list", "object": "mapping"}
+    return " or ".join(names.get(kind, kind) for kind in schema["type"] if kind != "string")
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     where, value, want = _where(error) or "config", error.instance, error.validator_value
     if error.validator == "additionalProperties":
@@ -221,7 +233,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             "exclusiveMaximum": lambda: f"below {want}",
             "minItems": lambda: f"a list of at least {want}",
             "minLength": lambda: "a non-empty text",
-            "pattern": lambda: f"a text that matches {want}, or a list",
+            "pattern": lambda: f"a text that matches {want}, or a {_other_types(error.schema)}",
             "uniqueItems": lambda: "a list without repetition",
         }
         phrase = phrases.get(error.validator)

@@ -38,6 +38,7 @@ from kimi_recursive.loader import (
     check_context,
     load_model_with_config,
     load_sidecar,
+    numeric,
     save_sidecar,
     sidecar_facts,
 )
@@ -121,7 +122,7 @@ def train_phase(
     rows = distributed.share(settings["batch_size"])
 
     def batch(step: int) -> Tensor:
-        return torch.from_numpy(sampler.batch(step)[rows]).to(accelerator.device)
+        return torch.from_numpy(sampler.batch(step)[rows]).to(wrapper.device)
 
     def validate(step: int, tracker: ExperimentTracker) -> dict[str, float]:
         wrapper.eval()
@@ -135,7 +136,8 @@ def train_phase(
 
     num_steps, training_flops = _steps_and_flops(arm, settings, wrapper, reference, seed, batch(0))
     objective = build_objective(wrapper, num_steps, settings, seed)
-    objective = accelerator.prepare_model(objective, evaluation_mode=True)  # the loop averages
+    # It is where it belongs, and the loop averages gradients.
+    objective = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True)
     optimizer = accelerator.prepare(optimizer)
 
     base_path, revision = base_of(parent_dir), load_options.get("revision")
@@ -152,7 +154,7 @@ def train_phase(
         "seed": seed,
         "num_steps": num_steps,
         "config": config.to_dict(),
-        "load": load_options,
+        "load": numeric(load_options),
         "base": model_digest(base_path, revision),
         "parent": _sidecar_digests(parent_dir),
         "tokens": token_digests(tokens_dir),
@@ -176,10 +178,7 @@ def train_phase(
             objective=objective,
             trainable=trainable,
             optimizer=optimizer,
-            settings=LoopSettings(
-                num_steps=num_steps,
-                **{key: settings[key] for key in LOOP_KEYS},
-            ),
+            settings=LoopSettings(num_steps=num_steps, **{k: settings[k] for k in LOOP_KEYS}),
             batch=batch,
             validate=lambda step: validate(step, tracker),
             watch=f"validation_loss_step_{config.max_inner_steps}",

@@ -50,6 +50,8 @@ REFERENCE_DIMS = sorted({e.settings["dim"] for e in TRACK_B})
 TRACK_B_DIR = "results/track_b_quick" if config["track_b"]["quick"] else "results/track_b"
 SENTENCE_KEYS = ("num_sentences", "num_validation_queries", "num_test_queries", "seed")
 ZERO_INIT = {zero_init_name(config, seed): seed for seed in config["seeds"]}
+# Of an evaluation: those that the base is spread over, or one.
+GPUS = 1 if config["resources"]["device_map"] is None else config["resources"]["gpus_per_run"]
 
 
 wildcard_constraints:

@@ -17,7 +17,7 @@ rule evaluate:
     conda:
         "../environment.yml"
     resources:
-        gpu=1,
+        gpu=GPUS,
     params:
         stage=lambda wildcards: EVALUATIONS[wildcards.name].stage,
         evaluation=config["evaluation"],
@@ -58,7 +58,7 @@ rule compare_zero_init:
     conda:
         "../environment.yml"
     resources:
-        gpu=1,
+        gpu=GPUS,
     params:
         evaluation=config["evaluation"],
         load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},

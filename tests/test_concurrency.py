@@ -9,6 +9,8 @@ import pytest
 from project import ARMS, ROOT, SNAKEMAKE
 from snakemake.profiles import ProfileConfigFileParser
 
+from kimi_recursive.jobs import logged_error
+
 pytestmark = pytest.mark.workflow
 SNAKEFILE = """
 rule all:
@@ -48,6 +50,52 @@ def test_a_run_uses_the_threads_of_its_rule_whatever_the_cores(tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "one.json").read_text()) == [1, 1, 1]
     assert json.loads((tmp_path / "two.json").read_text()) == [2, 2, 2]
+
+
+FAILING = """
+import os, sys
+from pathlib import Path
+from kimi_recursive.jobs import job
+
+with job(snakemake):
+    with open("bodies", "a") as file:
+        file.write("x")
+    if (how := Path("how").read_text()) == "works":
+        Path(snakemake.output[0]).touch()
+    else:
+        raise {"user": ValueError, "file": OSError, "crash": RuntimeError}[how]("no good")
+"""
+
+
+def test_another_attempt_does_not_repeat_what_ended_in_a_user_error(tmp_path, monkeypatch):
+    rule = 'rule one:\n    output: "one"\n    log: "logs/one.log"\n    script: "fail.py"\n'
+    (tmp_path / "Snakefile").write_text(rule)
+    (tmp_path / "fail.py").write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with open(ROOT / "profiles/slurm/config.yaml") as file:
+        tries = ProfileConfigFileParser().parse(file)["default-resources"]
+    tries = next(entry for entry in tries if entry.startswith("tries"))
+    command = [*SNAKEMAKE, "--cores", "1", "--retries", "1"]
+
+    def bodies(how: str, *options: str) -> int:
+        (tmp_path / "how").write_text(how)
+        (tmp_path / "bodies").unlink(missing_ok=True)
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode == 0) == (how == "works")
+        assert done.stderr.count("Trying to restart job") == (0 if how == "works" else 1)
+        return len((tmp_path / "bodies").read_text())
+
+    on_slurm = ("--default-resources", tries)
+    assert bodies("user") == 2, "without a profile that says so nothing is kept"
+    assert not (tmp_path / "logs/one.error").exists()
+    assert bodies("file", *on_slurm) == 2
+    assert bodies("crash", *on_slurm) == 2
+    assert bodies("user", *on_slurm) == 1
+    log = (tmp_path / "logs/one.log").read_text()
+    assert "attempt 2 of what cannot work" in log
+    assert logged_error(tmp_path / "logs/one.log") == ("no good", True)
+    assert bodies("works", *on_slurm) == 1, "the user has mended it"
+    assert not (tmp_path / "logs/one.error").exists()
 
 
 def test_no_more_trainings_at_once_than_the_gpu_resource_allows(copy):

@@ -173,8 +173,14 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         (
             "training.b.lora.targets",
             "q_proj",
-            "must be a text that matches ^all-linear$",
+            "must be a text that matches ^all-linear$, or a list, got 'q_proj'",
         ),
+        (
+            "resources.device_map",
+            "balanced",
+            "must be a text that matches ^(auto|sequential)$, or a mapping or null, got 'balanced'",
+        ),
+        ("resources.device_map", {"lm_head": 0.5}, "device_map.lm_head: must be of type string"),
         ("training.b.lr_lora", float("nan"), "training.b.lr_lora: must be finite, got nan"),
         ("training.c.lora", {"rank": 2}, "training.c: unknown key 'lora'"),
         ("training.b.recursive", {"d_state": 2}, "training.b.recursive: unknown key 'd_state'"),

@@ -6,16 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import polars as pl
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import make_base, make_wrapper, perturb, random_ids
 from project import TINY
 from runs import PHASE
 from safetensors.torch import load_file
 
-from kimi_recursive import distributed
+from kimi_recursive import distributed, evaluate
+from kimi_recursive.data import Window
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -104,8 +107,8 @@ def test_a_run_goes_on_with_another_number_of_processes(single, double, surgery_
     near(single, folder)
 
 
-def fail(message: str) -> None:
-    raise ValueError(message)
+def fail(message: str, kind: type[Exception] = ValueError) -> None:
+    raise kind(message)
 
 
 def meet(path: str) -> None:
@@ -125,8 +128,48 @@ def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monke
     assert (tmp_path / "seen.False").read_text() == f"2 {slice(2, 4)} {refused}"
     with pytest.raises(ValueError, match="what the user did"):
         distributed.launch(fail, 2, "what the user did")
+    with pytest.raises(OSError, match="what may pass"):
+        distributed.launch(fail, 2, "what may pass", OSError)
     with pytest.raises(ValueError, match="here"):
         distributed.launch(fail, 1, "here")
+
+
+def score(path: str, num_windows: list[int]) -> None:
+    """For each number of windows: which of them this process scores, and the losses."""
+    Accelerator()
+    wrapper = perturb(make_wrapper(make_base("llama")))
+    score_windows, found = evaluate.score_windows, []
+    for number in num_windows:
+        windows = [
+            Window(i, 0, ids[:-1].numpy(), ids[1:].numpy())
+            for i, ids in enumerate(random_ids(number, 17))
+        ]
+        scored = []
+
+        def noting(wrapper, windows, *arguments, scored=scored):
+            scored.extend(window.document for window in windows)
+            return score_windows(wrapper, windows, *arguments)
+
+        with mock.patch.object(evaluate, "score_windows", noting):
+            losses = evaluate.losses_by_step(wrapper, windows, 2)
+        if distributed.num_processes() == 1:
+            rows = score_windows(wrapper, windows, 2).group_by("step", maintain_order=True)
+            exact = rows.agg(pl.col("loss_sum").sum() / pl.col("num_tokens").sum())
+            assert losses == exact["loss_sum"].to_list(), "to the last bit"
+        found.append([scored, losses])
+    Path(f"{path}.{distributed.is_main()}").write_text(json.dumps(found))
+
+
+def test_each_process_validates_on_its_share_of_the_windows(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((ROOT, f"{ROOT}/tests")))
+    distributed.launch(score, 1, str(tmp_path / "one"), [5, 1])
+    distributed.launch(score, 2, str(tmp_path / "two"), [5, 1])
+    files = ("one.True", "two.True", "two.False")
+    by_process = [json.loads((tmp_path / name).read_text()) for name in files]
+    for (everything, expected), (first, losses), (second, others) in zip(*by_process, strict=True):
+        assert everything == sorted(first + second) and len(first) - len(second) == 1
+        assert losses == others == pytest.approx(expected, rel=1e-6)
+        assert len(set(expected)) == 4, "each step has its own loss"
 
 
 @pytest.mark.workflow

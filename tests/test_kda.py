@@ -348,7 +348,7 @@ def test_fails_loudly_where_it_would_not_take(monkeypatch):
     model = make_model()
     layer = model.model.layers[0].self_attn
     layer.forward = lambda *args, **kwargs: None
-    with pytest.raises(AssertionError, match="overridden or hooked"):
+    with pytest.raises(AssertionError, match="is overridden"):
         install_fast_kda(model)
     del layer.forward
     kda._fast_forward.cache_clear()

@@ -325,7 +325,7 @@ def test_a_changed_fingerprint_starts_afresh_and_says_so(tmp_path, capfd):
 def test_a_work_directory_has_one_writer(tmp_path):
     with (
         WorkDirectory(tmp_path, {}),
-        pytest.raises(ValueError, match="another process is training"),
+        pytest.raises(BlockingIOError, match="another process is training"),
         WorkDirectory(tmp_path, {}),
     ):
         pass

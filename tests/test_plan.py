@@ -1,20 +1,25 @@
 """What `plan` predicts without weights is what real runs need, within 10 %."""
 
 import json
+import os
 import shutil
 
+import polars as pl
 import pytest
 import torch
 import yaml
 from conftest import CONFIGS, call, make_base
 from project import ROOT, TINY
 
+from kimi_recursive import measure as measure_module
 from kimi_recursive import plan as plan_module
 from kimi_recursive.config import RecursiveConfig
 from kimi_recursive.flops import cumulative_training_flops, forward_flops_per_token
 from kimi_recursive.kda import install_fast_kda
 from kimi_recursive.loader import build_wrapper
-from kimi_recursive.plan import PeakMemory, _base_config, gpus_needed, plan
+from kimi_recursive.measure import predict
+from kimi_recursive.plan import PeakMemory, base_shape, gpus_needed, plan
+from kimi_recursive.plan_cli import plan_text
 from kimi_recursive.settings import MODEL_KEYS, phase_overrides, read_config, recursive_subset
 from kimi_recursive.train import build_objective, parameter_groups
 
@@ -36,7 +41,7 @@ def planned(config):
 
 def real_wrapper(config, phase="a"):
     """The same model with weights."""
-    base_config, _ = _base_config(config)
+    base_config, _ = base_shape(config)
     torch.manual_seed(0)
     base = type(make_base("kimi"))(base_config).eval()
     install_fast_kda(base)
@@ -112,6 +117,34 @@ def test_a_run_is_spread_over_as_many_gpus_as_it_needs():
     assert gpus_needed(run, 100) == 1 and gpus_needed(run, 99) == 2
 
 
+def test_a_whole_run_is_predicted_from_steps_and_a_validation():
+    """16 steps of 2 s, the last 7 behind a validation of 10 s, 100 tokens each."""
+    seconds = [2.0 * step + 10.0 * (step > 8) for step in range(1, 17)]
+    rate = [100 * step / clock for step, clock in enumerate(seconds, 1)]
+    logs = {"step": range(17), "tokens": range(0, 1700, 100), "tokens_per_second": [None, *rate]}
+    found = predict(pl.DataFrame(logs), {"num_steps": 50, "eval_interval": 25})
+    assert found["minutes"] == pytest.approx((50 * 2 + 2 * 10) / 60)
+    assert found["tokens_per_second"] == pytest.approx(50 * 100 / 120)
+
+
+def test_measuring_runs_everything_once(config, planned, monkeypatch):
+    assert measure_module._alone(os.getpid) != os.getpid(), "a process of its own"
+    monkeypatch.setattr(measure_module, "_alone", lambda function, *args: function(*args))
+    config = {**config, "phases": ["a", "b"]}
+    runs = {name: planned["runs"][name] for name in ("evaluation", "a", "b")}
+    found = measure_module.measure(config, runs)
+    assert found.keys() == runs.keys()
+    for name, run in found.items():
+        assert run["tokens_per_second"] > 0
+        assert run["resident_bytes"] > planned["runs"][name]["peak_bytes"]
+        assert (name == "evaluation") or run["minutes"] > 0
+    text = plan_text({**planned, "measured": found}, 2**30, 1e12)
+    assert "measured here:" in text and text.count("phase b") == 2
+    too_much = {"a": {**runs["a"], "peak_bytes": 2**50}}
+    with pytest.raises(ValueError, match=r"--measure: a needs 1048576\.0 GiB, and .* are free"):
+        measure_module.measure(config, too_much)
+
+
 def test_the_command_shows_the_plan(tmp_path, monkeypatch, capsys, planned):
     monkeypatch.setattr(plan_module, "plan", lambda _config: planned)
     monkeypatch.chdir(tmp_path)
@@ -148,7 +181,7 @@ def test_the_released_config_is_read_as_it_is():
     """1-indexed lists of layers, `auto_map` to code that is not run: transformers' own class."""
     settings = read_config([ROOT / "config/config.yaml", ROOT / "config/kimi48b.yaml"], SCHEMA)
     base = {**settings["base"], "config_json": str(ROOT / settings["base"]["config_json"])}
-    found, dtype = _base_config({**settings, "base": base})
+    found, dtype = base_shape({**settings, "base": base})
     assert type(found) is type(CONFIGS["kimi"]()) and dtype == torch.bfloat16
     full = [i + 1 for i, kind in enumerate(found.layer_types) if kind == "full_attention"]
     assert full == [4, 8, 12, 16, 20, 24, 27] and found.mlp_layer_types[:2] == ["dense", "sparse"]

@@ -26,6 +26,7 @@ PATIENCE = 300  # seconds
 QUICK = ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1",
          "--latency-wait", "5", "--jobs", "3"]  # fmt: skip
 CANCELLED, LOST_NODE, OUT_OF_TIME = "vanilla_a_s0", "vanilla_flops_a_s0", "recursive_a_s0_repeat"
+SHARED = "vanilla_a_s0"  # by two processes
 PREEMPTED = TOO_LARGE = "recursive_a_s0"  # the first attempt for its memory, the second by others
 # The lines of the profile that a site edits, and what they hold here.
 SITE = {
@@ -239,6 +240,45 @@ def test_memory_and_time_grow_with_the_attempt(matrix):
     assert "Will exit after" in matrix.log_of(jobs[1])
     assert [job["MinMemoryNode"] for job in jobs] == ["300M", "62.50G", "96000M"]
     assert [job["TimeLimit"] for job in jobs] == ["04:00:00", "08:00:00", "12:00:00"]
+
+
+def test_two_processes_of_a_training_and_the_attempts_of_one_that_cannot_work(
+    local, cluster, tmp_path
+):
+    """A training shared by two processes, and beside it one with text that no attempt can read."""
+    target = f"results/runs/{SHARED}/train_summary.json"
+    folders = [shutil.copytree(local.folder, tmp_path / n, symlinks=True) for n in ("two", "one")]
+    shared, twin = SlurmProject(folders[0], cluster), Project(folders[1])
+    broken = SlurmProject(tmp_path / "broken", cluster)
+    broken.path("docs/0.txt").write_bytes(b"\xff\xfe no text")
+    for project in (shared, twin):
+        project.write({**CONFIG, "resources": {"gpus_per_run": 2}})
+        shutil.rmtree(project.path(f"results/runs/{SHARED}"))
+    first = len(cluster.jobs())
+    try:
+        shared.start(target)
+        broken.start("--retries", "1", "results/corpus/train.parquet")
+        done = twin.snakemake("--cores", "1", target)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert shared.process.wait(PATIENCE) == 0, shared.said()[-4000:]
+        assert broken.process.wait(PATIENCE) == 1
+    finally:
+        shared.process.kill()
+        broken.process.kill()
+        cluster.cancel_all()
+    runs = [project.path(f"results/runs/{SHARED}") for project in (shared, twin)]
+    same_run(*runs)
+    alone, by_two = (
+        pl.read_parquet(run / "train_logs.parquet")["loss"].drop_nulls().to_list()
+        for run in (local.path(f"results/runs/{SHARED}"), runs[0])
+    )
+    assert by_two == pytest.approx(alone, rel=1e-3)
+    assert by_two != alone, "its sums are of two parts"
+    attempts = [job for job in cluster.jobs()[first:] if "prepare_corpus" in job["Comment"]]
+    assert [job["JobState"] for job in attempts] == ["FAILED", "FAILED"]
+    said = [broken.log_of(job) for job in attempts]
+    assert all("error: docs/0.txt" in text for text in said)
+    assert ["attempt 2 of what cannot work" in text for text in said] == [False, True]
 
 
 def test_sigkill_of_snakemake_leaves_a_job_that_no_second_one_joins(local, cluster, tmp_path):

@@ -14,5 +14,6 @@ with job(snakemake):
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
         settings=snakemake.params.evaluation,
         output_path=Path(snakemake.output.proof),
+        device_map=snakemake.config["resources"]["device_map"],
         **snakemake.params.load,
     )

@@ -15,5 +15,6 @@ with job(snakemake):
         overrides=snakemake.params.recursive,
         depths=snakemake.params.depths,
         upstream=snakemake.params.upstream,
+        device_map=snakemake.config["resources"]["device_map"],
         **snakemake.params.load,
     )

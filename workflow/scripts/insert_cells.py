@@ -10,5 +10,6 @@ with job(snakemake):
         snakemake.params.recursive,
         seed=int(snakemake.wildcards.seed),
         output_dir=Path(snakemake.output.sidecar),
+        device_map=snakemake.config["resources"]["device_map"],
         **snakemake.params.load,
     )

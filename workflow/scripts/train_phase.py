@@ -5,12 +5,13 @@ from kimi_recursive.jobs import job
 with job(snakemake):
     from kimi_recursive.compare import require_zero_init
     from kimi_recursive.distributed import launch
+    from kimi_recursive.settings import num_processes
     from kimi_recursive.train import train_phase
 
     require_zero_init(snakemake.input.proof)
     launch(
         train_phase,
-        snakemake.config["resources"]["gpus_per_run"],
+        num_processes(snakemake.config),
         snakemake.params.phase,
         snakemake.params.settings,
         snakemake.params.seed,
@@ -23,5 +24,6 @@ with job(snakemake):
         logs_path=Path(snakemake.output.logs),
         summary_path=Path(snakemake.output.summary),
         work_dir=Path(snakemake.output.sidecar).parent / "work",
+        device_map=snakemake.config["resources"]["device_map"],
         **snakemake.params.load,
     )
