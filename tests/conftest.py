@@ -1,5 +1,6 @@
 """Tiny models of every kind that the wrapper must serve, built from their configs."""
 
+import fcntl
 import os
 import sys
 import tempfile
@@ -198,12 +199,20 @@ def teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Project:
-    """The whole matrix, run once."""
-    project = Project.make(tmp_path_factory.mktemp("project"))
-    assert project.planned() == sorted(EXPECTED)
-    done = project.snakemake("all")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return project
+    """The whole matrix, run once for all processes of the tests; a copy for each."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    done = folder / "matrix"
+    with open(folder / "matrix.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            project = Project.make(tmp_path_factory.mktemp("project"))
+            assert project.planned() == sorted(EXPECTED)
+            made = project.snakemake("all")
+            assert made.returncode == 0, made.stderr[-4000:]
+            project.folder.rename(done)
+    return Project(done).copy(tmp_path_factory.mktemp("project") / "copy")
 
 
 @pytest.fixture
