@@ -92,20 +92,7 @@ class Project:
         (self.folder / "tiny.yaml").write_text(yaml.safe_dump(config))
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
-        """What `python -m snakemake` does in the folder."""
-        command = ["snakemake", "--configfile", "tiny.yaml", "--cores", "2", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
-        with tempfile.TemporaryDirectory() as scratch:
-            process = FORKS.Process(
-                target=become_snakemake, args=(command, self.folder, environment, scratch)
-            )
-            process.start()
-            process.join(timeout=300)
-            if process.exitcode is None:
-                process.kill()
-            printed = [Path(scratch, name).read_text() for name in ("stdout", "stderr")]
-        assert process.exitcode is not None, f"{command}: not done after 300 s\n{printed[1]}"
-        return subprocess.CompletedProcess(command, process.exitcode, *printed)
+        return snakemake(self.folder, "--configfile", "tiny.yaml", "--cores", "2", *arguments)
 
     def planned(self, *arguments: str) -> list[str]:
         """Names of the rules that a dry run would run, without `all`."""
@@ -118,8 +105,22 @@ class Project:
         return self.folder / name
 
 
-def become_snakemake(
-    command: list[str], folder: Path, environment: dict[str, str], scratch: str
+def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """What `python -m snakemake` does in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        process = FORKS.Process(target=_snakemake, args=(arguments, folder, environment, scratch))
+        process.start()
+        process.join(timeout=300)
+        if process.exitcode is None:
+            process.kill()
+        printed = [Path(scratch, name).read_text() for name in ("stdout", "stderr")]
+    assert process.exitcode is not None, f"{arguments}: not done after 300 s\n{printed[1]}"
+    return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
+
+
+def _snakemake(
+    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], scratch: str
 ) -> None:
     os.chdir(folder)
     os.environ.clear()
@@ -129,4 +130,4 @@ def become_snakemake(
         os.dup2(os.open(Path(scratch, name), os.O_WRONLY | os.O_CREAT), stream)
     from snakemake.cli import main
 
-    main(command[1:])
+    main(arguments)
