@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -294,17 +295,26 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_seeds_multiply_the_rows_and_share_the_base(copy):
     copy.write({**ONLY_A, "seeds": [0, 3]})
-    done = copy.snakemake("all")
-    assert done.returncode == 0, done.stderr[-2000:]
+    planned = copy.snakemake("--dry-run", "all")
+    assert planned.returncode == 0, planned.stderr
+    jobs = Counter(re.findall(r"^(?:local)?rule (\w+):", planned.stdout, re.MULTILINE))
+    once = ["insert_cells", "compare_zero_init", "plot_perplexity_by_step", "summarize", "report"]
+    assert jobs == {"all": 1, **dict.fromkeys(once, 1), "train_phase": 3, "evaluate": 4}
+    names = ("finetuned_recursive_s3", "finetuned_vanilla_s3")
+    for targets in ([f"results/eval/{name}_results.json" for name in names], ["summarize"]):
+        done = copy.snakemake(*targets)
+        assert done.returncode == 0, done.stderr[-2000:]
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
     assert [r["name"] for r in rows] == [
         "baseline", *(f"{stage}{seed}" for stage in PHASE_A[1:] for seed in ("", "_s3")),
     ]  # fmt: skip
+    missing = [r["name"] for r in rows if r["status"] != "ok"]
+    assert missing == ["finetuned_vanilla_flops_s3"]
     verdicts = json.loads(copy.path("results/verdicts.json").read_text())
-    assert {tuple(v["seeds"]) for v in verdicts} == {(0, 3)}
+    seeds = {v["reference"]: v.get("seeds") for v in verdicts}
+    for reference in ("baseline", "finetuned_vanilla", "its own step 1"):
+        assert seeds[reference] == [0, 3]
     assert copy.path("results/compare/zero_init_s3.json").is_file()
-    ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stderr, re.MULTILINE))
-    assert "train_base" not in ran and "train_phase" in ran
     first, second = (
         load_file(copy.path(f"results/surgery/s{seed}/sidecar.safetensors")) for seed in (0, 3)
     )
@@ -318,7 +328,7 @@ def test_a_pretrained_directory_takes_the_place_of_the_base(copy):
     copy.write({**ONLY_A, "base": {"kind": "pretrained", "path": "mine"}})
     planned = set(EXPECTED) - {"train_tokenizer", "train_base", "compare_repeat"}
     assert copy.planned() == sorted([*planned, "fetch_base"])
-    names = ("baseline", "after_surgery", "finetuned_recursive")
+    names = ("baseline", "finetuned_recursive")
     for target in ([f"results/eval/{name}_results.json" for name in names], ["summarize"]):
         done = copy.snakemake(*target)
         assert done.returncode == 0, done.stderr[-2000:]
