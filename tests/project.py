@@ -130,4 +130,4 @@ def _snakemake(
         os.dup2(os.open(Path(scratch, name), os.O_WRONLY | os.O_CREAT), stream)
     from snakemake.cli import main
 
-    main(arguments)
+    main(list(arguments))
