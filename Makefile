@@ -26,7 +26,7 @@ all: env config
 	@! test -f results/track_b/summary.txt || { echo; cat results/track_b/summary.txt; }
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow -s tests/slow

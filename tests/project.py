@@ -1,16 +1,25 @@
 """A project of a user, tiny: the workflow with text and config of its own."""
 
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+# Snakemake runs in forks of a process that has imported it, which takes longer than a dry run.
+# Polars is not among the modules, as its threads do not survive a fork.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "snakemake.cli", "snakemake.report.html_reporter", "snakemake.script", "smart_open",
+    "snakemake_executor_plugin_slurm", "jsonschema", "jsonschema_rs", "pandas", "pyarrow",
+])  # fmt: skip
 EXPECTED = [
     "prepare_corpus", "train_tokenizer", "tokenize_corpus", "train_base", "insert_cells",
     "evaluate", "compare_zero_init", "train_phase", "compare_repeat", "plot_perplexity_by_step",
@@ -83,15 +92,7 @@ class Project:
         (self.folder / "tiny.yaml").write_text(yaml.safe_dump(config))
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return snakemake(self.folder, "--configfile", "tiny.yaml", "--cores", "2", *arguments)
 
     def planned(self, *arguments: str) -> list[str]:
         """Names of the rules that a dry run would run, without `all`."""
@@ -102,3 +103,31 @@ class Project:
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+
+def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """What `python -m snakemake` does in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        process = FORKS.Process(target=_snakemake, args=(arguments, folder, environment, scratch))
+        process.start()
+        process.join(timeout=300)
+        if too_long := process.is_alive():
+            process.kill()
+        printed = [Path(scratch, name).read_text() for name in ("stdout", "stderr")]
+    assert not too_long, f"{arguments}: not done after 300 s\n{printed[1]}"
+    return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
+
+
+def _snakemake(
+    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], scratch: str
+) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [str(folder)]
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(scratch, name), os.O_WRONLY | os.O_CREAT), stream)
+    from snakemake.cli import main
+
+    main(list(arguments))

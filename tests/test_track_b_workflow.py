@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from conftest import call
 from project import ONLY_A, Project
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
 
@@ -167,7 +168,6 @@ def test_quick_runs_have_a_summary_of_their_own(copied):
 
 
 def test_force_trains_everything_again_and_keeps_the_old_until_then(copied):
-    sheet = copied.path("sheet.tsv").read_text()
     before = [pl.read_parquet(p / "evaluation.parquet") for p in students(copied)]
     stamps = [(p / "work/fingerprint.json").stat().st_ino for p in students(copied)]
     done = track_b(copied, "--force", "--configfile", "tiny.yaml")
@@ -177,13 +177,13 @@ def test_force_trains_everything_again_and_keeps_the_old_until_then(copied):
     assert all(a.equals(b) for a, b in zip(before, after, strict=True)), "the same numbers"
     assert stamps != [(p / "work/fingerprint.json").stat().st_ino for p in students(copied)]
     assert not list(copied.path(FOLDER).glob("students_before_*"))
-    copied.path("sheet.tsv").write_text(sheet)
+    write_sheet(copied.folder, SHEET[:1])
     copied.path(f"{FOLDER}/neighbours.npz").write_bytes(b"torn")
     os.utime(copied.path(f"{FOLDER}/neighbours.npz"))
     done = track_b(copied, "--force", "--configfile", "tiny.yaml")
     assert done.returncode != 0 and "the students of before are in" in done.stderr
     (kept,) = copied.path(FOLDER).glob("students_before_*")
-    assert len(list(kept.iterdir())) == 3
+    assert len(list(kept.iterdir())) == 1
 
 
 def test_a_killed_training_goes_on_and_ends_the_same(copied):
@@ -217,11 +217,24 @@ def test_a_killed_training_goes_on_and_ends_the_same(copied):
     assert {p.name: p.read_bytes() for p in (target / "checkpoints").iterdir()} == files
 
 
-def test_by_hand_with_the_variables_of_the_guide(tmp_path):
+@pytest.fixture
+def call_in(monkeypatch, capfd):
+    """Call `kimi-recursive track-b` in a folder without a process of its own."""
+
+    def run(folder: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            capfd.readouterr()
+            return call(patch, "track-b", *arguments), *capfd.readouterr()
+
+    return run
+
+
+def test_by_hand_with_the_variables_of_the_guide(tmp_path, call_in):
     make_teacher(tmp_path)
     write_sheet(tmp_path, SHEET)
-    project = Project(tmp_path)
-    (tmp_path / "kimi_recursive").symlink_to(Path(__file__).parents[1] / "kimi_recursive")
     variables = {
         "TRACK_B_ENABLE": "true", "TRACK_B_DIM": "6", "TRACK_B_K": "4", "TRACK_B_M": "16",
         "TRACK_B_QUEUE_SIZE": "40", "TRACK_B_TAU": "0.2", "TRACK_B_FALSE_NEG_MODE": "threshold",
@@ -230,9 +243,9 @@ def test_by_hand_with_the_variables_of_the_guide(tmp_path):
         "EVAL_EVERY": "3", "BATCH_SIZE": "8", "RUN_ID": "my_custom_run",
     }  # fmt: skip
     options = ["--experiment", "one", "--sheet", "sheet.tsv", "--teacher-dir", "teacher"]
-    done = track_b(project, "run", *options, **variables)
-    assert done.returncode == 0, done.stderr
-    assert "wrote runs/my_custom_run" in done.stdout
+    code, printed, error = call_in(tmp_path, "run", *options, **variables)
+    assert code == 0, error
+    assert "wrote runs/my_custom_run" in printed
     summary = json.loads((tmp_path / "runs/my_custom_run/logs/train_summary.json").read_text())
     assert summary["status"] == "success" and list(summary["seeds"]) == ["2", "3"]
     used = summary["seeds"]["2"]["hyperparameters"]
@@ -241,15 +254,17 @@ def test_by_hand_with_the_variables_of_the_guide(tmp_path):
         "lr": 0.003, "batch_size": 8, "k": 4, "neg_m": 16, "queue_size": 40, "threshold": 0.9,
         "tau": 0.2, "lr_schedule": "linear",
     }  # fmt: skip
-    again = track_b(project, "run", *options, **variables)
-    assert again.returncode == 0 and again.stderr.count("resumed at step 9") == 2
-    off = track_b(project, "run", *options, **{**variables, "TRACK_B_ENABLE": "false"})
-    assert off.returncode == 0 and "nothing to do" in off.stdout
+    code, _, error = call_in(tmp_path, "run", *options, **variables)
+    assert code == 0 and error.count("resumed at step 9") == 2
+    variables["TRACK_B_ENABLE"] = "false"
+    code, printed, _ = call_in(tmp_path, "run", *options, **variables)
+    assert code == 0 and "nothing to do" in printed
+    variables["TRACK_B_ENABLE"] = "true"
 
     def refused(*more: str, **changed: str) -> str:
-        done = track_b(project, "run", *options, *more, **{**variables, **changed})
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        return done.stderr
+        code, _, error = call_in(tmp_path, "run", *options, *more, **{**variables, **changed})
+        assert code == 2 and len(error.strip().splitlines()) == 1, error
+        return error
 
     assert "dim: must be at most the teacher's (24), got 25" in refused(TRACK_B_DIM="25")
     assert "queue_size: must be at least neg_m (41), got 40" in refused(TRACK_B_M="41")
@@ -275,28 +290,27 @@ def test_by_hand_with_the_variables_of_the_guide(tmp_path):
         ({"num_sentences": 104}, "k: must be below the number of training sentences (4), got 5"),
     ],
 )  # fmt: skip
-def test_a_config_that_is_refused(whole, tmp_path, changed, expected):
+def test_a_config_that_is_refused(whole, call_in, changed, expected):
     teacher = {**{k: None for k in TEACHER}, **CONFIG["track_b"]["teacher"]}
     settings = {**CONFIG["track_b"], "teacher": teacher, **changed}
     text = json.dumps({**CONFIG, "track_b": settings})
     (whole.folder / "wrong.yaml").write_text(text)
-    done = track_b(whole, "--dry-run", "--configfile", "wrong.yaml")
-    assert done.returncode == 2 and expected in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, error = call_in(whole.folder, "--dry-run", "--configfile", "wrong.yaml")
+    assert code == 2 and expected in error and "Traceback" not in error, error
 
 
-def test_wrong_commands(whole, tmp_path):
-    done = track_b(whole, "--configfile", "nowhere.yaml")
-    assert done.returncode == 2 and "nowhere.yaml: no such file" in done.stderr
-    elsewhere = Project(tmp_path)
-    (tmp_path / "kimi_recursive").symlink_to(Path(__file__).parents[1] / "kimi_recursive")
-    done = track_b(elsewhere)
-    assert done.returncode == 2 and "no Snakefile here" in done.stderr
-    done = track_b(whole, "--fast")
-    assert done.returncode == 2 and "No such option" in done.stderr
+def test_wrong_commands(whole, tmp_path, call_in):
+    def refused(folder: Path, *arguments: str) -> str:
+        code, _, error = call_in(folder, *arguments)
+        assert code == 2
+        return error
+
+    error = refused(whole.folder, "--configfile", "nowhere.yaml")
+    assert "nowhere.yaml: no such file" in error
+    assert "no Snakefile here" in refused(tmp_path)
+    assert "No such option" in refused(whole.folder, "--fast")
     whole.path("off.yaml").write_text("track_b: {enabled: false}")
-    done = track_b(whole, "--configfile", "off.yaml")
-    assert done.returncode == 2 and "track_b.enabled is false" in done.stderr
+    assert "track_b.enabled is false" in refused(whole.folder, "--configfile", "off.yaml")
 
 
 def test_an_error_of_the_user_in_a_job_is_the_last_line_and_exit_code_2(copied):

@@ -123,12 +123,12 @@ def test_flops_of_routed_experts_equal_a_hand_count():
 
 def test_training_flops_add_up_over_the_steps_that_are_taken():
     base = make_base("kimi").requires_grad_(False)
-    objective = DraftRepair(make_wrapper(base), 12, 0.5, seed=1)
+    objective = DraftRepair(make_wrapper(base), 5, 0.5, seed=2)
     windows = random_ids(2, 33)
-    cumulative = cumulative_training_flops(objective, windows, 12)
+    cumulative = cumulative_training_flops(objective, windows, 5)
     assert all(p.grad is None for p in objective.parameters()), "counting leaves no gradients"
     one_by_one = [
-        count_flops(lambda s=step: objective(windows, s)[0].backward()) for step in range(12)
+        count_flops(lambda s=step: objective(windows, s)[0].backward()) for step in range(5)
     ]
     assert np.diff([0, *cumulative]).tolist() == one_by_one
     assert len(set(one_by_one)) > 1, "chunks after longer prefixes cost more"

@@ -20,7 +20,6 @@ from kimi_recursive.train import train_phase
 pytestmark = pytest.mark.slow
 KILLS = 100
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["conftest", "test_phases"])
 LONGER = {"num_steps": 40, "eval_interval": 10, "save_interval": 1}  # writing all the time
 
 
@@ -57,6 +56,7 @@ def prepare(root: Path) -> Path:
 
 
 def test_a_hundred_kills_change_nothing(tmp_path, tokens_dir):
+    CONTEXT.set_forkserver_preload(["conftest", "test_phases"])  # instead of what project.py needs
     straight = prepare(tmp_path / "straight")
     assert attempt(straight, tokens_dir, None)
     generator = random.Random(0)
