@@ -1,6 +1,6 @@
 """Tokens per second of every way to generate, on the base and the phase A of `make all`.
 
-    python benchmarks/generation.py [--results results] [--num-tokens 128] [--num-texts 4] [--rounds 5]
+    python benchmarks/generation.py [--results results] [--num-tokens 128] [--rounds 5]
 
 All ways continue the same beginnings of held-out documents, greedily, in turn, in this process and
 with one thread. Seconds are CPU seconds of the process. Decoding the refined model token by token
@@ -30,7 +30,6 @@ from kimi_recursive.decode import ShortPasses
 from kimi_recursive.generate import plain_generation
 from kimi_recursive.jobs import quiet_libraries
 from kimi_recursive.verified import Lookahead
-
 
 SLOW = ("refined, learned", "refined, by definition")  # these are measured once
 
