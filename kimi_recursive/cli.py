@@ -17,7 +17,7 @@ from kimi_recursive.config import (
     get_baseline_config,
     read_json_object,
 )
-from kimi_recursive.generate_cli import generate
+from kimi_recursive.generate_cli import DEVICE_MAP_HELP, generate
 from kimi_recursive.harness_cli import lm_eval
 from kimi_recursive.hub_cli import upload
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
@@ -42,7 +42,6 @@ app.command()(plan)
 _passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("lm-eval", no_args_is_help=True, context_settings=_passed_on)(lm_eval)
 
-DEVICE_MAP_HELP = "auto or sequential: spread the layers over devices (config/README.md)."
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 
 
@@ -99,7 +98,9 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to a prompt.")] = 48,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ... Default: a GPU where there is one.")
+    ] = None,
     device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
     trust_remote_code: Annotated[

@@ -17,6 +17,7 @@ from kimi_recursive.evaluate import batches, prompt_ids
 from kimi_recursive.files import read_safetensors, write_json
 from kimi_recursive.loader import SIDECAR_NAME, load_model_with_config
 from kimi_recursive.model import ChunkRefineWrapper
+from kimi_recursive.placement import placed
 
 MAX_DIFFERENCE_PERCENT = 0.1  # seeds/recursive-system.md, stage 2
 PERTURBATION_STD = 0.02
@@ -99,7 +100,7 @@ def compare_zero_init(
     Returns: what is written to `output_path`: `passed`, `checks`, the numbers.
     """
     before, after = read_json_object(baseline_results), read_json_object(surgery_results)
-    wrapper, tokenizer, _ = load_model_with_config(surgery_dir, **load_options)
+    wrapper, tokenizer, _ = load_model_with_config(surgery_dir, **placed(load_options))
     windows = _windows(load_tokens(Path(tokens_dir), "test"), settings)
     logits = logit_differences(wrapper, windows)
     perturbed = perturbed_difference(wrapper, windows)

@@ -25,6 +25,7 @@ from kimi_recursive.flops import forward_flops_per_token
 from kimi_recursive.generate import plain_generation
 from kimi_recursive.loader import check_context, load_model_with_config
 from kimi_recursive.model import ChunkRefineWrapper
+from kimi_recursive.placement import placed
 
 
 def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
@@ -290,13 +291,13 @@ def evaluate_stage(
         overrides: Parameters to change in that config.
         depths: As in `evaluate_model`.
         upstream: What made base and tokens, recorded with the results.
-        load_options: Passed on to `load_model_with_config`.
+        load_options: Passed on to `load_model_with_config`; the device is training's by default.
 
     Raises:
         ValueError: from loading or evaluating.
     """
     wrapper, tokenizer, config = load_model_with_config(
-        model_path, config=config, overrides=overrides, **load_options
+        model_path, config=config, overrides=overrides, **placed(load_options)
     )
     results, documents = evaluate_model(
         wrapper, tokenizer, load_tokens(Path(tokens_dir), split), settings, depths

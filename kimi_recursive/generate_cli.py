@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kimi_recursive.generate import GenerationStats
     from kimi_recursive.model import ChunkRefineWrapper
 
+DEVICE_MAP_HELP = "auto or sequential: spread the layers over devices (config/README.md)."
 MIN_COLUMN = 24  # characters of text in a column of --compare
 
 
@@ -58,7 +59,10 @@ def generate(
         bool, typer.Option("--json", help="One object a prompt, with token ids.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ... Default: a GPU where there is one.")
+    ] = None,
+    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
@@ -82,10 +86,11 @@ def generate(
         raise ValueError(f"--stream: takes one prompt, got {len(prompts)}")
     quiet_libraries()
     from kimi_recursive.loader import load_model_with_config
+    from kimi_recursive.placement import placed
 
-    wrapper, tokenizer, config = load_model_with_config(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
+    options = {"dtype": dtype, "device": device, "revision": revision}
+    options |= {"device_map": device_map, "trust_remote_code": trust_remote_code}
+    wrapper, tokenizer, config = load_model_with_config(model, **placed(options))
     if tokenizer is None:
         raise ValueError(f"{model}: has no tokenizer")
     if not wrapper.active and (compare or commit is not None or num_steps is not None):

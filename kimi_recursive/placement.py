@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -46,6 +47,13 @@ def device_map_options(device_map: DeviceMap | None) -> dict[str, Any]:
         )
     _folders.append(tempfile.TemporaryDirectory(prefix="kimi-recursive-"))
     return {"device_map": device_map, "offload_folder": _folders[-1].name}
+
+
+def placed(load_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `load_base`; where they name no device, with the one that training takes."""
+    if load_options.get("device") is None and load_options.get("device_map") is None:
+        return {**load_options, "device": PartialState().device}
+    return dict(load_options)
 
 
 _folders: list[tempfile.TemporaryDirectory] = []  # each is deleted with its object

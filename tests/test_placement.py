@@ -4,6 +4,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import polars as pl
@@ -17,8 +18,10 @@ from runs import PHASE, same_run
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kimi_recursive import placement
 from kimi_recursive.compare import compare_zero_init
 from kimi_recursive.evaluate import evaluate_stage
+from kimi_recursive.files import write_json
 from kimi_recursive.kda import install_fast_kda, uninstall_fast_kda
 from kimi_recursive.loader import base_identity, load_base
 from kimi_recursive.losses import Draw
@@ -293,3 +296,23 @@ def test_all_phases_run_over_two_devices(kind):
             losses = [loss, *(part for part in parts.values() if isinstance(part, torch.Tensor))]
             assert {part.device for part in losses} == {wrapper.device}
             nn.utils.clip_grad_norm_(trained, 1.0)
+
+
+def test_a_model_goes_where_training_would_put_it(model_dir, monkeypatch, capsys):
+    """Here a GPU that is not there. A device that is named, or a device_map, comes first."""
+    state = SimpleNamespace(device=torch.device("cuda:9"))
+    monkeypatch.setattr(placement, "PartialState", lambda: state)
+    missing = "error: device cuda:9: "
+    evaluate = ["evaluate", "--stage", "after_surgery", "--corpus", model_dir / "docs"]
+    evaluate += ["--split", "train", "--context-length", 8, "--max-windows", 1]
+    evaluate += ["--output-dir", model_dir / "eval", "--model-path"]
+    for command in (["generate", "--prompt", "ab", "--model"], evaluate):
+        command += [model_dir / "sidecar", "--max-new-tokens", 1]
+        assert call(monkeypatch, *command) == 2
+        assert missing in capsys.readouterr().err
+        for option in (("--device", "cpu"), ("--device-map", "auto")):
+            assert call(monkeypatch, *command, *option) == 0
+            assert missing not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="device cuda:9"):
+        write_json(model_dir / "results.json", {})
+        compare_zero_init(*[model_dir / "results.json"] * 4, model_dir / "sidecar", ".", {}, "out")
