@@ -111,11 +111,11 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as scratch:
         process = FORKS.Process(target=_snakemake, args=(arguments, folder, environment, scratch))
         process.start()
-        process.join(timeout=300)
+        process.join(timeout=1200)
         if too_long := process.is_alive():
             process.kill()
         printed = [Path(scratch, name).read_text() for name in ("stdout", "stderr")]
-    assert not too_long, f"{arguments}: not done after 300 s\n{printed[1]}"
+    assert not too_long, f"{arguments}: not done after 20 minutes\n{printed[1]}"
     return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
 
 
