@@ -270,6 +270,14 @@ def warped(logits, temperature=1.0, top_p=1.0, top_k=5):
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
+def test_after_generation_the_model_trains_and_its_output_is_a_plain_tensor(passes):
+    wrapper, ids = perturb(make_wrapper(make_base("kimi"))), random_ids(2, 5)
+    output = wrapper.generate_chunks(ids, max_new_tokens=11)
+    assert not output.is_inference()
+    wrapper(output).logits.square().mean().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in wrapper.refine_cells.parameters())
+
+
 def test_a_seed_repeats_a_sample_and_little_temperature_is_greedy():
     wrapper = perturb(make_wrapper(make_base("kimi")))
     ids = random_ids(2, 5)
