@@ -25,14 +25,6 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-_STATE_DICTS = (
-    "recurrent_states",
-    "is_conv_states_initialized",
-    "is_recurrent_states_initialized",
-    "has_previous_state",
-    "conv_kernel_size",
-)
-
 
 class _OutOfPlace:
     """Mixed in before a linear-attention cache layer: updates assign instead of copying.
@@ -81,7 +73,13 @@ def _fork_layer(layer):
         twin.conv_states = {
             i: None if state is None else state.clone() for i, state in layer.conv_states.items()
         }
-        for name in _STATE_DICTS:
+        for name in (
+            "recurrent_states",
+            "is_conv_states_initialized",
+            "is_recurrent_states_initialized",
+            "has_previous_state",
+            "conv_kernel_size",
+        ):
             setattr(twin, name, dict(getattr(layer, name)))
         return twin
     if isinstance(layer, DynamicLayer):

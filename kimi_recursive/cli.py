@@ -11,13 +11,14 @@ from typing import Annotated
 
 import typer
 
+from kimi_recursive.cli_options import Device, DeviceMap, Dtype, Revision, TrustRemoteCode
 from kimi_recursive.config import (
     RecursiveConfig,
     get_after_surgery_config,
     get_baseline_config,
     read_json_object,
 )
-from kimi_recursive.generate_cli import DEVICE_MAP_HELP, generate
+from kimi_recursive.generate_cli import generate
 from kimi_recursive.harness_cli import lm_eval
 from kimi_recursive.hub_cli import upload
 from kimi_recursive.jobs import USER_ERROR_EXIT_CODE, quiet_libraries
@@ -97,15 +98,11 @@ def evaluate(
         typer.Option(help=f"To continue; repeatable. Default: {' | '.join(DEFAULT_PROMPTS)}"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to a prompt.")] = 48,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ... Default: a GPU where there is one.")
-    ] = None,
-    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Perplexity and token accuracy by inner step, generations, throughput.
 
@@ -247,12 +244,10 @@ def run_experiment(
     force: Annotated[
         bool, typer.Option("--force", help="Start afresh where another experiment is.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train one phase by hand, or run a baseline, into an experiment directory.
 

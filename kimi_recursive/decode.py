@@ -21,10 +21,9 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from kimi_recursive.kda import NORM_EPS
 from kimi_recursive.model import ChunkRefineWrapper
 
-# Of one pass, and of the model: beyond, the modules are as fast (docs/log.md).
-MAX_TOKENS = 32
-MAX_HIDDEN_SIZE = 512
-MAX_EXPERTS = 16
+MAX_TOKENS = 32  # of one pass, and the size of the model: beyond, the modules are as fast
+MAX_HIDDEN_SIZE = 512  # (docs/log.md)
+MAX_EXPERTS = 16  # all of them are computed; 8 were tried
 
 
 class ShortPasses:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kimi_recursive.cli_options import Device, DeviceMap, Dtype, Revision, TrustRemoteCode
 from kimi_recursive.config import COMMIT_MODES
 from kimi_recursive.jobs import quiet_libraries
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from kimi_recursive.generate import GenerationStats
     from kimi_recursive.model import ChunkRefineWrapper
 
-DEVICE_MAP_HELP = "auto or sequential: spread the layers over devices (config/README.md)."
 MIN_COLUMN = 24  # characters of text in a column of --compare
 
 
@@ -58,15 +58,11 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="One object a prompt, with token ids.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ... Default: a GPU where there is one.")
-    ] = None,
-    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP_HELP)] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id; pin it.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue prompts; statistics go to standard error.
 
