@@ -36,8 +36,8 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
 LONGEST_FIRST = [
-    "test_workflow", "test_track_b_workflow", "test_generate", "test_distributed",
-    "test_report", "test_verdict", "test_experiment", "test_hub_upload",
+    "test_workflow", "test_track_b_workflow", "test_verified", "test_distributed",
+    "test_report", "test_generate", "test_verdict", "test_experiment", "test_hub_upload",
 ]  # fmt: skip
 VOCAB, BOS, EOS, PAD = 97, 0, 1, 2
 SIZES = {

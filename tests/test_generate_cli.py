@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -48,6 +49,31 @@ def test_prompts_of_unequal_length_are_one_batch(model_dir, generated, monkeypat
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prompt"] for row in rows] == ["abcd ab", "ab"]
     assert rows[0]["token_ids"] == generated[1][3]
+
+
+def test_sampling_options_and_stops_reach_the_model(model_dir, generated, monkeypatch, capsys):
+    wrapper, tokenizer, _ = load_model_with_config(model_dir / "sidecar")
+    ids = torch.tensor([prompt_ids(tokenizer, "abcd ab")])
+    given = {"temperature": 1.7, "top_k": 40, "top_p": 0.95, "seed": 3}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    expected = wrapper.generate_chunks(ids, max_new_tokens=12, do_sample=True, **given)
+    generate(monkeypatch, model_dir / "sidecar", "--json", "--sample", *flags)
+    found = json.loads(capsys.readouterr().out)["token_ids"]
+    assert found == expected[0, ids.shape[1] :].tolist() != generated[1][3]
+    stop = tokenizer.decode(generated[1][3][2:4])
+    generate(monkeypatch, model_dir / "sidecar", "--json", "--stop", stop)
+    assert len(json.loads(capsys.readouterr().out)["token_ids"]) < 12
+
+
+def test_the_base_is_compared_without_its_generation_config(
+    model_dir, generated, monkeypatch, capsys, tmp_path
+):
+    """A repetition penalty would make it another model."""
+    shutil.copytree(model_dir / "base", tmp_path / "base")
+    config = {"do_sample": True, "repetition_penalty": 9.0, "eos_token_id": 1, "pad_token_id": 2}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(config))
+    generate(monkeypatch, tmp_path / "base", "--json")
+    assert json.loads(capsys.readouterr().out)["token_ids"] == generated[1][0]
 
 
 def test_a_prompt_can_come_from_standard_input(model_dir, generated, monkeypatch, capsys):
