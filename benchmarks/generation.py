@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from kimi_recursive import load_model_with_config
-from kimi_recursive.cache import fork
-from kimi_recursive.data import load_tokens
-from kimi_recursive.decode import ShortPasses
-from kimi_recursive.generate import plain_generation
-from kimi_recursive.jobs import quiet_libraries
-from kimi_recursive.verified import Lookahead
+from kimi_recursive.data.tokens import load_tokens
+from kimi_recursive.kimi.short_passes import ShortPasses
+from kimi_recursive.model.cache import fork
+from kimi_recursive.model.generation import plain_generation
+from kimi_recursive.model.verified import Lookahead
+from kimi_recursive.processes.logs import quiet_libraries
 
 SLOW = ("refined, learned", "refined, by definition")  # these are measured once
 
@@ -103,7 +103,7 @@ def ways_to_generate(
 
     @torch.no_grad()
     def our_loop(ids: Tensor) -> Tensor:
-        short = ShortPasses(wrapper)
+        short = wrapper.short_passes()
         cache = fork(wrapper.encode(ids[:, :-1], wrapper.new_cache()))
         for _ in range(num_tokens):
             logits = short.run(cache, None, input_ids=ids[:, -1:])[1]

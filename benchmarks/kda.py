@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
-from kimi_recursive.kda import chunk_kda
+from kimi_recursive.kimi.kda import chunk_kda
 
 RATIO, ERROR = 20.0, 1e-5  # what the fast form must reach, forward + backward
 

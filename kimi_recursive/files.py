@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,9 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import yaml
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Raised by hand when a change of code changes numbers: all that was computed before runs again.
+NUMERICS_VERSION = 1
 
 
 @contextmanager
@@ -101,7 +107,7 @@ def read_safetensors(
     Raises:
         ValueError: the file is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
@@ -156,3 +162,48 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping; an empty file is an empty one.
+
+    Raises:
+        ValueError: the file cannot be read, does not parse, or is no mapping.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML mapping ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a YAML mapping, but {type(found).__name__}")
+    return found
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        ValueError: the file is missing, does not parse (with line and column), or is no object.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,23 +2,10 @@ import os
 import sys
 from pathlib import Path
 
-from kimi_recursive.data import base_files, source_files
-from kimi_recursive.matrix import (
-    NUMERICS_VERSION,
-    evaluations,
-    repeated,
-    repeated_evaluation,
-    trainings,
-    zero_init_name,
-)
-from kimi_recursive.settings import (
-    GENERATION_KEYS,
-    MODEL_KEYS,
-    phase_overrides,
-    recursive_subset,
-    upstream_settings,
-    validate_settings,
-)
+from kimi_recursive.data.corpus import base_files, source_files
+from kimi_recursive.files import NUMERICS_VERSION
+from kimi_recursive.matrix.runs import evaluations, repeated, repeated_evaluation, trainings, zero_init_name
+from kimi_recursive.matrix.settings import GENERATION_KEYS, MODEL_KEYS, phase_overrides, recursive_subset, upstream_settings, validate_settings
 from kimi_recursive.track_b.sheet import neighbour_settings, runs_of, select_experiments
 
 try:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.config import read_yaml_mapping
+from kimi_recursive.files import read_yaml_mapping
 from kimi_recursive.records.kinds import find, get, identity, kind_of, number, parse_time
 
 # One of these in each criterion.

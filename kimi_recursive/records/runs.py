@@ -12,11 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.config import CONFIG_NAME, read_json_object
-from kimi_recursive.experiment import METADATA_NAME
-from kimi_recursive.jobs import logged_error
+from kimi_recursive.files import read_json_object
+from kimi_recursive.model.config import CONFIG_NAME
+from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.records.kinds import number, parse_time
 from kimi_recursive.records.log import append_records
+from kimi_recursive.training.experiment import METADATA_NAME
 
 BASELINES_PATH = Path("baselines.jsonl")
 TRAINING_LOG_PATH = Path("experiments/training_log.jsonl")

@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.config import read_yaml_mapping, unknown_key_message
-from kimi_recursive.files import replacing
+from kimi_recursive.files import read_yaml_mapping, replacing
 from kimi_recursive.records.kinds import (
     KINDS,
     Kind,
@@ -25,6 +24,7 @@ from kimi_recursive.records.kinds import (
     without_nan,
 )
 from kimi_recursive.records.log import append_records, kind_of_log, read_lines, read_records
+from kimi_recursive.text import unknown_key_message
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -
     from matplotlib import pyplot as plt
     from matplotlib.dates import ConciseDateFormatter
 
-    from kimi_recursive.figures import COLOURS, MARKERS
+    from kimi_recursive.drawing import COLOURS, MARKERS
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for index, (key, group) in enumerate(rows.group_by("type", maintain_order=True)):

@@ -9,10 +9,15 @@ from typing import Any
 
 import polars as pl
 
-from kimi_recursive.config import read_json_object
-from kimi_recursive.files import read_parquet
-from kimi_recursive.matrix import ARMS, Training, trainings
-from kimi_recursive.settings import MODEL_KEYS, TRAINING_KEYS, phase_overrides, recursive_subset
+from kimi_recursive.files import read_json_object, read_parquet
+from kimi_recursive.matrix.runs import Training, trainings
+from kimi_recursive.matrix.settings import (
+    MODEL_KEYS,
+    TRAINING_KEYS,
+    phase_overrides,
+    recursive_subset,
+)
+from kimi_recursive.training.arms import ARMS
 
 LOG_COLUMNS = ("step", "tokens", "loss_final")
 VALIDATION = "validation_loss_step_"

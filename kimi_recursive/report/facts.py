@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.config import read_json_object
-from kimi_recursive.matrix import repeated, trainings
+from kimi_recursive.files import read_json_object
+from kimi_recursive.matrix.runs import repeated, trainings
+from kimi_recursive.report.summary import Matrix
 from kimi_recursive.report.tables import NAME, NOTHING, TEXT, Table
-from kimi_recursive.summary import Matrix
 from kimi_recursive.track_b.summary import Result
 
 Facts = dict[str, str]

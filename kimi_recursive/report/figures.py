@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from kimi_recursive.figures import ARM_LOOKS, COLOURS, LINES, legend, panels
+from kimi_recursive.drawing import COLOURS, LINES, MARKERS, legend, panels, save_png
+from kimi_recursive.files import read_json_object
+from kimi_recursive.matrix.runs import TRAINED_STAGES
 from kimi_recursive.report.curves import Curve, validation_column
+from kimi_recursive.training.arms import ARMS, PHASES
 
 # Colour and marker of each verdict, told apart without colour as well.
 VERDICT_LOOKS = {
@@ -23,6 +27,10 @@ BAR_LOOKS = [
     {"color": COLOURS[number], "hatch": hatch, "edgecolor": "white"}
     for number, hatch in enumerate(("", "//", ".."), start=1)
 ]
+ARM_LOOKS = {
+    arm: {"color": COLOURS[number], "marker": MARKERS[number]}
+    for number, arm in enumerate(ARMS, start=1)
+}
 ARM_LINES = dict(zip(ARM_LOOKS, LINES, strict=False))  # of one that is not finished: the last
 MOST_POINTS = 25
 
@@ -141,3 +149,47 @@ def averaged(logs: pl.DataFrame, x: str, y: str) -> pl.DataFrame:
         .group_by(pl.col("bin") // size, maintain_order=True)
         .agg(pl.mean(x), pl.mean(y))
     )
+
+
+def plot_perplexity_by_step(results: Sequence[Path], output_path: Path) -> None:
+    """`draw_perplexity_by_step` of `<name>_results.json` files as PNG."""
+    found = [read_json_object(path) for path in results]
+    found = [{**result, "by_step": result["perplexity"]["by_step"]} for result in found]
+    save_png(draw_perplexity_by_step(found), output_path)
+
+
+def draw_perplexity_by_step(found: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity over the number of inner steps: a panel for each phase, a line for each arm and
+    seed; the baseline is a dashed line across, steps beyond the trained depth are open markers.
+
+    Args:
+        found: `stage`, `inner_steps` and `by_step` of each evaluation.
+    """
+    by_stage: dict[str, list[Mapping[str, Any]]] = {}
+    for result in found:
+        by_stage.setdefault(result["stage"], []).append(result)
+    trained = [t for t in TRAINED_STAGES if t.stage in by_stage]
+    phases = [p for p in PHASES if any(t.phase == p for t in trained)] or PHASES[:1]
+    figure, row = panels(len(phases), sharey=True)
+    for axes, phase in zip(row, phases, strict=True):
+        for result in by_stage.get("baseline", [])[:1]:
+            level = result["by_step"][0]["perplexity"]
+            axes.axhline(level, color=COLOURS[0], linestyle="--", label="baseline", zorder=1)
+        for arm, look in ARM_LOOKS.items():
+            stage = next(t.stage for t in TRAINED_STAGES if (t.arm, t.phase) == (arm, phase))
+            for i, result in enumerate(by_stage.get(stage, [])):
+                x = [step["step"] for step in result["by_step"]]
+                y = [step["perplexity"] for step in result["by_step"]]
+                axes.plot(x, y, **look, label=None if i else arm)
+                beyond = [k for k, t in enumerate(x) if t > result["inner_steps"]]
+                points = ([x[k] for k in beyond], [y[k] for k in beyond])
+                axes.plot(*points, **look, linestyle="", mfc="white")
+        axes.set_title(f"phase {phase}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    row[0].set_ylabel("perplexity on held-out documents")
+    legend(row[0])
+    figure.supxlabel(
+        "inner steps (0: the base, which trains from phase b on; open: beyond the trained depth)",
+        size=10,
+    )
+    return figure

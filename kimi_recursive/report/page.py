@@ -14,20 +14,22 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from kimi_recursive.comparisons import documents_path
-from kimi_recursive.figures import draw_perplexity_by_step, draw_recall_by_step, to_svg
+from kimi_recursive.drawing import to_svg
+from kimi_recursive.evaluation.bootstrap import DOCUMENT_COLUMNS
 from kimi_recursive.files import read_parquet, write_text
 from kimi_recursive.report import figures, tables
+from kimi_recursive.report.comparisons import documents_path
 from kimi_recursive.report.curves import Curve, read_curves
 from kimi_recursive.report.facts import compare_facts, compare_versions, read_facts
+from kimi_recursive.report.figures import draw_perplexity_by_step
 from kimi_recursive.report.problems import find_problems, problem_table
 from kimi_recursive.report.students import student_tables
-from kimi_recursive.summary import Matrix, read_matrix
-from kimi_recursive.summary_text import repeat_lines, zero_init_lines
+from kimi_recursive.report.summary import Matrix, read_matrix
+from kimi_recursive.report.summary_text import repeat_lines, zero_init_lines
 from kimi_recursive.track_b.collect import seed_logs
+from kimi_recursive.track_b.figure import draw_recall_by_step
 from kimi_recursive.track_b.report import heading, read_track_b
 from kimi_recursive.track_b.summary import SCORES, Result
-from kimi_recursive.verdict import DOCUMENT_COLUMNS
 
 TEMPLATE = "report.html.jinja"
 

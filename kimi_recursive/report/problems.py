@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.matrix import repeated_evaluation, zero_init_name
+from kimi_recursive.matrix.runs import repeated_evaluation, zero_init_name
+from kimi_recursive.report.summary import Matrix
 from kimi_recursive.report.tables import NAME, NOTHING, TEXT, VERDICT, Table
-from kimi_recursive.summary import Matrix
 from kimi_recursive.track_b.summary import Result
 
 NUM_LINES = 20

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.comparisons import compare_with_baseline
-from kimi_recursive.summary import Matrix
-from kimi_recursive.summary_text import (
+from kimi_recursive.report.comparisons import compare_with_baseline
+from kimi_recursive.report.summary import Matrix
+from kimi_recursive.report.summary_text import (
     TARGET_INNER_STEPS,
     interval,
     mean_of,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kimi_recursive.checkpoint import file_digest
-from kimi_recursive.config import unknown_key_message
-from kimi_recursive.jobs import logging_to
+from kimi_recursive.files import file_digest
+from kimi_recursive.processes.logs import logging_to
+from kimi_recursive.text import unknown_key_message
 from kimi_recursive.track_b.collect import collect_experiment
 from kimi_recursive.track_b.sheet import Experiment, neighbour_settings, parse_row, read_sheet
 from kimi_recursive.track_b.summary import Result, read_results

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.config import read_json_object
-from kimi_recursive.figures import draw_recall_by_step, save_png
-from kimi_recursive.files import publishing
+from kimi_recursive.drawing import save_png
+from kimi_recursive.files import publishing, read_json_object
 from kimi_recursive.track_b.collect import collect_experiment, seed_logs
+from kimi_recursive.track_b.figure import draw_recall_by_step
 from kimi_recursive.track_b.sheet import select_experiments
 from kimi_recursive.track_b.summary import Result, read_results, summarize
 

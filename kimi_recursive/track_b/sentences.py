@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from kimi_recursive.data import SPLITS, read_documents
+from kimi_recursive.data.corpus import SPLITS, read_documents
 from kimi_recursive.files import write_parquet
 
 MIN_WORDS = 4

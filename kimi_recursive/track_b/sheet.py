@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from kimi_recursive.config import unknown_key_message
-from kimi_recursive.settings import schema_errors
+from kimi_recursive.schema import schema_errors
+from kimi_recursive.text import unknown_key_message
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/track_b.schema.yaml"
 MINILM_DIM = 384

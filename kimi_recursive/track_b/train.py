@@ -16,11 +16,15 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kimi_recursive.checkpoint import WorkDirectory, file_digest
-from kimi_recursive.experiment import ExperimentTracker, now
-from kimi_recursive.files import read_safetensors, versions, write_json, write_parquet
-from kimi_recursive.loop import LoopResult, LoopSettings, stop_signals, train_loop
-from kimi_recursive.matrix import NUMERICS_VERSION
+from kimi_recursive.files import (
+    NUMERICS_VERSION,
+    file_digest,
+    read_safetensors,
+    versions,
+    write_json,
+    write_parquet,
+)
+from kimi_recursive.processes.signals import stop_signals
 from kimi_recursive.track_b.evaluate import score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL, score_vectors
 from kimi_recursive.track_b.neighbours import Floats
@@ -30,6 +34,9 @@ from kimi_recursive.track_b.status import write_logs
 from kimi_recursive.track_b.student import Student, build_student
 from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.truth import Truth, load_truth
+from kimi_recursive.training.checkpoint import WorkDirectory
+from kimi_recursive.training.experiment import ExperimentTracker, now
+from kimi_recursive.training.loop import LoopResult, LoopSettings, train_loop
 
 STUDENT_NAME, QUEUE_NAME = "student.safetensors", "queue.safetensors"
 MIN_LR_RATIO = 0.01

@@ -10,12 +10,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, make_base
+from models import SMALL, make_base
 from runs import same_run
 from test_phases import SETTINGS
 
-from kimi_recursive.surgery import insert_cells
-from kimi_recursive.train import train_phase
+from kimi_recursive.training.phases import train_phase
+from kimi_recursive.training.surgery import insert_cells
 
 pytestmark = pytest.mark.slow
 KILLS = 100

@@ -1,4 +1,4 @@
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     from kimi_recursive.track_b.sanity import check_sanity

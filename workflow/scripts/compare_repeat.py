@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.compare import compare_repeat
+    from kimi_recursive.evaluation.repeat import compare_repeat
 
     compare_repeat(
         snakemake.params.key,

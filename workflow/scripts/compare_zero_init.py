@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.compare import compare_zero_init
+    from kimi_recursive.evaluation.zero_init import compare_zero_init
 
     compare_zero_init(
         baseline_results=snakemake.input.baseline_results,

@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.evaluate import evaluate_stage
+    from kimi_recursive.evaluation.scores import evaluate_stage
 
     evaluate_stage(
         snakemake.params.stage,

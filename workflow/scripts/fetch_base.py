@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.base import fetch_base
+    from kimi_recursive.training.base import fetch_base
 
     fetch_base(snakemake.params.base, Path(snakemake.output.model))

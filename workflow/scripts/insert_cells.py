@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.surgery import insert_cells
+    from kimi_recursive.training.surgery import insert_cells
 
     insert_cells(
         Path(snakemake.input.model),

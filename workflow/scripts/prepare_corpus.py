@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.data import prepare_corpus
+    from kimi_recursive.data.corpus import prepare_corpus
 
     prepare_corpus(snakemake.params.corpus, Path(snakemake.output.facts).parent)

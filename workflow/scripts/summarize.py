@@ -1,10 +1,10 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     from kimi_recursive.records.runs import record_runs
-    from kimi_recursive.summary import summarize
+    from kimi_recursive.report.summary import summarize
 
     summarize(
         snakemake.params.config,

@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.data import tokenize_corpus
+    from kimi_recursive.data.tokens import tokenize_corpus
 
     tokenize_corpus(
         Path(snakemake.input.corpus[0]).parent,

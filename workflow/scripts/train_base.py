@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.base import train_base
+    from kimi_recursive.training.base import train_base
 
     train_base(
         snakemake.params.base,

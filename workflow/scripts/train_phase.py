@@ -1,12 +1,12 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.compare import require_zero_init
-    from kimi_recursive.distributed import launch
-    from kimi_recursive.settings import num_processes
-    from kimi_recursive.train import train_phase
+    from kimi_recursive.evaluation.zero_init import require_zero_init
+    from kimi_recursive.matrix.settings import num_processes
+    from kimi_recursive.processes.distributed import launch
+    from kimi_recursive.training.phases import train_phase
 
     require_zero_init(snakemake.input.proof)
     launch(

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     from kimi_recursive.track_b.train import train_student

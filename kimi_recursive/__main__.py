@@ -1,0 +1,5 @@
+"""`python -m kimi_recursive`: the command `kimi-recursive`."""
+
+from kimi_recursive.cli import main
+
+main()

@@ -1,0 +1,53 @@
+"""`kimi-recursive lm-eval`: the command of lm-evaluation-harness, which then knows our model."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from kimi_recursive.processes.logs import quiet_libraries
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness: its command, which then knows the model `kimi_recursive`.
+
+    What follows `lm-eval` is passed on, behind `--model kimi_recursive` where no model is named;
+    `lm_eval run --help` lists what there is. Needs: pip install 'kimi-recursive[eval]'.
+
+    \b
+    kimi-recursive lm-eval --include_path examples/lm_eval --tasks sotu --batch_size 8
+        --model_args path=results/runs/recursive_a_s0/sidecar,num_steps=2,max_length=256
+
+    \b
+    --model_args, as key=value,key=value:
+      path       a base, or a sidecar, which names its base: a folder or a Hub id
+      num_steps  the inner step that scores and generates. Default: K. 0: the base in one
+                 plain pass, with the numbers of `--model hf --model_args pretrained=BASE`
+      commit     verified (default) or learned: how tasks that generate commit a draft
+      revision   of a Hub id; pin it
+      max_length, dtype, tokenizer, add_bos_token, ...: as of the harness's model hf
+
+    Of a base in bfloat16, log-probabilities are summed in bfloat16, unless softmax_dtype=float32
+    is given; so does hf.
+    """
+    quiet_libraries()
+    try:
+        from lm_eval._cli import HarnessCLI
+        from lm_eval.utils import setup_logging
+    except ImportError as error:
+        raise ValueError(
+            f"lm-eval needs lm-evaluation-harness: pip install 'kimi-recursive[eval]' ({error})"
+        ) from error
+    arguments = list(context.args)
+    if arguments[0] not in ("ls", "validate"):
+        arguments = arguments[arguments[0] == "run" :]
+        naming = ("--model", "-M", "--config", "-C")
+        if not any(word.split("=")[0] in naming for word in arguments):
+            arguments = ["--model", "kimi_recursive", *arguments]
+        arguments = ["run", *arguments]
+        import kimi_recursive.evaluation.harness  # noqa: F401  (registers the model)
+    setup_logging()
+    sys.argv = ["lm_eval", *arguments]
+    parser = HarnessCLI()
+    parser.execute(parser.parse_args())

@@ -1,0 +1,113 @@
+"""`kimi-recursive plan`: what a matrix will need, before it is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+GIB = 2**30
+
+
+def plan(
+    config: Annotated[
+        Path | None, typer.Option(help="Keys that differ from config/config.yaml.")
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80.0,
+    tflops: Annotated[
+        float, typer.Option(help="Peak TFLOP/s of one GPU, dense, in the base's dtype.")
+    ] = 989.0,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the peak that is reached. An assumption: measure yours.")
+    ] = 0.3,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Also run 16 steps of each phase here, on random weights: tokens/s, time, and "
+            "what a process takes of this machine's own memory. Minutes; for a base that fits it.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Every number, in bytes and FLOPs.")] = (
+        False
+    ),
+) -> None:
+    """Parameters, memory, GPUs, tokens per second and disk of every phase, without weights.
+
+    The real code runs on tensors without storage. Memory is that of tensors: libraries, text, and
+    what an allocator keeps come on top. GPUs: how many hold the model with its layers spread over
+    them (resources.device_map), one computing at a time.
+    """
+    for name, value in {"--gpu-memory": gpu_memory, "--tflops": tflops, "--mfu": mfu}.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}: must be above 0, got {value}")
+    if config is not None and not config.is_file():
+        raise ValueError(f"{config}: no such file (--config)")
+    from kimi_recursive.matrix.settings import read_config
+    from kimi_recursive.processes.logs import quiet_libraries
+
+    quiet_libraries()
+    paths = [Path("config/config.yaml"), *([config] if config else [])]
+    settings = read_config(paths, Path("workflow/schemas/config.schema.yaml"))
+    from kimi_recursive.plan.estimate import plan
+
+    found = plan(settings)
+    if measure:
+        from kimi_recursive.plan.measure import measure as measured
+
+        found["measured"] = measured(settings, found["runs"])
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        typer.echo(plan_text(found, gpu_memory * GIB, tflops * 1e12 * mfu))
+
+
+def plan_text(found: dict[str, Any], gpu_bytes: float, flops_per_second: float) -> str:
+    """A table of at most 100 columns."""
+    from kimi_recursive.plan.estimate import gpus_needed
+
+    sizes = found["num_parameters"]
+    lines = [
+        f"base {_count(sizes['base'])} parameters in {found['dtype']}, "
+        f"sidecar {_count(sizes['sidecar'])} in float32",
+        "",
+        "             trained  weights  optimizer  activations   total  GPUs  GFLOP    tokens"
+        "  checkpoint",
+        "                         GiB        GiB    + grad GiB     GiB        /token       /s"
+        "         GiB",
+    ]
+    for name, run in found["runs"].items():
+        parts = [run[f"{part}_bytes"] / GIB for part in ("weight", "optimizer", "peak")]
+        per_token = run["flops"] / run["tokens"]
+        lines.append(
+            f"{_label(name):<12}"
+            f"{_count(run['num_trainable']):>8}{parts[0]:>9.2f}{parts[1]:>11.2f}{parts[2]:>13.2f}"
+            f"{sum(parts):>8.2f}{gpus_needed(run, gpu_bytes):>6}{per_token / 1e9:>7.3g}"
+            f"{flops_per_second / per_token:>10.0f}{run['checkpoint_bytes'] / GIB:>12.3f}"
+        )
+    lines.append(
+        f"(memory of tensors; GPUs of {gpu_bytes / GIB:g} GiB, 90 % of it used; tokens/s at "
+        f"{flops_per_second / 1e12:g} TFLOP/s, an assumption)"
+    )
+    if "measured" in found:
+        lines += ["", "measured here:  tokens/s  process GiB  minutes"]
+    for name, run in found.get("measured", {}).items():
+        minutes = f"{run['minutes']:>9.1f}" if "minutes" in run else ""
+        lines.append(
+            f"{_label(name):<14}{run['tokens_per_second']:>10.0f}"
+            f"{run['resident_bytes'] / GIB:>13.2f}{minutes}"
+        )
+    return "\n".join(lines)
+
+
+def _label(run: str) -> str:
+    return run if run == "evaluation" else f"phase {run}"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)

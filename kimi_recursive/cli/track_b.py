@@ -1,0 +1,226 @@
+"""`kimi-recursive track-b`: the experiments of the sheet through Snakemake, or one run by hand."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kimi_recursive.processes.logs import USER_ERROR_EXIT_CODE, logged_error, quiet_libraries
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Distil an embedding teacher into students of 128 dimensions, and compare them.",
+)
+RESULTS = Path("results/track_b")
+STUDENTS = RESULTS / "students"
+JOB_FAILED = 1  # Snakemake's exit code
+
+
+@app.callback(invoke_without_command=True)
+def drive(
+    context: typer.Context,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-d", help="Show what would run, and what is skipped.")
+    ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", "-q", help="10 steps for every run, into results/track_b_quick."),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", "-f", help="Train all students again; the old ones are kept until then."
+        ),
+    ] = False,
+    cores: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    configfile: Annotated[
+        Path | None, typer.Option(help="Keys that differ from config/config.yaml.")
+    ] = None,
+) -> None:
+    """Run every experiment of the sheet that has not succeeded yet, then summarise.
+
+    A run whose log is missing, damaged, or ends early is trained again from its last checkpoint;
+    a failed one does not stop the others. Results: results/track_b/summary.txt. Exit code 2, and
+    one line for each, when all that failed are errors of the user.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if not Path("Snakefile").is_file():
+        raise ValueError("no Snakefile here: run this in the folder of the checkout")
+    if configfile is not None and not configfile.is_file():
+        raise ValueError(f"{configfile}: no such file (--configfile)")
+    configs = [Path("config/config.yaml"), *([configfile] if configfile else [])]
+    configs += [Path("config/quick.yaml")] if quick else []
+    track_b = _track_b_config(configs)
+    states = _states(track_b)
+    missing = [key for key, (status, _) in states.items() if force or status != "success"]
+    for key, (status, detail) in states.items():
+        what = "run" if key in missing else "skip"
+        typer.echo(f"{what:<5}{key}  {status}{', ' if detail else ''}{detail}", err=True)
+    snakemake = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going"]
+    snakemake += ["--configfile", *map(str, configs[1:])] if configs[1:] else []
+    again = [str(STUDENTS / key / "logs/train_logs.parquet") for key in missing]
+    command = [*snakemake, "--forcerun", *again, "summarize_track_b", "--", "track_b"]
+    if dry_run:
+        raise SystemExit(_call([*command[:3], "--dry-run", "--quiet", "rules", *command[3:]]))
+    aside = _set_aside(states) if force else None
+    started = time.time()
+    if code := _call(command):
+        errors, num_others = _failures(started)
+        _call([*snakemake, "--forcerun", "summarize_track_b", "--", "summarize_track_b"])
+        if aside:
+            typer.echo(f"the students of before are in {aside}", err=True)
+        for error in errors:
+            typer.echo(f"error: {error}", err=True)
+        users_alone = code == JOB_FAILED and errors and not num_others
+        raise SystemExit(USER_ERROR_EXIT_CODE if users_alone else code)
+    if aside:
+        shutil.rmtree(aside)
+    folder = RESULTS.with_name("track_b_quick") if track_b["quick"] else RESULTS
+    typer.echo((folder / "summary.txt").read_text(encoding="utf-8"), nl=False)
+
+
+def _call(command: list[str]) -> int:
+    try:
+        return subprocess.run(command).returncode
+    except KeyboardInterrupt:  # Snakemake got it too, and its jobs; they write a checkpoint
+        return 130
+
+
+def _failures(since: float) -> tuple[list[str], int]:
+    """What is wrong, each once, where jobs failed by an error of the user; how many failed
+    otherwise (a killed job logs nothing, so Snakemake's own log says how many failed).
+
+    Args:
+        since: Seconds since the epoch; older logs are left out.
+    """
+
+    def recent(pattern: str) -> list[Path]:
+        return [p for p in sorted(Path().glob(pattern)) if p.stat().st_mtime >= since]
+
+    found = [logged_error(path) for path in recent("results/logs/**/*.log")]
+    errors = [error for error, is_users in found if is_users]
+    logs = [path.read_text(encoding="utf-8") for path in recent(".snakemake/log/*.log")]
+    num_failed = sum(log.count("\nError in rule ") for log in logs)
+    return list(dict.fromkeys(errors)), num_failed - len(errors)
+
+
+def _set_aside(keys: Iterable[str]) -> Path:
+    """Move students to a folder of their own, so that they are trained from the start."""
+    aside = RESULTS / time.strftime("students_before_%Y%m%d_%H%M%S")
+    aside.mkdir(parents=True)
+    for key in keys:
+        if (STUDENTS / key).is_dir():
+            (STUDENTS / key).rename(aside / key)
+    return aside
+
+
+def _track_b_config(paths: list[Path]) -> dict[str, Any]:
+    from kimi_recursive.matrix.settings import read_config
+
+    track_b = read_config(paths, Path("workflow/schemas/config.schema.yaml"))["track_b"]
+    if not track_b["enabled"]:
+        raise ValueError("track_b.enabled is false in the config")
+    return track_b
+
+
+def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Status and detail of every run that the config asks for, by key."""
+    from kimi_recursive.track_b.sheet import runs_of, select_experiments
+    from kimi_recursive.track_b.status import read_status
+
+    found = {}
+    for key, (settings, _) in runs_of(select_experiments(track_b)).items():
+        status = read_status(STUDENTS / key, settings["steps"])
+        found[key] = (status.status, status.detail)
+    return found
+
+
+def _flag(name: str, help_text: str, *variables: str) -> Any:
+    envvar = list(variables) or None
+    return typer.Option(f"--{name}", help=help_text, envvar=envvar, show_default=False)
+
+
+@app.command()
+def run(
+    enable: Annotated[
+        bool, typer.Option(envvar="TRACK_B_ENABLE", help="false: do nothing.")
+    ] = True,
+    run_id: Annotated[str | None, _flag("run-id", "Folder under --output-dir.", "RUN_ID")] = None,
+    experiment: Annotated[
+        str | None, _flag("experiment", "Row of the sheet to start from; core_20k_seed0.")
+    ] = None,
+    dim: Annotated[
+        str | None, _flag("dim", "Length of the student's vectors.", "TRACK_B_DIM")
+    ] = None,
+    k: Annotated[str | None, _flag("k", "Nearest rows that are positives.", "TRACK_B_K")] = None,
+    neg_m: Annotated[
+        str | None, _flag("neg-m", "Negatives from the queue.", "TRACK_B_NEG_M", "TRACK_B_M")
+    ] = None,
+    queue_size: Annotated[
+        str | None, _flag("queue-size", "Places of the queue.", "TRACK_B_QUEUE_SIZE")
+    ] = None,
+    tau: Annotated[str | None, _flag("tau", "Temperature.", "TRACK_B_TAU")] = None,
+    false_neg_mode: Annotated[
+        str | None, _flag("false-neg-mode", "threshold or none.", "TRACK_B_FALSE_NEG_MODE")
+    ] = None,
+    threshold: Annotated[
+        str | None, _flag("threshold", "Of a false negative.", "TRACK_B_FALSE_NEG_THRESHOLD")
+    ] = None,
+    steps: Annotated[str | None, _flag("steps", "Optimizer steps.", "STEPS")] = None,
+    seeds: Annotated[str | None, _flag("seeds", "Such as 0 or 0,1,2.", "SEEDS")] = None,
+    lr: Annotated[str | None, _flag("lr", "Peak learning rate.", "LR")] = None,
+    lr_schedule: Annotated[
+        str | None, _flag("lr-schedule", "cosine, linear or constant.", "LR_SCHEDULE")
+    ] = None,
+    warmup: Annotated[str | None, _flag("warmup", "Steps of warm-up.", "WARMUP_STEPS")] = None,
+    amp: Annotated[str | None, _flag("amp", "none or bf16.", "AMP")] = None,
+    batch_size: Annotated[str | None, _flag("batch-size", "Anchors a step.", "BATCH_SIZE")] = None,
+    save_every: Annotated[
+        str | None, _flag("save-every", "Steps between checkpoints.", "SAVE_EVERY")
+    ] = None,
+    eval_every: Annotated[
+        str | None, _flag("eval-every", "Steps between evaluations.", "EVAL_EVERY")
+    ] = None,
+    sheet: Annotated[Path, typer.Option(help="Experiments.")] = Path("config/track_b.tsv"),
+    teacher_dir: Annotated[
+        Path, typer.Option(help="The teacher's vectors; made by `track-b` or `make all`.")
+    ] = RESULTS / "teacher",
+    output_dir: Annotated[Path, typer.Option(help="Where runs by hand are.")] = Path("runs"),
+) -> None:
+    """Train one experiment by hand, into OUTPUT_DIR/RUN_ID.
+
+    Hyperparameters are those of a row of the sheet, at full length, but for what flags and
+    environment variables change. The same command again goes on where it was cut off.
+    """
+    given = {
+        "steps": steps, "seeds": seeds, "dim": dim, "k": k, "neg_m": neg_m, "lr": lr,
+        "queue_size": queue_size, "tau": tau, "false_neg_mode": false_neg_mode, "amp": amp,
+        "threshold": threshold, "lr_schedule": lr_schedule, "warmup": warmup,
+        "batch_size": batch_size, "save_every": save_every, "eval_every": eval_every,
+    }  # fmt: skip
+    if not enable:
+        typer.echo("TRACK_B_ENABLE is false: nothing to do")
+        return
+    if run_id is not None and (run_id in ("", ".", "..") or Path(run_id).name != run_id):
+        raise ValueError(f"RUN_ID: must be a plain folder name, got '{run_id}'")
+    if not (teacher_dir / "vectors.npy").is_file():
+        raise ValueError(f"{teacher_dir}: no vectors.npy; run `kimi-recursive track-b` first")
+    quiet_libraries()
+    from kimi_recursive.track_b.by_hand import run_by_hand
+
+    changed = {name: value for name, value in given.items() if value is not None}
+    result, folder = run_by_hand(
+        sheet, experiment or "core_20k_seed0", changed, teacher_dir, output_dir, run_id
+    )
+    typer.echo(f"vs_teacher_recall@10 {result.recall:.4f} (best on the validation queries)")
+    typer.echo(f"wrote {folder}")

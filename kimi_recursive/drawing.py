@@ -1,0 +1,83 @@
+"""Figures of the results: drawn by one function each, written as PNG, or as SVG for a page."""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from kimi_recursive.files import replacing
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+MARKERS = ("", "o", "s", "^", "D", "v")
+LINES = ("-", "--", "-.", ":")
+SVG = "http://www.w3.org/2000/svg"
+XLINK = "http://www.w3.org/1999/xlink"
+# Text stays text; the same figure gives the same bytes.
+SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "kimi"}
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    _without_formulas(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def to_svg(figure: Figure, name: str, text: str) -> str:
+    """A figure as an `<svg>` element to be put into a page.
+
+    Args:
+        name: Goes before every id, which have to be unique in the page.
+        text: Says what can be seen, for those who cannot see it.
+    """
+    _without_formulas(figure)
+    written = io.BytesIO()
+    with rc_context(SVG_SETTINGS):
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", XLINK)
+    root = ElementTree.fromstring(written.getvalue())
+    for metadata in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key == "id":
+                element.set(key, f"{name}-{value}")
+            elif key in ("href", f"{{{XLINK}}}href"):
+                element.set(key, value.replace("#", f"#{name}-", 1))
+            elif "url(#" in value:
+                element.set(key, re.sub(r"url\(#", f"url(#{name}-", value))
+    root.attrib |= {"role": "img", "aria-label": text}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _without_formulas(figure: Figure) -> None:
+    """A name with dollar signs is a name."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+
+
+def panels(
+    columns: int, size: tuple[float, float] | None = None, **options: Any
+) -> tuple[Figure, list[Any]]:
+    """A figure of so many axes side by side, with a grid."""
+    size = size or (max(7.0, 3.4 * columns + 0.8), 4.2)
+    figure = Figure(figsize=size, layout="constrained")
+    row = list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    for axes in row:
+        axes.grid(alpha=0.3)
+    return figure, row
+
+
+def legend(axes: Any, **options: Any) -> None:
+    """A legend without a frame, where anything has a label."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, **options)

@@ -1,0 +1,11 @@
+"""Evaluation: scores by inner step, FLOPs, proofs, intervals, the harness."""
+
+from kimi_recursive.doors import offer
+
+__getattr__, __dir__ = offer(
+    __name__,
+    scores="evaluate_stage evaluate_model",
+    zero_init="compare_zero_init require_zero_init",
+    repeat="compare_repeat",
+    bootstrap="paired_bootstrap compare_documents",
+)

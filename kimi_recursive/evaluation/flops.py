@@ -1,0 +1,59 @@
+"""FLOPs, counted by torch on real passes: matrix products, convolutions and attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
+
+from kimi_recursive.model.wrapper import ChunkRefineWrapper
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's, and the grouped product of experts, which it does not count: 2 a multiply-add."""
+
+    def grouped(a, b, *_args, **_kwargs) -> int:
+        return 2 * math.prod(a) * b[-1]
+
+    def grouped_backward(a, b, *_args, **_kwargs) -> int:
+        return 2 * grouped(a, b)
+
+    ops = torch.ops.transformers
+    formulas = {
+        torch.ops.aten._grouped_mm: grouped,
+        ops.grouped_mm_fallback: grouped,
+        ops.grouped_mm_fallback_backward: grouped_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """FLOPs of what `call` runs, 2 for each multiply-add; elementwise work is not counted."""
+    with flop_counter() as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def forward_flops_per_token(wrapper: ChunkRefineWrapper, input_ids: torch.Tensor) -> float:
+    """FLOPs per token of the logits that are scored: of all passes over each chunk up to step K.
+
+    For a single-pass arm that is the one pass through the cells; the base's own pass, which only
+    makes the states that later chunks attend to, is left out, in the arm's favour.
+
+    Args:
+        input_ids: [B, T], cut on the chunk grid.
+    """
+
+    def refine_all() -> None:
+        for chunk in wrapper.chunks(input_ids):
+            wrapper.last_step(chunk)
+
+    flops = count_flops(refine_all)
+    if wrapper.active and wrapper.config.single_pass:
+        flops -= count_flops(lambda: list(wrapper.chunks(input_ids)))
+    return flops / input_ids.numel()

@@ -1,0 +1,328 @@
+"""Evaluation by inner step: perplexity and token accuracy per document, generations, throughput."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from kimi_recursive.data.tokens import TokenSplit, load_tokens
+from kimi_recursive.data.windows import Window, document_windows
+from kimi_recursive.evaluation.flops import forward_flops_per_token
+from kimi_recursive.files import git_state, versions, write_json, write_parquet
+from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.model.generation import plain_generation
+from kimi_recursive.model.loading import check_context, load_model_with_config
+from kimi_recursive.model.placement import placed
+from kimi_recursive.model.wrapper import ChunkRefineWrapper
+from kimi_recursive.processes import distributed
+
+
+def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows of equal length together, in a fixed order, at most `batch_size` of them."""
+    ordered = sorted(windows, key=lambda w: -len(w.inputs))
+    for _, group in groupby(ordered, key=lambda w: len(w.inputs)):
+        group = list(group)
+        for i in range(0, len(group), batch_size):
+            yield group[i : i + batch_size]
+
+
+@torch.no_grad()
+def score_windows(
+    wrapper: ChunkRefineWrapper,
+    windows: Sequence[Window],
+    batch_size: int,
+    num_steps: int | None = None,
+    progress: bool = False,
+) -> pl.DataFrame:
+    """Teacher-forced scores of windows, chunk by chunk on the grid from each window's start.
+
+    Returns:
+        One row per window, chunk and inner step: document (int), start, chunk, step, num_tokens,
+        loss_sum (nats), num_correct, p_commit (null at step 0 and when the loop is not active),
+        seconds (this row's share of its batch).
+    """
+    columns = ("document", "start", "chunk", "step", "num_tokens", "loss_sum", "num_correct",
+               "p_commit", "seconds")  # fmt: skip
+    rows: dict[str, list] = {name: [] for name in columns}
+    bar = tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress)
+    for batch in batches(windows, batch_size):
+        inputs = torch.from_numpy(np.stack([w.inputs for w in batch])).to(wrapper.device)
+        targets = torch.from_numpy(np.stack([w.targets for w in batch])).to(wrapper.device)
+        offset, clock = 0, time.perf_counter()
+        for number, chunk in enumerate(wrapper.chunks(inputs)):
+            width = chunk.input_ids.shape[1]
+            gold = targets[:, offset : offset + width]
+            offset += width
+            for state in wrapper.steps(chunk, num_steps):
+                ce = F.cross_entropy(
+                    state.logits.float().transpose(1, 2), gold, reduction="none"
+                ).double()
+                correct = (state.logits.argmax(-1) == gold).sum(1)
+                p_commit: list[float | None] = [None] * len(batch)
+                if state.step:
+                    p_commit = wrapper.boundary(state.h_top)[0].tolist()
+                rows["document"] += [w.document for w in batch]
+                rows["start"] += [w.start for w in batch]
+                rows["chunk"] += [number] * len(batch)
+                rows["step"] += [state.step] * len(batch)
+                rows["num_tokens"] += [width] * len(batch)
+                rows["loss_sum"] += ce.sum(1).tolist()
+                rows["num_correct"] += correct.tolist()
+                rows["p_commit"] += p_commit
+                before, clock = clock, time.perf_counter()
+                rows["seconds"] += [(clock - before) / len(batch)] * len(batch)
+        bar.update(len(batch))
+    bar.close()
+    return pl.DataFrame(rows, schema_overrides={"p_commit": pl.Float64})
+
+
+def losses_by_step(
+    wrapper: ChunkRefineWrapper, windows: Sequence[Window], batch_size: int
+) -> list[float]:
+    """Mean cross-entropy in nats per token at steps 0..K; of several processes each scores its
+    share of the windows."""
+    scores = score_windows(wrapper, distributed.part(windows), batch_size)
+    sums = torch.zeros(wrapper.resolve_steps(None) + 1, 2, dtype=torch.float64)
+    for step, *summed in scores.group_by("step").agg(pl.col("loss_sum", "num_tokens").sum()).rows():
+        sums[step] = sums.new_tensor(summed)
+    losses, num_tokens = distributed.total(sums).T
+    return (losses / num_tokens).tolist()
+
+
+def document_scores(scores: pl.DataFrame, split: TokenSplit) -> pl.DataFrame:
+    """One row per document and inner step: document_id, step, num_tokens, loss_sum, num_correct."""
+    ids = pl.DataFrame(
+        {"document": range(len(split.document_ids)), "document_id": split.document_ids}
+    )
+    return (
+        scores.group_by("document", "step")
+        .agg(pl.col("num_tokens", "loss_sum", "num_correct").sum())
+        .sort("document", "step")
+        .join(ids, on="document", how="left", maintain_order="left")
+        .select("document_id", "step", "num_tokens", "loss_sum", "num_correct")
+    )
+
+
+def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
+    """Per inner step: loss (nats per token), perplexity, token_accuracy, over all tokens."""
+    table = (
+        documents.group_by("step")
+        .agg(pl.col("num_tokens", "loss_sum", "num_correct").sum())
+        .sort("step")
+        .select(
+            "step",
+            loss=pl.col("loss_sum") / pl.col("num_tokens"),
+            perplexity=(pl.col("loss_sum") / pl.col("num_tokens")).exp(),
+            token_accuracy=pl.col("num_correct") / pl.col("num_tokens"),
+        )
+    )
+    return table.to_dicts()
+
+
+def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, Any] | None:
+    """What stopping early would give: each chunk at its first step with p_commit >= `threshold`, or
+    at its last step. None when the loop is not active.
+
+    Returns: `mean_inner_steps` over chunks, the `perplexity` of all tokens at those steps, and
+        `num_chunks_by_step`, how many chunks stop after 1, 2, ... K inner steps.
+    """
+    refined = scores.filter(pl.col("step") > 0)
+    if refined.is_empty():
+        return None
+    last = refined["step"].max()
+    stop = pl.when(pl.col("p_commit") >= threshold).then(pl.col("step")).otherwise(last).min()
+    stopped = refined.filter(pl.col("step") == stop.over("document", "start", "chunk"))
+    loss = stopped["loss_sum"].sum() / stopped["num_tokens"].sum()
+    return {
+        "mean_inner_steps": float(stopped["step"].mean()),
+        "perplexity": math.exp(loss),
+        "num_chunks_by_step": _counts(stopped["step"], last),
+    }
+
+
+def _counts(inner_steps: Iterable[int], last: int) -> list[int]:
+    """How many are 1, 2, ... `last`."""
+    found = Counter(inner_steps)
+    return [found[step] for step in range(1, last + 1)]
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, behind the tokenizer's bos where it has one."""
+    ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def generate_samples(
+    wrapper: ChunkRefineWrapper, tokenizer, prompts: Sequence[str], max_new_tokens: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Greedy continuations, one prompt at a time.
+
+    The base generates with nothing but greedy decoding: a repetition penalty in its generation
+    config would make it another model than the one that is compared.
+
+    Returns: prompt, completion and token_ids of each; over all of them tokens per second (None
+        without prompts), inner steps per round of drafting and refining (0 for the base), and how
+        many rounds ran 1, 2, ... K of them (empty for the base).
+    """
+    samples, inner_steps, num_tokens = [], [], 0
+    started = time.perf_counter()
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=wrapper.device)
+        mask = torch.ones_like(input_ids)
+        if wrapper.active:
+            output, stats = wrapper.generate_chunks(
+                input_ids, max_new_tokens=max_new_tokens, attention_mask=mask, return_stats=True
+            )
+            inner_steps += stats.inner_steps
+        else:
+            with plain_generation(wrapper.base):
+                output = wrapper.generate_chunks(
+                    input_ids, attention_mask=mask, max_new_tokens=max_new_tokens
+                )
+        new = output[0, input_ids.shape[1] :].tolist()
+        num_tokens += len(new)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        samples.append({"prompt": prompt, "completion": text, "token_ids": new})
+    seconds = time.perf_counter() - started
+    return samples, {
+        "tokens_per_second": num_tokens / seconds if prompts else None,
+        "mean_inner_steps": sum(inner_steps) / max(1, len(inner_steps)),
+        "num_rounds_by_step": _counts(inner_steps, wrapper.resolve_steps(None)),
+    }
+
+
+def evaluate_model(
+    wrapper: ChunkRefineWrapper,
+    tokenizer,
+    split: TokenSplit,
+    settings: Mapping[str, Any],
+    depths: Sequence[int] = (),
+) -> tuple[dict[str, Any], pl.DataFrame]:
+    """Evaluate one model on held-out documents.
+
+    Args:
+        settings: The `evaluation` subtree of the workflow config: context_length, batch_size,
+            max_windows_per_document, prompts, max_new_tokens.
+        depths: Numbers of inner steps to score beside 0..K; they do not count in the throughput.
+
+    Returns:
+        Results as JSON types, and `document_scores`. `perplexity.perplexity` and
+        `perplexity.token_accuracy` are those of step K; `by_step` has all.
+
+    Raises:
+        ValueError: no document with two tokens, or prompts without a tokenizer.
+    """
+    check_context(
+        wrapper.base,
+        max(settings["context_length"], settings["max_new_tokens"]),
+        "evaluation.context_length, evaluation.max_new_tokens",
+    )
+    if tokenizer is None and settings["prompts"]:
+        raise ValueError("evaluation.prompts need a tokenizer, and the model has none")
+    windows = document_windows(
+        split, settings["context_length"], settings["max_windows_per_document"]
+    )
+    if not windows:
+        raise ValueError("the evaluation split has no document of at least two tokens")
+    last = wrapper.resolve_steps(None)
+    deepest = max([last, *depths]) if wrapper.active else 0
+    scores = score_windows(wrapper, windows, settings["batch_size"], deepest, progress=True)
+    within = scores.filter(pl.col("step") <= last)
+    scores = scores.filter((pl.col("step") <= last) | pl.col("step").is_in(list(depths)))
+    documents = document_scores(scores, split)
+    by_step = summarize_scores(documents)
+    at_last = next(row for row in by_step if row["step"] == last)
+    first = next(batches(windows, settings["batch_size"]))
+    input_ids = torch.from_numpy(first[0].inputs)[None].to(wrapper.device)
+    num_tokens = sum(len(w.targets) for w in windows)
+    samples, generation = generate_samples(
+        wrapper, tokenizer, settings["prompts"], settings["max_new_tokens"]
+    )
+    results = {
+        "perplexity": {
+            **{k: at_last[k] for k in ("perplexity", "token_accuracy", "loss")},
+            "num_tokens": num_tokens,
+            "num_documents": documents["document_id"].n_unique(),
+            "by_step": by_step,
+        },
+        "inner_steps": last,
+        "mean_inner_steps": generation["mean_inner_steps"],
+        "num_rounds_by_step": generation["num_rounds_by_step"],
+        "halting": halting_scores(within, wrapper.config.commit_threshold),
+        "forward_flops_per_token": forward_flops_per_token(wrapper, input_ids),
+        "throughput": {
+            "evaluated_tokens_per_second": num_tokens / within["seconds"].sum(),
+            "generated_tokens_per_second": generation["tokens_per_second"],
+        },
+        "generations": samples,
+    }
+    return results, documents
+
+
+def evaluate_stage(
+    stage: str,
+    model_path: str | Path,
+    tokens_dir: str | Path,
+    settings: Mapping[str, Any],
+    results_path: str | Path,
+    documents_path: str | Path,
+    config: RecursiveConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    depths: Sequence[int] = (),
+    upstream: Mapping[str, Any] | None = None,
+    split: str = "test",
+    **load_options: Any,
+) -> dict[str, Any]:
+    """Load a model, evaluate it, write `<stage>_results.json` and `<stage>_documents.parquet`.
+
+    Args:
+        config: By default the sidecar's own, or recursion disabled for a base.
+        overrides: Parameters to change in that config.
+        depths: As in `evaluate_model`.
+        upstream: What made base and tokens, recorded with the results.
+        load_options: Passed on to `load_model_with_config`; the device is training's by default.
+
+    Raises:
+        ValueError: from loading or evaluating.
+    """
+    wrapper, tokenizer, config = load_model_with_config(
+        model_path, config=config, overrides=overrides, **placed(load_options)
+    )
+    results, documents = evaluate_model(
+        wrapper, tokenizer, load_tokens(Path(tokens_dir), split), settings, depths
+    )
+    adapter = wrapper.adapter
+    lora = [p.numel() for p in adapter.lora_parameters().values()] if adapter else []
+    results = {
+        "stage": stage,
+        "model_path": str(model_path),
+        "split": split,
+        **results,
+        "num_parameters": {
+            "base": sum(p.numel() for p in wrapper.base.parameters()) - sum(lora),
+            "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
+            "lora": sum(lora),
+        },
+        "config": config.to_dict(),
+        "evaluation": {**settings, "depths": list(depths)},
+        "dtype": str(wrapper.base.dtype).removeprefix("torch."),
+        "upstream": upstream,
+        "versions": versions(),
+        **git_state(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_parquet(documents_path, documents)
+    write_json(results_path, results)
+    return results

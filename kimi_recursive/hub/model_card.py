@@ -1,0 +1,238 @@
+"""The model card: what was trained, what it scored, whether it helps, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from kimi_recursive import __version__
+from kimi_recursive.hub.results import Scores
+from kimi_recursive.matrix.runs import TRAINED_STAGES
+
+CONTROL_ARMS = {
+    "vanilla": "the same cells in a single pass, at equal tokens",
+    "vanilla_flops": "the same cells in a single pass, at equal FLOPs",
+}
+ARM_OF = {training.stage: training.arm for training in TRAINED_STAGES}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base that a published sidecar names.
+
+    Attributes:
+        name: A Hub id, the folder of a published copy, or None.
+        included: Whether `name` is a folder beside the sidecar.
+    """
+
+    name: str | None
+    revision: str | None
+    included: bool
+    trust_remote_code: bool
+
+
+def model_card(
+    repo_id: str,
+    branch: str | None,
+    metadata: Mapping[str, Any],
+    step: int,
+    facts: Mapping[str, Any],
+    base: Base,
+    scores: Sequence[Scores],
+    verdicts: Sequence[Mapping[str, Any]],
+    license: str | None,
+    changes: Sequence[str],
+) -> ModelCard:
+    """The card, with the scores as `model-index`.
+
+    Args:
+        branch: Where it is published, if not on `main`.
+        metadata: Of the experiment, as published.
+        step: Of the best checkpoint.
+        facts: Of the sidecar (`loader.sidecar_facts`).
+        changes: What differs from the experiment directory, one sentence each.
+    """
+    arm = (metadata.get("training_params") or {}).get("arm", "recursive")
+    data = ModelCardData(
+        base_model=base.name if not base.included else None,
+        base_model_relation="adapter" if base.name and not base.included else None,
+        library_name="kimi-recursive",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=["kimi-recursive", "recursive-refinement", f"arm-{arm}".replace("_", "-")],
+        model_name=repo_id.split("/")[-1],
+        eval_results=[result for s in scores for result in _eval_results(s)] or None,
+    )
+    if data.eval_results is None:
+        data.pop("model_name")
+    description = metadata.get("description") or ""
+    sections = [
+        f"# {repo_id.split('/')[-1]}",
+        _summary(facts, base, arm),
+        description,
+        "## Does it help?\n\n" + _verdicts(verdicts),
+        "## Scores\n\n" + _scores(scores),
+        "## How to load\n\n" + _loading(repo_id, branch, facts, base),
+        "## Training\n\n" + _training(metadata, step, facts),
+        "## Notes\n\n`notes/notes.txt` and `notes/issues.txt` hold what was noticed, "
+        "`notes/generation_samples.jsonl` how the model continued a text during training, "
+        "`experiment_metadata.json` every parameter and the versions.",
+        "## Changed for publication\n\n" + "\n".join(f"- {change}" for change in changes),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def _eval_results(scores: Scores) -> list[EvalResult]:
+    dataset = {
+        "task_type": "text-generation",
+        "dataset_type": re.sub(r"[^a-z0-9]+", "-", scores.dataset.lower()).strip("-") or "text",
+        "dataset_name": scores.dataset,
+        "dataset_split": scores.split,
+    }
+    results = [
+        EvalResult(
+            **dataset,
+            metric_type="perplexity",
+            metric_name=f"Perplexity at inner step {step}",
+            metric_value=round(value, 4),
+        )
+        for step, value in scores.perplexity.items()
+    ]
+    if scores.inner_steps in scores.token_accuracy:
+        results.append(
+            EvalResult(
+                **dataset,
+                metric_type="accuracy",
+                metric_name=f"Token accuracy at inner step {scores.inner_steps}",
+                metric_value=round(scores.token_accuracy[scores.inner_steps], 6),
+            )
+        )
+    return results
+
+
+def _summary(facts: Mapping[str, Any], base: Base, arm: str) -> str:
+    holds = ["the refinement cells (`sidecar.safetensors`)"]
+    holds += ["LoRA on the top layers of the base (`adapter/`)"] if facts["lora"] else []
+    if facts["unfrozen_layers"]:
+        layers = ", ".join(map(str, facts["unfrozen_layers"]))
+        holds.append(f"trained layers of the base, {layers} (`layers.safetensors`)")
+    of_base = facts["base"]
+    shape = (
+        f"{of_base['model_type']}, hidden size {of_base['hidden_size']}, "
+        f"{of_base['num_hidden_layers']} layers, vocabulary of {of_base['vocab_size']}"
+    )
+    if base.included:
+        where = f"Its base ({shape}) is in `{base.name}/`."
+    elif base.name:
+        where = f"Its base is `{base.name}`" + (
+            f" at revision `{base.revision}`" * bool(base.revision)
+        )
+        where += f" ({shape})."
+    else:
+        where = f"Its base ({shape}) is not published; loading needs it, and checks that it is it."
+    what = "A recursive refinement loop for a pretrained decoder: at each inner step one more pass "
+    what += "over the current chunk, with a trained cell behind each refined layer."
+    if arm in CONTROL_ARMS:
+        what = f"A control arm of an experiment on recursive refinement: {CONTROL_ARMS[arm]}."
+    return f"{what} Made with kimi-recursive {__version__}.\n\nHere are {', '.join(holds)}. {where}"
+
+
+def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| | against | perplexity | 95 % interval | verdict |", "|---|---|---|---|---|"]
+    for v in verdicts:
+        arms = f"| `{v['arm']}` | `{v['reference']}` "
+        if v["verdict"] is None:
+            lines.append(f"{arms}| | | not compared: {v['problem']} |")
+            continue
+        mean, low, high = v["perplexity_percent"]
+        lines.append(f"{arms}| {mean:+.3f} % | [{low:+.3f}, {high:+.3f}] % | **{v['verdict']}** |")
+    compared = [v for v in verdicts if v["verdict"] is not None]
+    if compared:
+        seeds = compared[0]["seeds"]
+        lines += [
+            "",
+            "Negative is a lower perplexity than that of what it is compared with. At inner step "
+            f"{compared[0]['arm_step']}; paired bootstrap over {compared[0]['num_documents']} "
+            f"documents; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            + ("." if len(seeds) > 1 else ", so it says nothing of the spread over seeds."),
+        ]
+    stages = dict.fromkeys(stage for v in compared for stage in (v["arm"], v["reference"]))
+    controls = [
+        f"- `{stage}`: {CONTROL_ARMS[ARM_OF[stage]]}"
+        for stage in stages
+        if ARM_OF.get(stage) in CONTROL_ARMS
+    ]
+    unknown = (
+        "Not known: no comparison with a control arm was made. That it scores better than its base "
+        "would not say that recursion is why."
+    )
+    lines = lines if verdicts else []
+    return "\n".join([*lines, "", *(controls or [unknown])]).strip()
+
+
+def _scores(scores: Sequence[Scores]) -> str:
+    if not scores:
+        return "None were measured."
+    tables = []
+    for s in scores:
+        evaluation = f", as `{s.name}`" if s.name else ""
+        title = f"`{s.dataset}`, {s.split}{evaluation} ({s.size}):"
+        lines = [title, "", "| inner step | perplexity | token accuracy |", "|---|---|---|"]
+        for step, value in s.perplexity.items():
+            accuracy = s.token_accuracy.get(step)
+            cell = "" if accuracy is None else f"{100 * accuracy:.2f} %"
+            beyond = " (beyond the trained depth)" if step > s.inner_steps else ""
+            lines.append(f"| {step}{beyond} | {value:.4f} | {cell} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join([*tables, "Step 0 is the base, with what was trained inside it."])
+
+
+def _loading(repo_id: str, branch: str | None, facts: Mapping[str, Any], base: Base) -> str:
+    arguments = [f'"{repo_id}"']
+    arguments += [f'revision="{branch}"'] if branch else []
+    arguments += ["base_path=base_path"] if base.name is None else []
+    arguments += ["trust_remote_code=True"] if base.trust_remote_code else []
+    lines = [
+        "```python",
+        "from kimi_recursive import load_model_with_config",
+        "",
+        f"model, tokenizer, config = load_model_with_config({', '.join(arguments)})",
+        'ids = tokenizer("The state of the Union is", return_tensors="pt").input_ids',
+        "print(tokenizer.decode(model.generate_chunks(ids, max_new_tokens=32)[0]))",
+        "```",
+    ]
+    text = "With the package `kimi_recursive` installed"
+    if base.name is None:
+        digest = facts["base"]["embedding_sha256"]
+        text += (
+            ", and `base_path` the folder or the Hub id of the base. It has to be the same base: "
+            f"the sha256 of its first 16 embeddings, as float32, is `{digest}`"
+        )
+    return "\n".join([f"{text}:", "", *lines, "", "A folder with these files loads the same way."])
+
+
+def _training(metadata: Mapping[str, Any], step: int, facts: Mapping[str, Any]) -> str:
+    settings = metadata.get("training_params") or {}
+    results = metadata.get("final_results") or {}
+    lines = [f"- status of the experiment: {metadata['status']}"]
+    if metadata["status"] != "completed":
+        lines[0] += " (the best checkpoint so far is published)"
+    total = settings.get("total_steps")
+    lines.append(f"- best checkpoint: step {step}" + (f" of {total}" if total else ""))
+    if step == 0:
+        lines[-1] += "; no step was better on validation than the start"
+    lines.append(
+        f"- phase {facts['phase']}, arm {settings.get('arm')}, seed {settings.get('seed')}"
+    )
+    shown = {
+        "num_trainable_parameters": "trainable parameters",
+        "training_tokens": "training tokens of this phase",
+        "training_flops": "training FLOP of this phase",
+    }
+    lines += [f"- {text}: {results[k]:,}" for k, text in shown.items() if k in results]
+    return "\n".join(lines)

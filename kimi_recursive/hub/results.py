@@ -1,0 +1,181 @@
+"""What was measured of an experiment: its validation, its evaluations, the verdicts on its arm."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_recursive.files import read_json_object, read_safetensors
+from kimi_recursive.model.sidecar import SIDECAR_NAME
+
+LOSS_PREFIX = "validation_loss_step_"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one split of one corpus, by inner step.
+
+    Attributes:
+        name: Of the evaluation; None for the validation during training.
+        perplexity, token_accuracy: By inner step; the accuracy is empty where it was not measured.
+        inner_steps: The step that the model is meant to be read at.
+        size: How much text, in words.
+    """
+
+    name: str | None
+    stage: str | None
+    dataset: str
+    split: str
+    perplexity: Mapping[int, float]
+    token_accuracy: Mapping[int, float]
+    inner_steps: int
+    size: str
+
+
+def workflow_results(directory: Path) -> Path | None:
+    """The results folder that an experiment directory of the workflow lies in, or None."""
+    work = directory.resolve()
+    inside = work.name == "work" and work.parent.parent.name == "runs"
+    return work.parents[2] if inside else None
+
+
+def read_scores(
+    directory: Path,
+    metadata: Mapping[str, Any],
+    step: int,
+    model_dir: Path,
+    results_dir: Path | None,
+) -> list[Scores]:
+    """The evaluations of an experiment's best checkpoint, and behind them its validation.
+
+    Args:
+        metadata: Of the experiment.
+        step: Of the best checkpoint, whose model is in `model_dir`.
+        results_dir: Of the workflow, or any folder with `<stage>_results.json`.
+
+    Raises:
+        ValueError: a damaged file, or an evaluation of other weights than those of `model_dir`.
+    """
+    found = []
+    for path, values in _evaluations(directory, model_dir, results_dir):
+        try:
+            scores, upstream = values["perplexity"], values["upstream"] or {}
+            rows = scores["by_step"]
+            found.append(
+                Scores(
+                    path.name.removesuffix("_results.json"),
+                    values["stage"],
+                    _corpus(upstream.get("corpus", {}).get("source"), metadata),
+                    values["split"],
+                    {row["step"]: row["perplexity"] for row in rows},
+                    {row["step"]: row["token_accuracy"] for row in rows},
+                    values["inner_steps"],
+                    f"{scores['num_tokens']:,} tokens of {scores['num_documents']} documents",
+                )
+            )
+        except KeyError as error:
+            raise ValueError(f"{path}: has no {error}") from error
+    dataset = found[0].dataset if found else _corpus(None, metadata)
+    return found + _validation(metadata, step, dataset)
+
+
+def _evaluations(
+    directory: Path, model_dir: Path, results_dir: Path | None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Those of the experiment's model, wherever it was read from."""
+    if results_dir is None:
+        return
+    of_ours = [model_dir, directory / "sidecar", directory.parent / "sidecar"]
+    ours = {path.resolve() for path in of_ours}
+    for path in sorted(
+        [*results_dir.glob("eval/*_results.json"), *results_dir.glob("*_results.json")]
+    ):
+        values = read_json_object(path)
+        named = Path(values.get("model_path", ""))  # relative to where the evaluation was started
+        places = [p for p in (named.resolve(), (results_dir.resolve().parent / named).resolve())]
+        evaluated = next((place for place in places if place in ours), None)
+        if evaluated is None:
+            continue
+        if not _same_weights(evaluated / SIDECAR_NAME, model_dir / SIDECAR_NAME):
+            raise ValueError(f"{path}: is an evaluation of other weights than {model_dir}")
+        yield path, values
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    """The tensors alone: where each says that its base is differs."""
+    if one.resolve() == other.resolve():
+        return True
+    a, b = (read_safetensors(path)[0] for path in (one, other))
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def _validation(metadata: Mapping[str, Any], step: int, dataset: str) -> list[Scores]:
+    """The validation at the best checkpoint's step."""
+    rows = (metadata.get("final_results") or {}).get("validation") or []
+    row = next((r for r in rows if r["step"] == step), metadata.get("best_metrics") or {})
+    losses = {
+        int(name.removeprefix(LOSS_PREFIX)): loss
+        for name, loss in row.items()
+        if name.startswith(LOSS_PREFIX) and loss is not None
+    }
+    if not losses:
+        return []
+    windows = (metadata.get("training_params") or {}).get("num_validation_windows")
+    return [
+        Scores(
+            None,
+            None,
+            dataset,
+            "validation",
+            {t: math.exp(loss) for t, loss in sorted(losses.items())},
+            {},
+            max(losses),
+            f"{windows} windows, on which the best step was chosen",
+        )
+    ]
+
+
+def _corpus(source: str | list[str] | None, metadata: Mapping[str, Any]) -> str:
+    """The name of the text: files without their folders."""
+    paths = metadata.get("paths") or {}
+    source = source or paths.get("corpus") or paths.get("tokens") or "unnamed text"
+    names = source.split(", ") if isinstance(source, str) else source
+    return ", ".join(Path(name).name for name in names)
+
+
+def read_verdicts(
+    results_dir: Path | None, scores: list[Scores], seed: int | None
+) -> list[dict[str, Any]]:
+    """The comparisons of `verdicts.json` in which the evaluated arm is on either side.
+
+    Raises:
+        ValueError: a damaged file, or verdicts made from other evaluations than those that are
+            there.
+    """
+    path = results_dir and results_dir / "verdicts.json"
+    table = results_dir and results_dir / "summary.csv"
+    if path is None or not path.is_file() or not table.is_file():
+        return []
+    try:
+        verdicts = json.loads(path.read_text(encoding="utf-8"))
+        rows = [r for r in csv.DictReader(table.open(encoding="utf-8")) if r["status"] == "ok"]
+        summed_up = {row["name"] for row in rows}
+        stages = {s.stage for s in scores if s.name in summed_up}
+        found = [v for v in verdicts if {v["arm"], v["reference"]} & stages and seed in v["seeds"]]
+        compared = {stage for v in found for stage in (v["arm"], v["reference"])}
+        rows = [row for row in rows if row["stage"] in compared]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}, {table}: cannot be read ({error})") from error
+    for row in rows:
+        file = results_dir / "eval" / f"{row['name']}_results.json"
+        if read_json_object(file)["perplexity"]["perplexity"] != float(row["perplexity"]):
+            raise ValueError(
+                f"{path}: was made from another evaluation than {file}; "
+                "`snakemake --cores 1 summarize` makes it again"
+            )
+    return found

@@ -1,0 +1,235 @@
+"""Load a base with or without its sidecar; save the sidecar alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from kimi_recursive.files import read_safetensors
+from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.model.config import (
+    CONFIG_NAME,
+    RecursiveConfig,
+    get_after_surgery_config,
+    get_baseline_config,
+)
+from kimi_recursive.model.placement import DeviceMap, describe, device_map_options
+from kimi_recursive.model.sidecar import (
+    SIDECAR_NAME,
+    base_of,
+    is_local,
+    load_sidecar,
+    sidecar_facts,
+)
+from kimi_recursive.model.wrapper import ChunkRefineWrapper
+from kimi_recursive.text import first_line
+
+SIDECAR_INIT_SEED = 0
+# None at that Hub id; or the Hub cannot be reached, and none is in the cache.
+NO_SIDECAR = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
+
+
+def load_base(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a Hugging Face decoder, in eval mode, with the fast KDA where the CPU serves it.
+
+    Args:
+        path: Local directory, or a Hub id (with a pinned `revision`).
+        dtype: A torch dtype by name, or `auto` for the checkpoint's own.
+        device_map: In place of `device`; spreads the layers over several, as in transformers:
+            `auto` over the GPUs there are, then the CPU, then disk; or module names with a device
+            each.
+        trust_remote_code: Run code that comes with the checkpoint, where transformers has no class
+            of its own for the model.
+
+    Raises:
+        ValueError: nothing there, no decoder, damaged weights, devices that are not there, or a
+            device map in one of several processes.
+    """
+    where = str(path)
+    if is_local(where) and not Path(where).is_dir():
+        raise ValueError(f"{where}: no such model directory")
+    if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
+        raise ValueError(f"dtype must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}")
+    placement = device_map_options(device_map)
+    _check_safetensors(Path(where))
+    try:
+        config, _ = PretrainedConfig.get_config_dict(where, revision=revision)
+        known = config.get("model_type") in CONFIG_MAPPING
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code and not known,
+            **placement,
+        )
+    except (OSError, ValueError, SafetensorError, HTTPError) as error:
+        raise ValueError(f"{where}: cannot be loaded as a decoder: {first_line(error)}") from error
+    except (RuntimeError, AssertionError) as error:
+        if device_map is None:
+            raise
+        raise ValueError(f"device_map {device_map}: {first_line(error)}") from error
+    if device_map is not None:
+        print(f"device_map: {describe(model)}", file=sys.stderr)
+    elif device is not None:
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device}: {first_line(error)}") from error
+    model.eval()
+    install_fast_kda(model)
+    return model
+
+
+def numeric(load_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of `load_base` that numbers depend on."""
+    return {k: v for k, v in load_options.items() if k not in ("device", "device_map")}
+
+
+def check_context(base: PreTrainedModel, length: int, where: str) -> None:
+    """Raises ValueError when `length` tokens are more than the base has positions for."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"{where}: {length} tokens are more than the base's {limit} positions")
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code=False):
+    """The tokenizer stored with a model, or None where there is none."""
+    names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else None
+    if names is not None and not any(
+        name.startswith(("tokenizer", "vocab")) or name.endswith((".model", ".tiktoken"))
+        for name in names
+    ):
+        return None  # AutoTokenizer would make an empty one for some model types
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_model_with_config(
+    model_path: str | Path,
+    config_path: str | Path | None = None,
+    config: RecursiveConfig | None = None,
+    recursive_enabled: bool | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    base_path: str | Path | None = None,
+    seed: int = SIDECAR_INIT_SEED,
+    **load_options: Any,
+):
+    """Load a model and put the loop around it.
+
+    Args:
+        model_path: A base, or a saved sidecar, which names its base: a directory or a Hub id.
+        config_path, config, recursive_enabled: At most one. With none of them a sidecar brings its
+            own config, and a base alone is loaded with recursion disabled.
+        overrides: Parameters to change in the config found that way.
+        base_path: Where the sidecar's base is now, if it moved or was not published.
+        seed: Decides cells that are not loaded from a sidecar.
+        load_options: Passed on to `load_base` (revision, dtype, device, device_map,
+            trust_remote_code). With a sidecar on the Hub, `revision` is the sidecar's; that of
+            its base it names itself.
+
+    Returns:
+        `(model, tokenizer, config)`; the tokenizer is None when none is stored with the base.
+
+    Raises:
+        ValueError: more than one source of config, invalid config, or a model that does not load.
+    """
+    given = [x for x in (config_path, config, recursive_enabled) if x is not None]
+    if len(given) > 1:
+        raise ValueError("give at most one of config_path, config and recursive_enabled")
+    model_path, load_options["revision"] = local_model(model_path, load_options.get("revision"))
+    sidecar = Path(model_path) / SIDECAR_NAME
+    sidecar = sidecar if sidecar.is_file() else None
+    if config_path is not None:
+        config = RecursiveConfig.from_file(config_path).validated(str(config_path))
+    elif recursive_enabled is not None:
+        config = get_after_surgery_config() if recursive_enabled else get_baseline_config()
+    elif config is None and sidecar is not None:
+        path = Path(model_path) / CONFIG_NAME
+        config = RecursiveConfig.from_file(path).validated(str(path))
+    config = config or get_baseline_config()
+    config = RecursiveConfig.from_dict({**config.to_dict(), **(overrides or {})}).validated()
+
+    where = str(base_path or base_of(model_path))
+    if sidecar is not None:
+        facts = sidecar_facts(sidecar.parent)
+        load_options["revision"] = load_options["revision"] or facts["revision"]
+        trained = config.recursive_enabled and facts["unfrozen_layers"]
+        if trained and load_options.get("dtype", "auto") == "auto":
+            load_options["dtype"] = facts["dtype"]  # trained weights are not rounded unasked
+    base = load_base(where, **load_options)
+    model = build_wrapper(base, config, seed)
+    if sidecar is not None and config.recursive_enabled:
+        load_sidecar(model, sidecar.parent)
+    options = {k: v for k, v in load_options.items() if k in ("revision", "trust_remote_code")}
+    return model, load_tokenizer(where, **options), config
+
+
+def build_wrapper(
+    base: PreTrainedModel, config: RecursiveConfig, seed: int = SIDECAR_INIT_SEED
+) -> ChunkRefineWrapper:
+    """A wrapper with fresh cells that depend on `seed` alone; the global RNG is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ChunkRefineWrapper(base, config).eval()
+
+
+def local_model(
+    model_path: str | Path, revision: str | None = None
+) -> tuple[str | Path, str | None]:
+    """Fetch a sidecar that is on the Hub into the Hub's cache; any other path stays as it is.
+
+    Args:
+        revision: Of a Hub id.
+
+    Returns: the path and the revision; of a sidecar that was fetched, the revision of its base.
+
+    Raises:
+        ValueError: the sidecar is there and cannot be fetched, or is damaged.
+    """
+    where = str(model_path)
+    if is_local(where):
+        return model_path, revision
+    found = False
+    try:
+        hf_hub_download(where, SIDECAR_NAME, revision=revision)
+        found = True
+        folder = snapshot_download(where, revision=revision)
+    except (HTTPError, OSError, ValueError) as error:
+        if isinstance(error, NO_SIDECAR) and not found:
+            return model_path, revision
+        raise ValueError(f"{where}: cannot be fetched: {first_line(error)}") from error
+    return folder, sidecar_facts(folder)["revision"]
+
+
+def _check_safetensors(directory: Path) -> None:
+    """Name a damaged weights file before transformers fails on it with less to say."""
+    for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
+        read_safetensors(path, weights=False)

@@ -1,0 +1,141 @@
+"""Where the layers of a base are: on one device, or spread over several by accelerate.
+
+A `device_map` gives each module a device. accelerate's hooks then move what a module reads to the
+device it computes on, and fetch the weights of an offloaded module (on disk, or on the CPU beside a
+GPU) for the time of its forward pass; in between its parameters are on `meta`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from kimi_recursive.processes.distributed import num_processes
+
+DeviceMap = str | Mapping[str, str | int]
+STRATEGIES = ("auto", "sequential")  # of accelerate; auto spreads evenly over GPUs
+
+
+def device_map_options(device_map: DeviceMap | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained`. Weights on disk that are not as the checkpoint has them, such
+    as those of fused experts, go to a folder under `TMPDIR`, which the process takes with it.
+
+    Raises:
+        ValueError: no device map, or one in one of several processes.
+    """
+    if device_map is None:
+        return {}
+    if num_processes() > 1:
+        raise ValueError(
+            f"device_map: one base for one process, and there are {num_processes()}; each would "
+            "take the same devices"
+        )
+    if device_map not in STRATEGIES if isinstance(device_map, str) else not device_map:
+        raise ValueError(
+            f"device_map must be {' or '.join(STRATEGIES)}, or a device for each module, "
+            f"got {device_map!r}"
+        )
+    _folders.append(tempfile.TemporaryDirectory(prefix="kimi-recursive-"))
+    return {"device_map": device_map, "offload_folder": _folders[-1].name}
+
+
+def placed(load_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `load_base`; where they name no device, with the one that training takes."""
+    if load_options.get("device") is None and load_options.get("device_map") is None:
+        return {**load_options, "device": PartialState().device}
+    return dict(load_options)
+
+
+_folders: list[tempfile.TemporaryDirectory] = []  # each is deleted with its object
+
+
+def describe(base: PreTrainedModel) -> str:
+    """Such as `modules on each device: cuda:0 14, cuda:1 15`; a base on one device is a module."""
+    devices = getattr(base, "hf_device_map", {"": base.device}).values()
+    names = Counter(f"cuda:{d}" if isinstance(d, int) else str(d) for d in devices)
+    return "modules on each device: " + ", ".join(f"{name} {n}" for name, n in names.items())
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on a module itself."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes, which for an offloaded one is not where its parameters are."""
+    for part in module.modules():
+        for hook in _hooks(part):
+            if hook.execution_device is not None:
+                return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether some of the weights are fetched for each pass."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def embedding_weight(base: PreTrainedModel) -> Tensor:
+    """The token embeddings [V, D], fetched where they are offloaded."""
+    embeddings = base.get_input_embeddings()
+    with align_module_device(embeddings):
+        return embeddings.weight.detach()
+
+
+class Refetching:
+    """Keeps offloaded weights out of autograd's graph: backward fetches them again.
+
+    Without it, a weight that gradients pass through stays in memory from its forward pass to the
+    backward one, once for each inner step.
+    """
+
+    def __init__(self, base: PreTrainedModel):
+        self._fetched: dict[int, tuple[Any, str]] = {}  # by address: hook and name
+        for module in base.modules():
+            for hook in _hooks(module):
+                if getattr(hook, "offload", False):
+                    hook.pre_forward = partial(self._fetch, hook, hook.pre_forward)
+                    hook.post_forward = partial(self._drop, hook.post_forward)
+
+    def graph(self) -> saved_tensors_hooks:
+        """The context in which forward passes are run."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _fetch(self, hook: Any, fetch: Any, module: nn.Module, *args: Any, **kwargs: Any):
+        self._forget(module)  # of a pass that an error ended
+        inputs = fetch(module, *args, **kwargs)
+        for name, weight in module.named_parameters(recurse=hook.place_submodules):
+            self._fetched[weight.untyped_storage().data_ptr()] = hook, name
+        return inputs
+
+    def _drop(self, drop: Any, module: nn.Module, output: Any):
+        self._forget(module)
+        return drop(module, output)
+
+    def _forget(self, module: nn.Module) -> None:
+        for weight in module.parameters():
+            self._fetched.pop(weight.untyped_storage().data_ptr(), None)
+
+    def _pack(self, tensor: Tensor):
+        found = self._fetched.get(tensor.untyped_storage().data_ptr())
+        if found is None:
+            return tensor
+        return *found, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    @staticmethod
+    def _unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        hook, name, *view = packed
+        return hook.weights_map[name].to(hook.execution_device).as_strided(*view)

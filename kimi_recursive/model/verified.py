@@ -1,0 +1,319 @@
+"""Verified decoding: the base drafts some tokens, the refined model confirms or corrects them.
+
+The base reads token by token and drafts what it would say next. The inner steps then read the
+drafted tokens in one pass each, behind caches that hold the chunk so far as each step saw it. What
+the refined model would have said itself is committed, up to and with its first correction. So each
+token is what token-by-token decoding of the refined model gives (with sampling: has its
+distribution), whatever was drafted, and depth is paid once a draft.
+
+Shapes: B rows still generating, L tokens drafted in a round, S positions in the caches, D hidden
+size, V vocabulary. Rows are right-aligned in the caches, as left-padded prompts are.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kimi_recursive.kimi.short_passes import MAX_TOKENS
+from kimi_recursive.model.cache import fork, merge, record, rewind, select_rows, trim
+from kimi_recursive.model.loop import ChunkLoop
+from kimi_recursive.model.output import GenerationStats, Output, Sampling
+
+
+@dataclass
+class Rows:
+    """The rows that still generate, between two rounds.
+
+    Attributes:
+        index: Their rows in the output.
+        base: The base's cache of all tokens but the last.
+        refined: By inner step, from 1: as `base` up to the start of the row's chunk, and from there
+            on the states of that step.
+        length: Tokens in the caches, by row [B]; the longest row fills them.
+        done: Tokens of the present chunk in the caches, by row [B]; below `chunk_width`.
+        last: The last token [B, 1].
+    """
+
+    index: list[int]
+    base: Cache
+    refined: list[Cache]
+    length: Tensor
+    done: Tensor
+    last: Tensor
+
+    def mask(self, num_new: int) -> Tensor | None:
+        """Attention mask [B, S + num_new]; None where no row is padded."""
+        longest = int(self.length.max())
+        if bool((self.length == longest).all()):
+            return None
+        slots = torch.arange(longest + num_new, device=self.length.device)
+        return (slots >= longest - self.length[:, None]).long()
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone, and without positions that none of them needs."""
+        if len(rows) < len(self.index):
+            chosen = torch.tensor(rows, device=self.last.device)
+            self.index = [self.index[row] for row in rows]
+            self.base = select_rows(self.base, chosen)
+            self.refined = [select_rows(cache, chosen) for cache in self.refined]
+            self.length, self.done = self.length[chosen], self.done[chosen]
+            self.last = self.last[chosen]
+        longest = int(self.length.max())
+        if self.base.get_seq_length() > longest:
+            self.base = trim(self.base, longest)
+            self.refined = [trim(cache, longest) for cache in self.refined]
+
+
+@dataclass
+class Pass:
+    """A pass over the L inputs of a round, which can be taken back in part.
+
+    Attributes:
+        cache: As the pass left it.
+        again: Runs the pass over the first n inputs; returns the cache.
+    """
+
+    cache: Cache
+    again: Callable[[int], Cache]
+
+    def first(self, keep: list[int], num_read: int) -> Cache:
+        """The cache with the first `keep[row]` inputs of each row."""
+        if (cache := rewind(self.cache, num_read, keep)) is not None:
+            return cache
+        caches = {n: self.again(n) for n in set(keep)}
+        cache = caches.pop(max(keep))
+        for n, other in caches.items():
+            cache = merge(cache, other, torch.tensor([k == n for k in keep]))
+        return cache
+
+
+class Lookahead:
+    """When to stop drafting: once another token is worth less than a token was on average.
+
+    Draft token i + 1 costs one more pass, and is committed with the probability that all before it
+    are accepted; E tokens for K + i passes is what the round gives without it. How often a draft is
+    accepted is learned while generating, by the margin of its logit over the runner-up.
+    """
+
+    EDGES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    PRIOR = 0.9  # counts as one draft in each bin
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+        self.num_accepted = [self.PRIOR] * (len(self.EDGES) + 1)
+        self.num_tried = [1.0] * len(self.num_accepted)
+
+    def start(self, num_rows: int) -> None:
+        """A new round."""
+        self.bins: list[list[int]] = []  # by draft token and row
+        self.alive = [1.0] * num_rows  # probability that all drafts so far are accepted
+        self.expected = 1.0  # the first token is committed or corrected
+
+    def go_on(self, logits: Tensor) -> bool:
+        """After a draft token of each row from logits [B, V]: whether to draft another."""
+        top = logits.topk(2, dim=-1).values.tolist()
+        self.bins.append([bisect(self.EDGES, first - second) for first, second in top])
+        rates = (self.num_accepted[i] / self.num_tried[i] for i in self.bins[-1])
+        self.alive = [alive * rate for alive, rate in zip(self.alive, rates, strict=True)]
+        gain = sum(self.alive) / len(self.alive)
+        if gain * (self.num_steps + len(self.bins)) <= self.expected:
+            return False
+        self.expected += gain
+        return True
+
+    def learn(self, num_agreed: list[int]) -> None:
+        """In each row so many drafts agreed; the one behind, if there was one, did not."""
+        for i, bins in enumerate(self.bins):
+            for bin_, agreed in zip(bins, num_agreed, strict=True):
+                self.num_accepted[bin_] += i < agreed
+                self.num_tried[bin_] += i <= agreed
+
+
+def decode(
+    wrapper: ChunkLoop,
+    output: Output,
+    num_steps: int | None,
+    sampling: Sampling | None,
+    stats: GenerationStats,
+) -> Iterator[Rows]:
+    """Fill `output`, round by round; yields the rows that go on.
+
+    Args:
+        num_steps: Inner steps, K by default.
+        sampling: None for greedy.
+    """
+    num_steps = wrapper.resolve_steps(num_steps)
+    short = wrapper.short_passes()
+    run = wrapper.run_base if short is None else short.run
+    most = wrapper.config.chunk_width if short is None else MAX_TOKENS
+    lookahead = Lookahead(num_steps or wrapper.config.max_inner_steps)
+    rows = _start(wrapper, output, num_steps or 1)
+    while True:
+        # No row is read beyond its end, where there might be no position for it; beyond the end of
+        # its chunk what it reads is not used.
+        room = wrapper.config.chunk_width - rows.done
+        limit = min(most, int(room.max()), *map(output.remaining, rows.index))
+        with stats.timing("draft"):
+            drafted, h_top, proposals, draft = _draft(run, rows, limit, lookahead, sampling)
+        with stats.timing("refine"):
+            logits, passes = _refine(wrapper, run, rows, num_steps, drafted, h_top)
+            tokens, agreed = _verify(drafted, proposals, logits, sampling)
+        lookahead.learn(agreed.tolist())
+        num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
+        num_new = [
+            output.add(row, new[:n].tolist())
+            for row, n, new in zip(rows.index, num_new, tokens, strict=True)
+        ]
+        num_accepted = sum(min(n, a) for n, a in zip(num_new, agreed.tolist(), strict=True))
+        stats.add(len(num_new), num_steps, drafted.numel(), num_accepted, sum(num_new))
+        if not (left := [i for i, row in enumerate(rows.index) if not output.ended[row]]):
+            return
+        with stats.timing("refine"):
+            _advance(rows, [draft, *passes], tokens, num_new, wrapper.config.chunk_width)
+            rows.keep(left)
+        yield rows
+
+
+def _start(wrapper: ChunkLoop, output: Output, num_caches: int) -> Rows:
+    prompts = output.prompts
+    length = torch.tensor([len(ids) - 1 for ids in prompts], device=prompts[0].device)
+    longest = int(length.max())
+    ids = torch.stack([F.pad(ids, (longest + 1 - len(ids), 0)) for ids in prompts])
+    cache = wrapper.new_cache()
+    rows = Rows(list(range(len(ids))), cache, [], length, torch.zeros_like(length), ids[:, -1:])
+    rows.base = wrapper.encode(ids[:, :-1], cache, rows.mask(0))
+    rows.refined = [rows.base] * num_caches
+    return rows
+
+
+def _draft(
+    run: Callable, rows: Rows, limit: int, lookahead: Lookahead, sampling: Sampling | None
+) -> tuple[Tensor, Tensor, Tensor | None, Pass]:
+    """The base says up to `limit` tokens, one at a time.
+
+    Returns: tokens [B, L], top hidden states of their inputs [B, L, D], with sampling the
+        distributions they were drawn from [B, L, V], and the pass.
+    """
+    origin, mask = rows.base, rows.mask(limit)
+    cache, feed = record(origin), rows.last
+    inputs, tokens, tops, proposals = [], [], [], []
+    lookahead.start(len(feed))
+    while True:
+        h_top, logits = run(cache, _shortened(mask, limit - len(tokens) - 1), input_ids=feed)
+        inputs.append(feed)
+        if sampling is None:
+            feed = logits[:, -1].argmax(-1, keepdim=True)
+        else:
+            proposals.append(sampling.probabilities(logits))
+            feed = sampling.draw(proposals[-1][:, -1])[:, None]
+        tokens.append(feed)
+        tops.append(h_top)
+        if not lookahead.go_on(logits[:, -1]) or len(tokens) == limit:
+            break
+
+    def again(n: int) -> Cache:
+        cache = fork(origin)
+        run(cache, _shortened(mask, limit - n), input_ids=torch.cat(inputs[:n], 1))
+        return cache
+
+    drawn_from = torch.cat(proposals, 1) if proposals else None
+    return torch.cat(tokens, 1), torch.cat(tops, 1), drawn_from, Pass(cache, again)
+
+
+def _shortened(mask: Tensor | None, by: int) -> Tensor | None:
+    return None if mask is None else mask[:, : mask.shape[1] - by]
+
+
+def _refine(
+    wrapper: ChunkLoop,
+    run: Callable,
+    rows: Rows,
+    num_steps: int,
+    drafted: Tensor,
+    h_top: Tensor,
+) -> tuple[Tensor, list[Pass]]:
+    """Read the inputs of the drafted tokens at every inner step; without one, with the base: what
+    cells that do nothing leave of a step, bit for bit.
+
+    Returns: logits of the last step [B, L, V], and the pass of each step.
+    """
+    mask, inputs = rows.mask(drafted.shape[1]), torch.cat([rows.last, drafted[:, :-1]], dim=1)
+    if not num_steps:
+        _, logits, one = _pass(run, rows.refined[0], mask, input_ids=inputs)
+        return logits, [one]
+    states, passes = {}, []
+    for step, origin in enumerate(rows.refined, 1):
+        embeds, states = wrapper.next_inputs(inputs, h_top), wrapper.next_states(states)
+        wanted = 0 if step == num_steps else 1  # of logits: 0 is all
+        h_top, logits, one = _pass(run, origin, mask, states, wanted, inputs_embeds=embeds)
+        passes.append(one)
+    return logits, passes
+
+
+def _pass(
+    run: Callable,
+    origin: Cache,
+    mask: Tensor | None,
+    states: dict[int, Tensor] | None = None,
+    logits_to_keep: int = 0,
+    **inputs: Tensor,
+) -> tuple[Tensor, Tensor, Pass]:
+    """One pass behind `origin`, which is left as it is; `states` are updated.
+
+    Returns: top hidden state [B, L, D], logits, and what can take the pass back in part.
+    """
+    before = None if states is None else dict(states)
+
+    def again(n: int) -> Cache:
+        cache, (num_read,) = fork(origin), {x.shape[1] for x in inputs.values()}
+        part = None if before is None else {index: s[:, :n] for index, s in before.items()}
+        first = {name: x[:, :n] for name, x in inputs.items()}
+        run(cache, _shortened(mask, num_read - n), part, **first)
+        return cache
+
+    cache = record(origin)
+    h_top, logits = run(cache, mask, states, **inputs, logits_to_keep=logits_to_keep)
+    return h_top, logits, Pass(cache, again)
+
+
+def _verify(
+    drafted: Tensor, proposals: Tensor | None, logits: Tensor, sampling: Sampling | None
+) -> tuple[Tensor, Tensor]:
+    """What the refined model says in place of the drafts.
+
+    Returns: tokens [B, L], right up to the first that differs from the draft, and how many before
+        that are as drafted [B].
+    """
+    if sampling is None:
+        tokens = logits.argmax(-1)
+        return tokens, (tokens == drafted).long().cumprod(1).sum(1)
+    target, num_read = sampling.probabilities(logits), drafted.shape[1]
+    p, q = (x.gather(-1, drafted[..., None])[..., 0] for x in (target, proposals))
+    agreed = (sampling.uniform(q) * q < p).long().cumprod(1).sum(1)
+    first = agreed.clamp(max=num_read - 1)[:, None]  # where the first rejection is, if there is one
+    target, proposal = (x.take_along_dim(first[..., None], 1)[:, 0] for x in (target, proposals))
+    rest = (target - proposal).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target)
+    corrected = torch.where(agreed < num_read, sampling.draw(rest), drafted.gather(1, first)[:, 0])
+    return drafted.scatter(1, first, corrected[:, None]), agreed
+
+
+def _advance(
+    rows: Rows, passes: list[Pass], tokens: Tensor, num_new: list[int], chunk_width: int
+) -> None:
+    """Commit the first `num_new[row]` tokens of each row: take the rest back from the caches."""
+    rows.base, *rows.refined = (one.first(num_new, tokens.shape[1]) for one in passes)
+    added = torch.tensor(num_new, device=tokens.device)
+    rows.last = tokens.gather(1, added[:, None] - 1)
+    rows.length = rows.length + added
+    rows.done = (rows.done + added) % chunk_width
+    at_start = rows.done == 0
+    if bool(at_start.any()):
+        rows.refined = [merge(cache, rows.base, at_start) for cache in rows.refined]

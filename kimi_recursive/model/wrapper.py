@@ -1,0 +1,113 @@
+"""`ChunkRefineWrapper`: the chunk loop as a model that scores and generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kimi_recursive.model.generation import generate_chunks
+from kimi_recursive.model.loop import ChunkLoop
+
+
+class ChunkRefineWrapper(ChunkLoop):
+    """A `ChunkLoop` with its public windows: logits by inner step, forward, generation.
+
+    Shapes: as in `kimi_recursive.model.loop`.
+    """
+
+    @contextmanager
+    def disabled(self) -> Iterator[PreTrainedModel]:
+        """Inside, the wrapper is the base exactly, whatever the cells have learned. A base that
+        was trained itself (phases B and C) stays trained: see `drop_adapter`."""
+        before, self._active = self._active, False
+        try:
+            yield self.base
+        finally:
+            self._active = before
+
+    def drop_adapter(self) -> PreTrainedModel:
+        """Give the base its pretrained weights back, bit for bit; returns the base."""
+        if self.adapter is not None:
+            self.adapter.drop()
+            self.adapter = None
+        return self.base
+
+    def step_logits(
+        self,
+        input_ids: Tensor,
+        chunk_start: int = 0,
+        num_steps: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of one chunk at every inner step.
+
+        Args:
+            input_ids: [B, P + W]; the chunk is `input_ids[:, chunk_start:]`, the rest its prefix.
+            num_steps: Inner steps, `max_inner_steps` by default.
+            attention_mask: [B, P + W], 0 for padding on the left.
+
+        Returns:
+            [num_steps + 1, B, W, V]; index 0 is the base. One step only when not active.
+
+        Raises:
+            ValueError: `chunk_start` outside the input, or more than `chunk_width` tokens after it.
+        """
+        if not 0 <= chunk_start < input_ids.shape[1]:
+            raise ValueError(
+                f"chunk_start must be from 0 to {input_ids.shape[1] - 1}, got {chunk_start}"
+            )
+        if input_ids.shape[1] - chunk_start > self.config.chunk_width:
+            raise ValueError(
+                f"the chunk has {input_ids.shape[1] - chunk_start} tokens, more than "
+                f"chunk_width = {self.config.chunk_width}"
+            )
+        chunk = next(self.chunks(input_ids, attention_mask, chunk_start))
+        return torch.stack([state.logits for state in self.steps(chunk, num_steps)])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_steps: int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the last inner step, chunk by chunk on the grid from position 0.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, T], -100 where ignored; as in transformers, shifted inside.
+
+        Returns: logits [B, T, V], and the mean cross-entropy when labels are given.
+        """
+        if not self.active:
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        logits = torch.cat(
+            [
+                self.last_step(chunk, num_steps).logits
+                for chunk in self.chunks(input_ids, attention_mask)
+            ],
+            dim=1,
+        )
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def generate_chunks(self, input_ids: Tensor | None = None, **kwargs: Any):
+        """Generate with the loop; `base.generate(input_ids, **kwargs)` itself when not active.
+
+        See `kimi_recursive.model.generation.generate_chunks` for the arguments.
+        """
+        if not self.active:
+            return self.base.generate(input_ids, **kwargs)
+        return generate_chunks(self, input_ids, **kwargs)
+
+    generate = generate_chunks

@@ -1,0 +1,9 @@
+"""What a matrix will need, before it is started."""
+
+from kimi_recursive.doors import offer
+
+__getattr__, __dir__ = offer(
+    __name__,
+    estimate="plan gpus_needed",
+    measure="measure",
+)

@@ -1,0 +1,220 @@
+"""What a matrix will need, before any weight is loaded: parameters, memory, FLOPs, disk.
+
+One evaluation and one optimizer step of each phase are run on fake tensors, which have shapes and
+no storage: every allocation of the real code is seen, and none is made.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import moe
+
+from kimi_recursive.evaluation.flops import count_flops, flop_counter
+from kimi_recursive.kimi import kda
+from kimi_recursive.matrix.settings import MODEL_KEYS, phase_overrides, recursive_subset
+from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.model.wrapper import ChunkRefineWrapper
+from kimi_recursive.training.arms import ARMS
+from kimi_recursive.training.base import kimi_config
+from kimi_recursive.training.objective import Draw
+from kimi_recursive.training.phases import build_objective, parameter_groups
+
+USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and CUDA's
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of tensors alive inside the block, real or fake; those of `known` tensors,
+    such as parameters, are left out.
+
+    Attributes:
+        peak: The most bytes that were alive at once.
+    """
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._alive:
+            return
+
+        def freed(_reference) -> None:
+            self._alive.pop(key, None)
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def plan(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of everything that the config's matrix runs, for the recursive arm.
+
+    Args:
+        config: A valid config of the workflow. Of a base on the Hub only `config.json` is read:
+            `base.config_json` where that is given.
+
+    Returns: `num_parameters` of base and sidecar, `dtype`, bytes of the `weights`, and `runs`: for
+        `evaluation` and each phase trainable parameters, bytes of weights, optimizer, `peak` (of
+        activations and gradients) and checkpoint, FLOPs and scored or trained tokens of a step.
+
+    Raises:
+        ValueError: the base's config cannot be read, or a phase does not fit the base.
+    """
+    base_config, dtype = base_shape(config)
+    runs = {}
+    with _fake(dtype):
+        model = recursive_subset(config, MODEL_KEYS)
+        overrides = {**model, "recursive_enabled": True}
+        wrapper = _wrapper(base_config, dtype, overrides)
+        sizes = {
+            "base": sum(p.numel() for p in wrapper.base.parameters()),
+            "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
+        }
+        print("planning the evaluation", file=sys.stderr)
+        runs["evaluation"] = _evaluation(wrapper, config["evaluation"])
+        for phase in config["phases"]:
+            print(f"planning phase {phase}", file=sys.stderr)
+            changed = phase_overrides(config, phase) | ARMS["recursive"]
+            wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
+            runs[phase] = _training(wrapper, phase, config["training"][phase])
+    return {"num_parameters": sizes, "dtype": str(dtype).removeprefix("torch."), "runs": runs}
+
+
+def gpus_needed(run: Mapping[str, Any], gpu_bytes: float) -> int:
+    """GPUs of that memory which hold a run, its layers spread over them."""
+    total = run["weight_bytes"] + run["optimizer_bytes"] + run["peak_bytes"]
+    return math.ceil(total / (USABLE * gpu_bytes))
+
+
+class _Vocabulary:
+    """As much of a tokenizer as a config from scratch reads."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def base_shape(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype]:
+    """Config and dtype of the base, without its weights; ValueError where it cannot be read."""
+    base = config["base"]
+    if base["kind"] == "scratch":
+        vocabulary = _Vocabulary(config["tokenizer"]["vocab_size"])
+        return kimi_config(base["architecture"], vocabulary), torch.float32
+    where = base["config_json"] or base["path"] or base["hub_id"]
+    revision = base["revision"] if where == base["hub_id"] else None
+    try:
+        found = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"base: the config of {where} cannot be read ({first}); give its config.json as "
+            "base.config_json"
+        ) from error
+    name = base["dtype"] if base["dtype"] != "auto" else found.dtype or torch.float32
+    return found, name if isinstance(name, torch.dtype) else getattr(torch, name)
+
+
+def _wrapper(
+    base_config: PretrainedConfig, dtype: torch.dtype, recursive: Mapping[str, Any]
+) -> ChunkRefineWrapper:
+    base = AutoModelForCausalLM.from_config(base_config, dtype=dtype).eval()
+    kda.install_fast_kda(base)
+    return ChunkRefineWrapper(base, RecursiveConfig.from_dict(recursive)).eval()
+
+
+def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dict[str, Any]:
+    ids = torch.zeros(settings["batch_size"], settings["context_length"], dtype=torch.long)
+    with torch.no_grad():
+        facts = _measure(wrapper, lambda: wrapper(ids))
+    return {**facts, "tokens": ids.numel(), "num_trainable": 0, "optimizer_bytes": 0,
+            "checkpoint_bytes": 0, "weight_bytes": _bytes(wrapper.parameters())}  # fmt: skip
+
+
+def _training(
+    wrapper: ChunkRefineWrapper, phase: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """An optimizer step on the last chunk of its windows, which needs most; FLOPs are the mean over
+    all chunks, before which half as much text lies."""
+    groups = parameter_groups(wrapper, phase, settings, seed=0)
+    trainable = [p for members in groups.values() for p in members.values()]
+    objective = build_objective(wrapper, settings["num_steps"], settings, seed=0)
+    context, width = settings["context_length"], wrapper.config.chunk_width
+    windows = torch.zeros(settings["batch_size"], context + 1, dtype=torch.long)
+    with _disable_current_modes():
+        generator = torch.Generator()
+    start = context - width
+    draw = Draw(start, wrapper.config.corruption_rate, 0.0, generator)
+    with mock.patch.object(objective, "draw", lambda *_: draw):
+        step = _measure(wrapper, lambda: objective(windows, 0)[0].backward())
+    objective.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        prefix = count_flops(lambda: wrapper.encode(windows[:, :start], wrapper.new_cache()))
+    optimizer = 2 * _bytes(trainable)
+    return {
+        "flops": step["flops"] - prefix / 2,
+        "peak_bytes": step["peak_bytes"],
+        "tokens": settings["batch_size"] * width,
+        "num_trainable": sum(p.numel() for p in trainable),
+        "weight_bytes": _bytes(wrapper.parameters()),
+        "optimizer_bytes": optimizer,
+        "checkpoint_bytes": _bytes(trainable) + optimizer,
+    }
+
+
+def _measure(wrapper: ChunkRefineWrapper, call: Callable[[], Any]) -> dict[str, Any]:
+    with PeakMemory(wrapper.parameters()) as memory, flop_counter() as flops:
+        call()
+    return {"peak_bytes": memory.peak, "flops": flops.get_total_flops()}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _few_blocks(q: Tensor, masks: Tensor, blocks: Any = kda._Scores.blocks) -> list[slice]:
+    """At most 8 blocks: the thousands that fit a cache at 48B take minutes to pass through."""
+    step = max(blocks(q, masks)[0].stop, math.ceil(len(q) / 8))
+    return [slice(start, start + step) for start in range(0, len(q), step)]
+
+
+@contextmanager
+def _fake(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors without storage, and what in the code does not work on them taken out of the way."""
+    with ExitStack() as stack:
+        stack.callback(kda._plan.cache_clear)  # constants made in here are fake
+        stack.enter_context(mock.patch.object(kda._Scores, "blocks", _few_blocks))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # Moving to a device or thread is nothing here, and fails on a fake parameter.
+        stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *_a, **_k: self))
+        if dtype != torch.bfloat16:  # the shape function of torch's grouped product knows bfloat16
+            never = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_a: False)
+            stack.enter_context(never)
+        yield

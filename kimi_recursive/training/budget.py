@@ -1,0 +1,41 @@
+"""Training FLOPs of an objective, so that arms can be given the same."""
+
+from __future__ import annotations
+
+import torch
+from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
+
+from kimi_recursive.evaluation.flops import count_flops
+from kimi_recursive.processes import distributed
+from kimi_recursive.training.objective import DraftRepair
+
+
+def cumulative_training_flops(
+    objective: DraftRepair, windows: torch.Tensor, num_steps: int
+) -> list[int]:
+    """FLOPs after each of `num_steps` optimizer steps, forward and backward.
+
+    Steps differ only in the length of the prefix before their chunk and in whether the draft is
+    the gold text; each kind is run and counted once, on one window, since every counted product is
+    as large as the batch.
+
+    Args:
+        windows: This process's share of a batch as in training [B, T + 1].
+    """
+    per_kind: dict[tuple[int, bool], int] = {}
+    total, cumulative = 0, []
+    for step in range(num_steps):
+        drawn = objective.draw(windows.shape[1] - 1, step)
+        kind = (drawn.start, drawn.clean)
+        if kind not in per_kind:
+            per_kind[kind] = count_flops(lambda s=step: objective(windows[:1], s)[0].backward())
+        total += per_kind[kind] * len(windows) * distributed.num_processes()
+        cumulative.append(total)
+    objective.zero_grad(set_to_none=True)
+    return cumulative
+
+
+def steps_for_flops(cumulative: list[int], budget: int) -> int:
+    """Optimizer steps whose FLOPs are nearest to `budget`; `cumulative` must reach it."""
+    assert cumulative[-1] >= budget, "count more steps"
+    return 1 + min(range(len(cumulative)), key=lambda i: abs(cumulative[i] - budget))

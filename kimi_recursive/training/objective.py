@@ -1,0 +1,296 @@
+"""Draft-repair training of one chunk: how the draft is corrupted, and the six losses.
+
+A chunk of W inputs has W targets: slot j (0..W-1) is the token that input position j predicts, and
+slot j is also input j + 1. As in generation, the first `c` slots are committed and the rest, the
+draft, is editable. Between inner steps the draft is treated exactly as generation treats it: with
+`commit="verified"` it stays as it is, with `commit="learned"` editable inputs take the refined
+prediction.
+
+Shapes: B batch, W chunk width, V vocabulary, K inner steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.model.loop import ChunkState
+from kimi_recursive.model.wrapper import ChunkRefineWrapper
+from kimi_recursive.processes import distributed
+
+
+def corruption_rate_at(config: RecursiveConfig, progress: float) -> float:
+    """Share of editable inputs to corrupt when `progress` (0..1) of training is done."""
+    first, last = config.corruption_rate, config.corruption_rate_final
+    if config.corruption_schedule == "linear":
+        return first + (last - first) * progress
+    if config.corruption_schedule == "cosine":
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
+    return first
+
+
+@dataclass
+class Draft:
+    """A corrupted chunk.
+
+    Attributes:
+        inputs: [B, W], the committed inputs as they are, some of the others corrupted.
+        targets: [B, W], gold.
+        editable: bool [B, W], by slot.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    editable: Tensor
+
+
+def corrupt(
+    tokens: Tensor,
+    predicted: Tensor,
+    rate: float,
+    own_share: float,
+    vocab_size: int,
+    generator: torch.Generator,
+    sampling: float = 0.0,
+) -> Draft:
+    """Make a draft of gold text.
+
+    Args:
+        tokens: Gold [B, W + 1]: the W inputs and the last target; of this process's rows, where
+            several train.
+        predicted: The base's own greedy prediction of each slot [B, W].
+        rate: Share of the editable inputs that are replaced.
+        own_share: Share of the replacements that are the base's prediction; the rest are random.
+        generator: On the CPU; alone decides what is drawn.
+        sampling: Share of the editable inputs taken from `predicted` beside that (scheduled
+            sampling in one parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
+    """
+    inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
+    width, batch = inputs.shape[1], len(inputs) * distributed.num_processes()
+    rows = distributed.share(batch)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)[rows].to(tokens.device)
+
+    committed = (rand(batch, 1) * width).long()  # 0..W-1: at least one slot is editable
+    editable = torch.arange(width, device=tokens.device) >= committed
+    replace = (rand(batch, width) < rate) & editable
+    own = rand(batch, width) < own_share
+    noise = torch.randint(vocab_size, (batch, width), generator=generator)[rows]
+    noise = noise.to(tokens.device)
+    replacement = torch.where(own, predicted, noise)
+    if sampling:
+        sampled = (rand(batch, width) < sampling) & editable & ~replace
+        replacement = torch.where(sampled, predicted, replacement)
+        replace = replace | sampled
+    inputs[:, 1:] = torch.where(replace, replacement, targets)[:, :-1]
+    return Draft(inputs, targets, editable)
+
+
+def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
+    """Inputs [B, W] with the editable ones replaced by the prediction of their slot."""
+    edited = inputs.clone()
+    edited[:, 1:] = torch.where(editable, predicted, edited.new_zeros(()))[:, :-1]
+    return torch.where(F.pad(editable[:, :-1], (1, 0)), edited, inputs)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the masked values of the whole batch: its mean over processes is theirs."""
+    mask = mask.to(values.dtype)
+    count = distributed.total(mask.sum()).clamp(min=1) / distributed.num_processes()
+    return (values * mask).sum() / count
+
+
+@dataclass
+class Draw:
+    """What one optimizer step does.
+
+    Attributes:
+        start: Where its chunk starts in the window.
+        rate: Share of editable inputs to corrupt.
+        sampling: Share of editable inputs to take from the model's own draft.
+        generator: Decides which ones.
+    """
+
+    start: int
+    rate: float
+    sampling: float
+    generator: torch.Generator
+
+    @property
+    def clean(self) -> bool:
+        """Whether the draft is the gold text."""
+        return not (self.rate or self.sampling)
+
+
+class DraftRepair(nn.Module):
+    """The objective of the phases: refine one chunk of each window and sum the weighted losses.
+
+    Args:
+        wrapper: With recursion enabled.
+        num_steps: Optimizer steps of the whole run, for the corruption schedule.
+        own_share: Share of corruptions taken from the base's own predictions.
+        seed: Chunk position and corruption are pure functions of (seed, step).
+        scheduled_sampling: Share of draft tokens taken from the model's own draft by the end of
+            training; it grows linearly from 0.
+        pull: Weight of the L2 pull of unfrozen layers to their pretrained weights.
+    """
+
+    def __init__(
+        self,
+        wrapper: ChunkRefineWrapper,
+        num_steps: int,
+        own_share: float,
+        seed: int,
+        scheduled_sampling: float = 0.0,
+        pull: float = 0.0,
+    ):
+        super().__init__()
+        self.wrapper = wrapper
+        self.num_steps = num_steps
+        self.own_share = own_share
+        self.seed = seed
+        self.scheduled_sampling = scheduled_sampling
+        self.pull = pull
+        adapter = wrapper.adapter
+        self.unfrozen = list(adapter.layer_parameters().items()) if adapter else []
+        self.base_trains = any(p.requires_grad for p in wrapper.base.parameters())
+
+    def draw(self, length: int, step: int) -> Draw:
+        """What a step does with windows of `length` inputs."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        width = self.wrapper.config.chunk_width
+        start = width * int(torch.randint(length // width, (), generator=generator))
+        progress = step / max(1, self.num_steps - 1)
+        rate = corruption_rate_at(self.wrapper.config, progress)
+        return Draw(start, rate, self.scheduled_sampling * progress, generator)
+
+    def forward(self, windows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Args: gold windows [B, T + 1] with T a multiple of the chunk width; the step from 0.
+
+        Returns: the weighted sum, and each loss by name, with the corruption rate and `tokens`.
+        """
+        config, wrapper = self.wrapper.config, self.wrapper
+        drawn = self.draw(windows.shape[1] - 1, step)
+        start = drawn.start
+        gold = windows[:, start : start + config.chunk_width + 1]
+        with torch.no_grad():
+            prefix = wrapper.encode(windows[:, :start], wrapper.new_cache())
+            base = wrapper.start_chunk(gold[:, :-1], prefix)
+            draft = corrupt(
+                gold,
+                base.logits.argmax(-1),
+                drawn.rate,
+                self.own_share,
+                base.logits.shape[-1],
+                drawn.generator,
+                drawn.sampling,
+            )
+        # A single pass reads nothing of step 0; a frozen base has done it unless the draft differs.
+        if not config.single_pass and (self.base_trains or not drawn.clean):
+            with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
+                base = wrapper.start_chunk(draft.inputs, prefix)
+        trains_step_0 = self.base_trains and not config.single_pass
+        losses = chunk_losses(wrapper, base, draft, trains_step_0)
+        weights = {
+            "final": config.lambda_final,
+            "masked": config.lambda_masked,
+            "halt": config.lambda_halt,
+            "len": config.lambda_len,
+            "ponder": config.lambda_ponder,
+            "stability": config.lambda_stability,
+        }
+        if self.unfrozen:
+            losses["pull"] = self.distance()
+            weights["pull"] = self.pull
+        total = sum(weights[name] * loss for name, loss in losses.items())
+        parts = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+        schedule = {"corruption_rate": drawn.rate, "sampling_rate": drawn.sampling}
+        num_tokens = draft.targets.numel() * distributed.num_processes()
+        return total, parts | schedule | {"tokens": num_tokens}
+
+    def distance(self) -> Tensor:
+        """Half the squared distance of the unfrozen layers to their pretrained weights (elastic
+        weight consolidation with the identity for the Fisher matrix: Kirkpatrick et al., 2017)."""
+        pretrained = self.wrapper.adapter.pretrained
+        return sum(
+            ((p.float() - pretrained[name].to(p.device).float()).square().sum() / 2).to(
+                self.wrapper.device
+            )
+            for name, p in self.unfrozen
+        )
+
+
+def chunk_losses(
+    wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft, trains_step_0: bool = False
+) -> dict[str, Tensor]:
+    """The six losses of DESIGN.md section 3 over the inner steps 1..K, unweighted.
+
+    * final: cross-entropy at step K on all targets.
+    * masked: mean cross-entropy at steps 1..K-1 on editable targets (deep supervision), and at
+      step 0 where the base trains (`trains_step_0`).
+    * halt: binary cross-entropy of p_commit at steps 1..K-1 with "the next step does not lower the
+      chunk's mean cross-entropy by more than `halt_margin`".
+    * len: cross-entropy of the length head at step K with the length of the correct leading run.
+    * ponder: expected number of inner steps when each step t < K stops with p_commit_t; in 1..K.
+    * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
+
+    With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
+    base trains.
+    """
+    config = wrapper.config
+    num_steps = config.max_inner_steps
+    keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
+    inputs, previous = draft.inputs, None
+    masked, stability, chunk_ce, commit_logits = [], [], [], []
+    if trains_step_0:
+        logits = chunk.logits.float().transpose(1, 2)
+        ce = F.cross_entropy(logits, draft.targets, reduction="none")
+        masked.append(_mean(ce, draft.editable))
+    for t in range(1, num_steps + 1):
+        if t == keep_from:
+            chunk = _detached(chunk)
+        chunk = wrapper.refine(chunk, inputs)
+        log_probs = chunk.logits.float().log_softmax(-1)
+        ce = -log_probs.gather(-1, draft.targets[..., None]).squeeze(-1)
+        chunk_ce.append(ce.detach().mean(1))
+        if previous is not None:
+            change = F.kl_div(log_probs, previous, log_target=True, reduction="none").sum(-1)
+            stability.append(_mean(change, ~draft.editable))
+        commit_logit, log_length = wrapper.boundary.scores(chunk.h_top.detach())
+        if t < num_steps:
+            masked.append(_mean(ce, draft.editable))
+            commit_logits.append(commit_logit)
+            if config.commit == "learned":
+                inputs = edit(inputs, chunk.logits.argmax(-1), draft.editable)
+            previous = log_probs.detach()
+    correct = chunk.logits.argmax(-1) == draft.targets
+    run = correct.long().cumprod(1).sum(1).clamp(max=config.max_chunk_len)
+    zero = ce.new_zeros(())
+    if commit_logits:
+        logits = torch.stack(commit_logits)  # [K-1, B]
+        losses_by_step = torch.stack(chunk_ce)  # [K, B]
+        done = (losses_by_step[:-1] - losses_by_step[1:] <= config.halt_margin).float()
+        halt = F.binary_cross_entropy_with_logits(logits, done)
+        still_running = torch.sigmoid(-logits).cumprod(0)  # after each of the steps 1..K-1
+        ponder = (1 + still_running.sum(0)).mean()
+    else:
+        halt, ponder = zero, zero + 1
+    return {
+        "final": ce.mean(),
+        "masked": torch.stack(masked).mean() if masked else zero,
+        "halt": halt,
+        "len": F.nll_loss(log_length, run),
+        "ponder": ponder,
+        "stability": torch.stack(stability).mean() if stability else zero,
+    }
+
+
+def _detached(chunk: ChunkState) -> ChunkState:
+    states = {i: s.detach() for i, s in chunk.states.items()}
+    return replace(chunk, h_top=chunk.h_top.detach(), states=states)

@@ -1,0 +1,125 @@
+"""`kimi-recursive`: what a user types, and what a user gets wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from commands import call
+from models import SMALL, make_base, make_wrapper
+
+from kimi_recursive import RecursiveConfig
+from kimi_recursive.model.sidecar import save_sidecar
+
+
+def options(root: Path, **more) -> list:
+    given = {
+        "--model_path": root / "base",
+        "--stage": "baseline",
+        "--output_dir": root / "out",
+        "--corpus": root / "docs",
+        "--context-length": 32,
+        "--max-new-tokens": 4,
+        "--dtype": "float32",
+        **more,
+    }
+    return ["evaluate", *(x for pair in given.items() for x in pair)]
+
+
+def test_the_stages_of_the_seed_from_the_command_line(model_dir, monkeypatch, capsys):
+    assert call(monkeypatch, *options(model_dir)) == 0
+    assert "step 0: perplexity" in capsys.readouterr().out
+    RecursiveConfig(**{**SMALL, "max_inner_steps": 2}).save(model_dir / "c.json")
+    surgery = {"--stage": "after_surgery", "--recursive-config": model_dir / "c.json"}
+    assert call(monkeypatch, *options(model_dir, **surgery)) == 0
+    trained = {"--stage": "finetuned_recursive", "--model_path": model_dir / "sidecar"}
+    assert call(monkeypatch, *options(model_dir, **trained)) == 0
+    found = {
+        stage: json.loads((model_dir / f"out/{stage}_results.json").read_text())
+        for stage in ("baseline", "after_surgery", "finetuned_recursive")
+    }
+    base, after, tuned = (found[s]["perplexity"]["perplexity"] for s in found)
+    assert after == pytest.approx(base, rel=1e-5) and abs(tuned / base - 1) > 1e-3
+    assert found["after_surgery"]["inner_steps"] == 2
+    assert found["finetuned_recursive"]["inner_steps"] == 3, "the sidecar's own config"
+    disabled = {"--model_path": model_dir / "sidecar", "--output_dir": model_dir / "again"}
+    assert call(monkeypatch, *options(model_dir, **disabled)) == 0
+    again = json.loads((model_dir / "again/baseline_results.json").read_text())
+    assert not again["config"]["recursive_enabled"]
+    assert again["perplexity"]["perplexity"] == pytest.approx(base, rel=1e-5)
+    documents = pl.read_parquet(model_dir / "out/finetuned_recursive_documents.parquet")
+    assert set(documents["step"]) == {0, 1, 2, 3}
+
+
+def test_user_errors_are_one_line_with_exit_code_2_and_write_nothing(
+    model_dir, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "bad.json").write_text('{"chunk_width": 8,')
+    (tmp_path / "typo.json").write_text('{"chunk_widht": 8}')
+    RecursiveConfig(recursive_enabled=True, d_state=0).save(tmp_path / "range.json")
+    RecursiveConfig(**SMALL, layers_to_refine=[7]).save(tmp_path / "layers.json")
+    (tmp_path / "empty.txt").write_text("")
+    shutil.copytree(model_dir / "base", tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes(b"\x10")
+    save_sidecar(make_wrapper(make_base("qwen")), tmp_path / "other", model_dir / "base")
+    cases = [
+        ({"--stage": "before"}, "--stage: must be one of baseline, after_surgery"),
+        ({"--stage": "finetuned_recursive"}, "holds no trained sidecar"),
+        ({"--device": "cuda:9"}, "device cuda:9: "),
+        ({"--split": "dev"}, "--split: must be one of train, validation, test, got 'dev'"),
+        ({"--model_path": tmp_path / "none"}, "no such model directory"),
+        ({"--model_path": tmp_path / "cut"}, "truncated or not a safetensors file"),
+        (
+            {"--model_path": tmp_path / "other", "--stage": "after_surgery"},
+            "does not fit this base",
+        ),
+        ({"--recursive-config": tmp_path / "none.json"}, "cannot be read"),
+        ({"--recursive-config": tmp_path / "bad.json"}, "is not valid JSON"),
+        ({"--recursive-config": tmp_path / "typo.json"}, "did you mean 'chunk_width'?"),
+        ({"--recursive-config": tmp_path / "range.json"}, "d_state must be an integer of at"),
+        ({"--recursive-config": tmp_path / "layers.json"}, "[7] out of range; the base has 3"),
+        ({"--corpus": tmp_path / "none.txt"}, "no such file"),
+        ({"--corpus": tmp_path / "empty.txt"}, "none with text"),
+        ({"--tokens-dir": tmp_path / "none"}, "none"),
+        ({"--dtype": "float33"}, "dtype must be 'auto' or a torch dtype"),
+    ]
+    for change, message in cases:
+        out = {"--output_dir": tmp_path / "out"}
+        assert call(monkeypatch, *options(model_dir, **out, **change)) == 2, change
+        error = [x for x in capsys.readouterr().err.splitlines() if "it/s" not in x]
+        assert len(error) == 1 and error[0].startswith("error: "), error
+        assert message in error[0], error
+        assert not (tmp_path / "out").exists()
+
+
+def test_wrong_flags_and_help(monkeypatch, capsys):
+    assert call(monkeypatch, "evaluate", "--model_pth", "x") == 2
+    assert "No such option" in capsys.readouterr().err
+    assert call(monkeypatch, "evaluate", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in ("--model_path", "--stage", "--recursive-config", "--output_dir"):
+        assert flag in text
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys; sys.argv = ['kimi-recursive', '--help']\n"
+        "from kimi_recursive import cli\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@torch.no_grad()
+def test_the_package_exports_the_names_of_the_seed():
+    import kimi_recursive
+
+    for name in kimi_recursive.__all__:
+        assert getattr(kimi_recursive, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kimi_recursive.nothing  # noqa: B018

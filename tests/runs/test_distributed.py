@@ -1,0 +1,198 @@
+"""Training with two processes gives what one gives, writes once, goes on with another number."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import polars as pl
+import pytest
+import torch
+from accelerate import Accelerator
+from models import make_base, make_wrapper, perturb, random_ids
+from project import TINY
+from runs import PHASE
+from safetensors.torch import load_file
+
+from kimi_recursive.data.windows import Window
+from kimi_recursive.evaluation import scores as evaluate
+from kimi_recursive.processes import distributed
+
+ROOT = str(Path(__file__).parents[2])
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from kimi_recursive.training.phases import train_phase
+
+spec = json.loads(sys.argv[1])
+folder = Path(spec["folder"])
+train_phase(
+    spec["phase"], spec["settings"], 0, spec["parent"], Path(spec["tokens"]),
+    folder / "sidecar", folder / "logs.parquet", folder / "summary.json", folder / "work",
+)
+"""
+
+
+def train(folder, surgery_dir, tokens_dir, num_processes, phase="a", parent=None, **changes):
+    spec = {
+        "folder": str(folder), "phase": phase, "parent": str(parent or surgery_dir),
+        "tokens": str(tokens_dir), "settings": {**PHASE, "own_draft_share": 0.7, **changes},
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "run.py").write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, *(launch if num_processes > 1 else [])]
+    return subprocess.run(
+        [*command, str(folder / "run.py"), json.dumps(spec)],
+        env={**os.environ, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def near(one, other, tolerance=2e-5):
+    """Weights, losses, and what is counted."""
+    a, b = (load_file(f / "sidecar/sidecar.safetensors") for f in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=tolerance)
+    logs = [pl.read_parquet(f / "logs.parquet").drop("tokens_per_second") for f in (one, other)]
+    assert logs[0].columns == logs[1].columns and logs[0]["step"].equals(logs[1]["step"])
+    for name in logs[0].columns:
+        x, y = (log[name].drop_nulls().to_numpy() for log in logs)
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-5), name
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
+    for key in ("training_flops", "training_tokens", "num_trainable_parameters", "best_step"):
+        assert summaries[0][key] == summaries[1][key], key
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, surgery_dir, tokens_dir):
+    folder = tmp_path_factory.mktemp("single")
+    done = train(folder, surgery_dir, tokens_dir, 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory, surgery_dir, tokens_dir):
+    """The folder of the same run in two processes; with `said`, what they printed."""
+    folder = tmp_path_factory.mktemp("double")
+    done = train(folder, surgery_dir, tokens_dir, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "said").write_text(done.stderr)
+    return folder
+
+
+def test_two_processes_give_the_result_of_one_and_write_once(single, double):
+    near(single, double)
+    names = [sorted(p.name for p in (f / "work").rglob("step_*")) for f in (single, double)]
+    assert names[0] == names[1]
+    assert (double / "said").read_text().count("step 6: validation_loss_step_0") == 1
+    metadata = json.loads((double / "work/experiment_metadata.json").read_text())
+    assert metadata["status"] == "completed"
+
+
+def test_a_run_goes_on_with_another_number_of_processes(single, double, surgery_dir, tokens_dir):
+    folder = double.parent / "resumed"
+    shutil.copytree(double, folder, symlinks=True)
+    last = folder / "work/checkpoints/step_000006"  # as if it had been stopped before the end
+    shutil.rmtree(last)
+    done = train(folder, surgery_dir, tokens_dir, 1)
+    assert done.returncode == 0 and "resumed at step 4" in done.stderr, done.stderr[-3000:]
+    near(single, folder)
+
+
+def fail(message: str, kind: type[Exception] = ValueError) -> None:
+    raise kind(message)
+
+
+def meet(path: str) -> None:
+    Accelerator()
+    distributed.wait_for_all()
+    with pytest.raises(ValueError) as refused:
+        distributed.share(3)
+    said = f"{distributed.num_processes()} {distributed.share(4)} {refused.value}"
+    Path(f"{path}.{distributed.is_main()}").write_text(said)
+
+
+def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(
+        "PYTHONPATH", ":".join((ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support"))
+    )
+    distributed.launch(meet, 2, str(tmp_path / "seen"))
+    refused = "batch_size (3) must be a multiple of the 2 processes"
+    assert (tmp_path / "seen.True").read_text() == f"2 {slice(0, 2)} {refused}"
+    assert (tmp_path / "seen.False").read_text() == f"2 {slice(2, 4)} {refused}"
+    with pytest.raises(ValueError, match="what the user did"):
+        distributed.launch(fail, 2, "what the user did")
+    with pytest.raises(OSError, match="what may pass"):
+        distributed.launch(fail, 2, "what may pass", OSError)
+    with pytest.raises(ValueError, match="here"):
+        distributed.launch(fail, 1, "here")
+
+
+def score(path: str, num_windows: list[int]) -> None:
+    """For each number of windows: which of them this process scores, and the losses."""
+    Accelerator()
+    wrapper = perturb(make_wrapper(make_base("llama")))
+    score_windows, found = evaluate.score_windows, []
+    for number in num_windows:
+        windows = [
+            Window(i, 0, ids[:-1].numpy(), ids[1:].numpy())
+            for i, ids in enumerate(random_ids(number, 17))
+        ]
+        scored = []
+
+        def noting(wrapper, windows, *arguments, scored=scored):
+            scored.extend(window.document for window in windows)
+            return score_windows(wrapper, windows, *arguments)
+
+        with mock.patch.object(evaluate, "score_windows", noting):
+            losses = evaluate.losses_by_step(wrapper, windows, 2)
+        if distributed.num_processes() == 1:
+            rows = score_windows(wrapper, windows, 2).group_by("step", maintain_order=True)
+            exact = rows.agg(pl.col("loss_sum").sum() / pl.col("num_tokens").sum())
+            assert losses == exact["loss_sum"].to_list(), "to the last bit"
+        found.append([scored, losses])
+    Path(f"{path}.{distributed.is_main()}").write_text(json.dumps(found))
+
+
+def test_each_process_validates_on_its_share_of_the_windows(tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "PYTHONPATH", ":".join((ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support"))
+    )
+    distributed.launch(score, 1, str(tmp_path / "one"), [5, 1])
+    distributed.launch(score, 2, str(tmp_path / "two"), [5, 1])
+    files = ("one.True", "two.True", "two.False")
+    by_process = [json.loads((tmp_path / name).read_text()) for name in files]
+    for (everything, expected), (first, losses), (second, others) in zip(*by_process, strict=True):
+        assert everything == sorted(first + second) and len(first) - len(second) == 1
+        assert losses == others == pytest.approx(expected, rel=1e-6)
+        assert len(set(expected)) == 4, "each step has its own loss"
+
+
+@pytest.mark.workflow
+def test_the_workflow_trains_with_as_many_processes_as_the_config_says(copy):
+    run = copy.folder / "results/runs/vanilla_a_s0"
+    before = load_file(run / "sidecar/sidecar.safetensors")
+    shutil.rmtree(run / "work")
+    copy.write({**TINY, "resources": {"gpus_per_run": 2}})
+    assert copy.planned("all") == ["report", "summarize"]  # which show the config
+    done = copy.snakemake("--force", "results/runs/vanilla_a_s0/train_summary.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = load_file(run / "sidecar/sidecar.safetensors")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=2e-5)
+    assert (
+        "validation_loss" in (copy.folder / "results/logs/train_phase/vanilla_a_s0.log").read_text()
+    )
+    copy.write({**TINY, "resources": {"gpus_per_run": 3}})
+    done = copy.snakemake("--dry-run", "all")
+    assert done.returncode == 2
+    assert "batch_size: must be a multiple of resources.gpus_per_run (3), got 2" in done.stderr

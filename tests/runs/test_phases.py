@@ -1,0 +1,184 @@
+"""The phases, each from the one before: what trains, how runs resume, what may follow what."""
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from models import LORA, make_base, make_wrapper, random_ids
+from runs import PHASE, same_run
+from safetensors.torch import load_file
+
+from kimi_recursive import load_model_with_config
+from kimi_recursive.model.adapter import Adapter, lora_config
+from kimi_recursive.model.loading import load_base
+from kimi_recursive.training.phases import parameter_groups, train_phase
+
+SETTINGS = {
+    "a": PHASE,
+    "b": {**PHASE, "lr_lora": 3e-3, "lora": LORA, "scheduled_sampling": 0.5},
+    "c": {
+        **PHASE, "lr_lora": 1e-3, "scheduled_sampling": 0.5, "lr_layers": 1e-3,
+        "unfreeze_every": 4, "l2_pull": 0.1,
+    },
+}  # fmt: skip
+
+
+def train(folder, phase, parent, tokens, arm="recursive", overrides=None, changes=None, **options):
+    return train_phase(
+        phase, {**SETTINGS[phase], **(changes or {})}, 0, parent_dir=parent, tokens_dir=tokens,
+        output_dir=folder / "sidecar", logs_path=folder / "train_logs.parquet",
+        summary_path=folder / "train_summary.json", work_dir=folder / "work", arm=arm,
+        overrides=overrides, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory, surgery_dir, tokens_dir) -> Path:
+    """Runs of the three phases, each from the one before."""
+    root = tmp_path_factory.mktemp("phases")
+    parent = surgery_dir
+    for phase in "abc":
+        train(root / phase, phase, parent, tokens_dir)
+        parent = root / phase / "sidecar"
+    return root
+
+
+@torch.no_grad()
+def test_each_phase_trains_what_it_should_and_the_base_can_be_had_back(phases, surgery_dir):
+    ids = random_ids(2, 12)
+    pretrained = load_base(surgery_dir.parent / "base")
+    names = ["sidecar", "heads"]
+    for phase, group in (("a", None), ("b", "lora"), ("c", "layers")):
+        names += [group] if group else []
+        logs = pl.read_parquet(phases / phase / "train_logs.parquet")
+        assert [c for c in logs.columns if c.startswith("lr_")] == [f"lr_{n}" for n in names]
+        peaks = {f"lr_{n}": SETTINGS[phase]["lr" if n == "sidecar" else f"lr_{n}"] for n in names}
+        first, second = (logs.row(i, named=True) for i in (1, 2))
+        for name, peak in peaks.items():
+            assert first[name] == peak / 2 and second[name] == peak, "two steps of warm-up"
+        summary = json.loads((phases / phase / "train_summary.json").read_text())
+        assert list(summary["num_trainable_by_group"]) == names
+        assert (
+            sum(summary["num_trainable_by_group"].values()) == summary["num_trainable_parameters"]
+        )
+        model, _, _ = load_model_with_config(phases / phase / "work/checkpoints/step_000006/model")
+        base_logits = model.base(ids).logits
+        with model.disabled() as trained:
+            assert torch.equal(trained(ids).logits, base_logits)
+        assert torch.equal(base_logits, pretrained(ids).logits) == (phase == "a")
+        if phase != "a":
+            before = load_file(phases / chr(ord(phase) - 1) / "sidecar/sidecar.safetensors")
+            after = model.sidecar_state_dict()
+            changed = [k for k, v in after.items() if not torch.equal(v, before[k])]
+            assert set(changed) == set(after), "the sidecar goes on training"
+        changed = {
+            name
+            for name, p in model.base.named_parameters()
+            if ".lora_" not in name
+            and not torch.equal(p, pretrained.get_parameter(name.replace(".base_layer.", ".")))
+        }
+        assert all(name.startswith("model.layers.3.") for name in changed)
+        assert bool(changed) == (phase == "c")
+        assert torch.equal(model.drop_adapter()(ids).logits, pretrained(ids).logits)
+    logs = pl.read_parquet(phases / "c/train_logs.parquet")
+    assert logs["loss_pull"][1] == 0 and logs["loss_pull"][6] > 0
+    assert logs["sampling_rate"].to_list()[1:] == pytest.approx([0.1 * i for i in range(6)])
+
+
+def test_the_first_validation_of_a_phase_is_the_best_of_the_one_before(phases):
+    for phase, before in (("b", "a"), ("c", "b")):
+        logs = pl.read_parquet(phases / phase / "train_logs.parquet")
+        best = json.loads((phases / before / "train_summary.json").read_text())
+        assert logs["validation_loss_step_2"][0] == best["best_validation_loss"]
+
+
+def test_phase_c_resumes_bit_for_bit(phases, tmp_path, tokens_dir):
+    # In a folder as deep as the first, since a sidecar names its base by a relative path.
+    again = phases.parent / "again"
+    shutil.copytree(phases / "c/work", again / "c/work", symlinks=True)
+    newest = again / "c/work/checkpoints/step_000006/model/layers.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    train(again / "c", "c", phases / "b/sidecar", tokens_dir)
+    same_run(phases / "c", again / "c")
+
+
+@pytest.mark.parametrize("change", ["parent", "load"])
+def test_another_parent_or_way_to_load_starts_afresh(
+    phases,
+    surgery_dir,
+    tmp_path,
+    tokens_dir,
+    capfd,
+    change,
+):
+    shutil.copytree(phases, tmp_path / "p", symlinks=True)
+    models = surgery_dir.parent  # a sidecar names its base by a relative path
+    shutil.copytree(models, tmp_path / models.name)
+    parent, options = tmp_path / "p/a/sidecar", {}
+    if change == "load":
+        options["dtype"] = "float32"
+    else:
+        config = json.loads((parent / "recursive_config.json").read_text())
+        (parent / "recursive_config.json").write_text(json.dumps(config | {"halt_margin": 0.1}))
+    train(tmp_path / "p/b", "b", parent, tokens_dir, **options)
+    said = capfd.readouterr().err.split("starting afresh, ")[1].splitlines()[0]
+    assert change in said
+
+
+def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp_path):
+    for phase, parent, message in (
+        ("b", surgery_dir, r"phase b starts from a model of phase a; .* is not trained"),
+        ("b", surgery_dir.parent / "base", "is not trained"),
+        ("c", phases / "a/sidecar", "phase c starts from a model of phase b; .* is of phase a"),
+        ("a", phases / "b/sidecar", "phase a starts from a base or untrained cells; .* phase b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, phase, parent, tokens_dir)
+    with pytest.raises(ValueError, match="phase must be one of a, b, c, got 'd'"):
+        train_phase("d", PHASE, 0, phases, tokens_dir, *[tmp_path] * 4)
+    with pytest.raises(ValueError, match="is of the recursive arm and cannot go on as"):
+        train(tmp_path, "b", phases / "a/sidecar", tokens_dir, arm="vanilla")
+    for phase in "abc":  # more of the same phase is allowed
+        again = train(tmp_path / f"more_{phase}", phase, phases / phase / "sidecar", tokens_dir)
+        before = json.loads((phases / phase / "train_summary.json").read_text())
+        assert again["validation"][0]["validation_loss_step_2"] == before["best_validation_loss"]
+    with pytest.raises(ValueError, match="trained with r 2, not 3"):
+        lora = {"lora": {**LORA, "rank": 3}}
+        train(tmp_path / "other", "b", phases / "b/sidecar", tokens_dir, changes=lora)
+
+
+def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_path):
+    train(tmp_path / "va", "a", surgery_dir, tokens_dir, arm="vanilla")
+    with pytest.raises(ValueError, match="does not say how many inner steps the recursive arm"):
+        train(tmp_path / "f", "b", tmp_path / "va/sidecar", tokens_dir, arm="vanilla_flops")
+    longer = {"num_steps": 24}  # so that half a step is little
+    recursive = train(tmp_path / "r", "b", phases / "a/sidecar", tokens_dir, changes=longer)
+    arms = {
+        arm: train(
+            tmp_path / arm,
+            "b",
+            tmp_path / "va/sidecar",
+            tokens_dir,
+            arm,
+            {"max_inner_steps": 2},
+            longer,
+        )
+        for arm in ("vanilla", "vanilla_flops")
+    }
+    vanilla, flops = arms["vanilla"], arms["vanilla_flops"]
+    assert vanilla["num_trainable_parameters"] == recursive["num_trainable_parameters"]
+    assert vanilla["training_tokens"] == recursive["training_tokens"]
+    assert vanilla["training_flops"] < recursive["training_flops"]
+    dearest_step = 1.2 * flops["training_flops"] / flops["num_steps"]  # prefixes differ in length
+    assert abs(flops["training_flops"] - recursive["training_flops"]) <= dearest_step / 2
+
+
+def test_phase_c_needs_a_base_in_float32():
+    wrapper = make_wrapper(make_base("kimi").to(torch.bfloat16))
+    wrapper.adapter = Adapter(wrapper.base, wrapper.layers)
+    wrapper.adapter.add_lora(lora_config(wrapper.base, wrapper.layers, **LORA), seed=0)
+    with pytest.raises(ValueError, match=r"this base is torch.bfloat16: set its dtype"):
+        parameter_groups(wrapper, "c", SETTINGS["c"], 0)

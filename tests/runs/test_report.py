@@ -1,0 +1,393 @@
+"""The report: what it shows of records that are whole, partial, damaged, hostile."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+from matplotlib.figure import Figure
+from records import make_results, make_track_b, shipped_config, write_json
+
+from kimi_recursive.drawing import to_svg
+from kimi_recursive.report.curves import read_curves
+from kimi_recursive.report.page import write_report
+from kimi_recursive.report.summary import read_matrix, summarize
+from kimi_recursive.track_b.report import read_track_b, summarize_track_b
+
+CONFIG = shipped_config()
+# What is enough to be damaged.
+SMALL = shipped_config(phases=["a"])
+SMALL["track_b"]["experiments"] = ["v2"]
+VOID = {"meta", "link", "br", "hr", "img"}
+
+
+class Page(HTMLParser):
+    """Elements of a page, each with its attributes and all text in it; refuses what is not
+    nested."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.elements: list[dict] = []
+        self.stack: list[dict] = []
+        self.feed(source)
+        self.close()
+        assert not self.stack
+
+    def handle_starttag(self, tag, attributes):
+        element = {"tag": tag, "text": "", "inside": [e["tag"] for e in self.stack]}
+        element |= {"attributes": dict(attributes)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.stack.append(element)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.stack.pop()
+
+    def handle_endtag(self, tag):
+        assert self.stack and self.stack[-1]["tag"] == tag, (tag, [e["tag"] for e in self.stack])
+        self.stack.pop()
+
+    def handle_data(self, data):
+        for element in self.stack:
+            element["text"] += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [e for e in self.elements if e["tag"] == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.all("body")[0]["text"].split())
+
+    def rows(self, caption: str) -> list[list[str]]:
+        """Cells of the table whose caption begins so."""
+        found, inside = [], False
+        for element in self.elements:
+            if element["tag"] == "caption":
+                inside = element["text"].startswith(caption)
+            elif inside and element["tag"] == "tr":
+                found.append([])
+            elif inside and element["tag"] in ("td", "th"):
+                found[-1].append(element["text"].strip())
+        return found[1:]
+
+
+def report(results: Path, config: dict = CONFIG) -> Page:
+    path = results.parent / "report.html"
+    write_report(config, results, path)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp("made") / "results"
+    return make_track_b(make_results(results, CONFIG), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def whole(made) -> Page:
+    return report(made)
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """Of the small config."""
+    return make_track_b(make_results(tmp_path / "results", SMALL), SMALL)
+
+
+def problems(page: Page) -> dict[str, tuple[str, str]]:
+    return {row[0]: (row[1].split()[-1], row[2]) for row in page.rows("What is not there")}
+
+
+def test_verdicts_come_first_with_interval_and_word(whole, made):
+    matrix = read_matrix(CONFIG, made)
+    assert len(matrix.comparisons) == 14
+    for stage in ("finetuned_recursive", "finetuned_recursive_b", "finetuned_recursive_c"):
+        pairs = [pair for pair in matrix.comparisons if pair["arm"] == stage]
+        rows = whole.rows(f"{stage} at step 2")
+        assert [row[0] for row in rows] == [pair["reference"] for pair in pairs]
+        for row, pair in zip(rows, pairs, strict=True):
+            mean, low, high = pair["perplexity_percent"]
+            assert row[2:4] == [f"{mean:+.3f} %", f"[{low:+.3f}, {high:+.3f}] %"]
+            assert row[4].endswith(pair["verdict"])
+    verdicts = {pair["verdict"] for pair in matrix.comparisons}
+    assert verdicts == {"helps", "hurts", "not distinguishable"}
+    headings = [e["text"] for e in whole.all("h2")]
+    assert headings[0] == "Answers" and "(0)" in headings[-2]
+    assert "Zero-init proof (seed 0): PASSED" in whole.text
+    assert "trained and evaluated twice" in whole.text
+
+
+def test_every_stage_has_its_interval_against_the_baseline(whole, made):
+    rows = whole.rows("Every stage against the baseline")
+    matrix = read_matrix(CONFIG, made)
+    assert [row[0] for row in rows] == [row["name"] for row in matrix.rows]
+    assert rows[0][3:6] == ["–", "–", "–"]
+    pairs = {pair["arm"]: pair for pair in matrix.comparisons if pair["reference"] == "baseline"}
+    for row in rows:
+        if row[0] in pairs:
+            mean, low, high = pairs[row[0]]["perplexity_percent"]
+            assert row[3:5] == [f"{mean:+.3f} %", f"[{low:+.3f}, {high:+.3f}] %"]
+    assert rows[1][4] == "[+0.000, +0.000] %" and rows[1][5].endswith("not distinguishable")
+    steps = whole.rows("Perplexity by inner step")
+    mine = [row for row in steps if row[0] == "finetuned_recursive"]
+    assert [row[1] for row in mine] == ["0", "1", "2", "4 (beyond the trained depth)"]
+
+
+def test_the_page_is_self_contained_and_every_figure_and_table_is_named(whole, made):
+    source = (made.parent / "report.html").read_text()
+    assert len(source) < 2_000_000
+    assert not whole.all("script") and not whole.all("img") and "@import" not in source
+    for element in whole.elements:
+        for name, value in element["attributes"].items():
+            if name.removeprefix("xlink:") in ("href", "src", "srcset"):
+                assert value.startswith("#") or value == "data:,", value
+            assert name in ("xmlns", "xmlns:xlink") or "://" not in (value or ""), (name, value)
+    targets = re.findall(r"url\((.+?)\)", source)
+    assert targets and all(target.startswith("#") for target in targets)
+    ids = [e["attributes"]["id"] for e in whole.elements if "id" in e["attributes"]]
+    assert len(ids) == len(set(ids))
+    used = {t[1:] for t in targets}
+    links = [e["attributes"] for e in whole.elements if e["tag"] in ("a", "use")]
+    used |= {(link.get("href") or link["xlink:href"])[1:] for link in links}
+    assert used <= set(ids), used - set(ids)
+    assert len(whole.all("figure")) == len(whole.all("figcaption")) == 6
+    for svg in whole.all("svg"):
+        assert svg["attributes"]["role"] == "img" and len(svg["attributes"]["aria-label"]) > 20
+    assert len(whole.all("table")) == len(whole.all("caption"))
+    assert all(e["attributes"].get("scope") in ("row", "col") for e in whole.all("th"))
+
+
+def test_figures_have_axes_units_and_legends(whole):
+    texts = [[t.strip() for t in svg["text"].split("\n") if t.strip()] for svg in whole.all("svg")]
+    verdicts, steps, training, base, taken, recall = texts
+    assert {"helps", "hurts", "not distinguishable", "against its own step 1"} <= set(verdicts)
+    assert "difference in perplexity, % of the reference's (left of 0 is better)" in verdicts
+    for figure in (steps, training):
+        assert {"phase a", "phase b", "phase c", "recursive", "vanilla_flops"} <= set(figure)
+    assert "perplexity on held-out documents" in steps
+    assert {"validation loss, nats per token", "target tokens of this phase"} <= set(training)
+    assert {"optimizer step", "loss, nats per token", "training", "validation"} <= set(base)
+    assert {"share, %", "inner steps", "finetuned_recursive_b"} <= set(taken)
+    assert {"v2", "svd 128", "100", "optimizer step"} <= set(recall)
+    assert not [t for figure in texts for t in figure if "mathdefault" in t]
+
+
+def test_the_histogram_counts_and_says_what_has_no_counts(whole, results):
+    rows = whole.rows("How many took so many inner steps")
+    assert rows[0] == ["finetuned_recursive, chunks", "30", "10"]
+    assert rows[1] == ["finetuned_recursive, rounds", "0", "20"]
+    path = results / "eval/finetuned_recursive_results.json"
+    found = json.loads(path.read_text())
+    del found["num_rounds_by_step"], found["halting"]["num_chunks_by_step"]
+    path.write_text(json.dumps(found))
+    page = report(results, SMALL)
+    assert "Evaluated before the steps were counted" in page.text
+    assert "only their mean is known: finetuned_recursive." in page.text
+    assert not page.rows("How many took")
+
+
+def test_students_stand_beside_the_references(whole):
+    rows = {row[0]: row for row in whole.rows("Students and references, in float32")}
+    assert {"v2", "reference: svd_128", "reference: teacher"} <= set(rows)
+    assert rows["v2"][2] == "3" and " ± " in rows["v2"][4]
+    assert rows["v2"][-1].endswith("loses to SVD")
+    stored = whole.rows("Students and references stored in fewer bytes")
+    assert {row[1] for row in stored} == {"int8", "binary", "binary_float_query"}
+
+
+def test_nothing_there_is_a_report_that_says_so(tmp_path):
+    page = report(tmp_path / "results")
+    assert "0 of 11 expected evaluations are there" in page.text
+    found = problems(page)
+    assert len(found) == 1 + 11 + 1 + 12
+    assert {status for status, _ in found.values()} == {"missing", "missing_logs"}
+    assert not page.all("svg")
+
+
+def test_a_partial_matrix_shows_what_is_there_and_the_logs_of_what_is_not(results):
+    for path in results.glob("eval/finetuned_vanilla_flops*"):
+        path.unlink()
+    log = results / "logs/train_phase/vanilla_flops_a_s0.log"
+    log.parent.mkdir(parents=True)
+    lines = [f"line {i}" for i in range(40)]
+    log.write_text("\n".join([*lines, "error: <script>alert('no')</script> & $memory$"]) + "\n")
+    other = results / "logs/train_base.log"
+    other.write_text("error: disk full\n")
+    page = report(results, SMALL)
+    assert "4 of 5 expected evaluations" in page.text
+    found = problems(page)
+    assert found["finetuned_vanilla_flops"] == ("failed", "<script>alert('no')</script> & $memory$")
+    assert found["train_base"] == ("failed", "disk full")
+    shown = next(e["text"] for e in page.all("pre") if "line 39" in e["text"])
+    assert shown.splitlines()[0] == "line 21" and len(shown.splitlines()) == 20
+    assert not page.all("script")
+    assert [row[0] for row in page.rows("finetuned_recursive at step 2")] == [
+        "baseline", "finetuned_vanilla", "its own step 1",
+    ]  # fmt: skip
+
+
+DAMAGED = [
+    "eval/baseline_results.json", "eval/finetuned_recursive_results.json",
+    "eval/after_surgery_documents.parquet", "eval/finetuned_vanilla_documents.parquet",
+    "eval/baseline_documents.parquet", "runs/recursive_a_s0/train_summary.json",
+    "runs/recursive_a_s0/train_logs.parquet", "compare/zero_init.json", "compare/repeat.json",
+    "base/train_logs.parquet", "track_b/references.parquet", "track_b/teacher/teacher.json",
+    "track_b/students/*_s2/evaluation.parquet", "track_b/students/*_s2/logs/train_logs.parquet",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, "truncated") for name in DAMAGED]
+    + [(name, damage) for name in DAMAGED[1:3] for damage in ("empty", "other")],
+)
+def test_a_damaged_file_is_a_line_in_the_report(results, name, damage):
+    path = sorted(results.glob(name))[0]
+    content = path.read_bytes()
+    other = b"[1, 2]"
+    if path.suffix == ".parquet":
+        pl.DataFrame({"x": [1]}).write_parquet(path)
+        other = path.read_bytes()
+    path.write_bytes({"truncated": content[:-20], "empty": b"", "other": other}[damage])
+    page = report(results, SMALL)
+    if name == "track_b/teacher/teacher.json":
+        assert "teacher.json: is not valid JSON" in page.text
+        return
+    known = [detail for _, detail in problems(page).values()]
+    assert any(path.name in detail for detail in known), known
+
+
+@pytest.mark.parametrize("name", ["eval/baseline_results.json", "compare/zero_init.json"])
+def test_a_record_without_a_key_is_damaged(results, name):
+    path = results / name
+    found = json.loads(path.read_text())
+    del found["inner_steps"]
+    path.write_text(json.dumps(found))
+    assert any(
+        "has no 'inner_steps'" in detail for _, detail in problems(report(results, SMALL)).values()
+    )
+
+
+@pytest.mark.parametrize("part", ["perplexity", "config", "throughput"])
+def test_a_record_of_another_shape_is_damaged(results, part):
+    path = results / "eval/finetuned_recursive_results.json"
+    for value in ({}, None):
+        path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
+        status, detail = problems(report(results, SMALL))["finetuned_recursive"]
+        assert status == "failed" and "finetuned_recursive_results.json: has no" in detail
+
+
+def test_seeds_are_shown_together_and_one_by_one(tmp_path):
+    config = shipped_config(seeds=[0, 1, 2], phases=["a"])
+    page = report(make_results(tmp_path / "results", config), config)
+    rows = [row[0] for row in page.rows("Every stage against the baseline")]
+    assert rows[5:9] == [
+        "finetuned_recursive, all 3 seeds", "finetuned_recursive", "finetuned_recursive_s1",
+        "finetuned_recursive_s2",
+    ]  # fmt: skip
+    assert page.rows("finetuned_recursive at step 2")[0][1] == "0, 1, 2"
+    assert "Paired bootstrap over 12 documents and 3 seeds." in page.text
+
+
+def test_an_unfinished_run_has_a_curve_and_one_of_other_settings_has_none(results):
+    run = results / "runs/recursive_a_s0"
+    facts = json.loads((run / "train_summary.json").read_text())
+    write_json(run / "work/fingerprint.json", {k: facts[k] for k in ("config", "settings")})
+    for step in (0, 10, 20):
+        row = {"step": step, "tokens": 1024 * step, "loss_final": 4.0, "validation_loss_step_2": 4}
+        write_json(run / f"work/metrics/step_{step:06d}.json", row)
+    (run / "train_logs.parquet").unlink()
+    other = results / "runs/vanilla_a_s0/train_summary.json"
+    facts["settings"]["lr"] = 1.0
+    other.write_text(json.dumps(facts))
+    curves, unreadable = read_curves(SMALL, results)
+    assert not unreadable and [c.run.key for c in curves if not c.finished] == ["recursive_a_s0"]
+    assert next(c.logs for c in curves if not c.finished)["step"].to_list() == [0, 10, 20]
+    assert "vanilla_a_s0" not in [c.run.key for c in curves] and len(curves) == 2
+    assert "Dotted, not finished: recursive_a_s0." in report(results, SMALL).text
+
+
+def test_what_differs_between_runs_is_visible(whole, results):
+    trainings = whole.rows("Trainings: what differs")
+    assert [row[0] for row in trainings][:2] == ["recursive_a_s0", "vanilla_a_s0"]
+    shared = dict(whole.rows("Trainings: the same for all 10 runs"))
+    assert shared["settings.lr_schedule"] == "linear" and "settings.lr" not in shared
+    assert dict(whole.rows("Versions: the same"))["torch"] == "2.13.0"
+    assert not whole.rows("Versions: what differs")
+    path = results / "eval/finetuned_vanilla_results.json"
+    found = json.loads(path.read_text())
+    found["versions"]["torch"] = "2.12.1"
+    path.write_text(json.dumps(found))
+    rows = dict(report(results, SMALL).rows("Versions: what differs"))
+    assert rows["finetuned_vanilla"] == "2.12.1" and rows["baseline"] == "2.13.0"
+    assert "sheet: " in whole.all("pre")[-1]["text"]
+
+
+def test_the_same_records_give_the_same_page(results):
+    write_report(SMALL, results, results / "one.html")
+    write_report(SMALL, results, results / "two.html")
+    assert (results / "one.html").read_bytes() == (results / "two.html").read_bytes()
+
+
+def test_names_in_a_figure_are_text_whatever_they_hold():
+    figure = Figure()
+    figure.subplots().set_title(r"$\frac{a}{b}$ <b>& c")
+    svg = to_svg(figure, "x", 'say "hi" <now>')
+    page = Page(f"<body>{svg}</body>")
+    assert r"$\frac{a}{b}$ <b>& c" in page.text and not page.all("b")
+    assert page.all("svg")[0]["attributes"]["aria-label"] == 'say "hi" <now>'
+    ids = [e["attributes"]["id"] for e in page.elements if "id" in e["attributes"]]
+    assert ids and all(name.startswith("x-") for name in ids)
+
+
+def columns(path: Path) -> list[int]:
+    return [len(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("diverged", [False, True])
+def test_the_summary_fits_100_columns_with_long_names_and_problems(tmp_path, diverged):
+    config = shipped_config(seeds=[2**31 - 1, 2**31 - 2])
+    results = make_results(tmp_path / "a folder with a name that is rather long/results", config)
+    for path in results.glob("eval/finetuned_recursive*_results.json"):
+        found = json.loads(path.read_text())
+        if diverged:
+            for row in [found["perplexity"], *found["perplexity"]["by_step"]]:
+                row["perplexity"] = 1.7e300
+            found["halting"]["perplexity"] = 1e300
+        path.write_text(json.dumps(found))
+    (results / "eval/finetuned_vanilla_documents.parquet").write_bytes(b"PAR1")
+    (results / "eval/finetuned_vanilla_c_s2147483646_results.json").write_text("{")
+    log = results / "logs/evaluate/finetuned_vanilla_b.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("error: " + "a rather long message " * 20 + "\n")
+    (results / "eval/finetuned_vanilla_b_results.json").unlink()
+    paths = [tmp_path / name for name in ("s.csv", "s.txt", "v.json")]
+    summarize(config, results, *paths)
+    assert max(columns(paths[1])) <= 100
+    text = paths[1].read_text()
+    assert "finetuned_vanilla_flops_c_s2147483646\n" in text, "the name is whole"
+    assert "message" in text and "finetuned_vanilla_documents.parquet" in text
+
+
+def test_the_summary_of_students_fits_100_columns_with_long_names(tmp_path):
+    sheet = tmp_path / "sheet.tsv"
+    lines = Path(CONFIG["track_b"]["sheet"]).read_text().splitlines()
+    long = "a_rather_long_name_of_an_experiment_that_says_all_"
+    lines[1:] = [f"{long}{i}_{line}" for i, line in enumerate(lines[1:])]
+    sheet.write_text("\n".join(lines) + "\n")
+    config = {**CONFIG, "track_b": {**CONFIG["track_b"], "sheet": str(sheet)}}
+    results = make_track_b(tmp_path / "results", config)
+    for path in sorted(results.glob("track_b/students/*_s1/logs/train_logs.parquet")):
+        path.write_bytes(b"PAR1")
+    sorted(results.glob("track_b/students/*_s0/evaluation.parquet"))[0].write_bytes(b"PAR1")
+    outputs = [str(tmp_path / name) for name in ("s.csv", "s.txt", "c.csv", "runs", "f.png")]
+    summarize_track_b(config["track_b"], results, *outputs)
+    text = (tmp_path / "s.txt").read_text()
+    assert max(columns(tmp_path / "s.txt")) <= 100
+    assert "parse_error" in text and "evaluation.parquet: truncated" in " ".join(text.split())
+    for result in read_track_b(config["track_b"], results):
+        assert result.name.removeprefix("reference_") in text, "the name is whole"

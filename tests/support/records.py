@@ -1,0 +1,185 @@
+"""Records of a matrix and of Track-B as the workflow leaves them, with made-up numbers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import yaml
+from project import ROOT
+
+from kimi_recursive.evaluation.scores import summarize_scores
+from kimi_recursive.files import file_digest
+from kimi_recursive.matrix.runs import evaluations, repeated, trainings, zero_init_name
+from kimi_recursive.matrix.settings import (
+    GENERATION_KEYS,
+    MODEL_KEYS,
+    TRAINING_KEYS,
+    phase_overrides,
+    recursive_subset,
+    upstream_settings,
+)
+from kimi_recursive.track_b.evaluate import PRECISIONS
+from kimi_recursive.track_b.metrics import NDCG, RECALL
+from kimi_recursive.track_b.sheet import select_experiments
+from kimi_recursive.training.arms import ARMS
+
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
+LOSS = {"recursive": 3.90, "vanilla": 3.9002, "vanilla_flops": 3.88}
+
+
+def shipped_config(**changes) -> dict:
+    """The config of the checkout, with the sheet's path from anywhere."""
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    config["track_b"]["sheet"] = str(ROOT / config["track_b"]["sheet"])
+    return config | changes
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_parquet(path: Path, table: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(table).write_parquet(path)
+
+
+def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
+    """Everything that the report reads of a matrix that is done."""
+    rng = np.random.default_rng(0)
+    by_key = {run.key: run for run in trainings(config)}
+    for run in evaluations(config):
+        arm = by_key[run.training].arm if run.training else None
+        last = 0 if run.seed is None else 1 if arm and arm.startswith("vanilla") else 2
+        depths = [0, 1, 2, 4] if run.stage == "finetuned_recursive" else list(range(last + 1))
+        after = LOSS[arm] if arm else 3.93
+        documents = make_documents(rng, depths, after, num_documents)
+        (results / "eval").mkdir(parents=True, exist_ok=True)
+        documents.write_parquet(results / f"eval/{run.name}_documents.parquet")
+        scores = summarize_scores(documents)
+        at_last = next(row for row in scores if row["step"] == last)
+        have = {} if run.seed is None else recursive_subset(
+            config, (*MODEL_KEYS, *GENERATION_KEYS, *TRAINING_KEYS)
+        )  # fmt: skip
+        if arm:
+            have |= phase_overrides(config, by_key[run.training].phase) | ARMS[arm]
+        halting = {"mean_inner_steps": 1.25, "perplexity": 50.0, "num_chunks_by_step": [30, 10]}
+        halting["num_chunks_by_step"] = halting["num_chunks_by_step"][:last]
+        write_json(results / f"eval/{run.name}_results.json", {
+            "stage": run.stage, "split": "test", "inner_steps": last,
+            "perplexity": {**at_last, "num_tokens": 100 * num_documents,
+                           "num_documents": num_documents, "by_step": scores},
+            "mean_inner_steps": float(last), "num_rounds_by_step": [0, 20][:last],
+            "halting": halting if last else None, "forward_flops_per_token": 1e7,
+            "throughput": {"evaluated_tokens_per_second": 4000.0,
+                           "generated_tokens_per_second": 60.0},
+            "num_parameters": {"base": 1_600_000, "sidecar": 800_000, "lora": 0},
+            "config": {"chunk_width": config["recursive"]["chunk_width"], **have},
+            "evaluation": config["evaluation"], "dtype": "float32",
+            "upstream": json.loads(json.dumps(upstream_settings(config))), "versions": VERSIONS,
+            "created": "2026-11-20T08:26:17+00:00",
+        })  # fmt: skip
+    for run in [*trainings(config), repeated(config)]:
+        if run:
+            make_training(results / f"runs/{run.key}", config, run, rng)
+    for seed in config["seeds"]:
+        write_json(results / f"compare/{zero_init_name(config, seed)}.json", {
+            "passed": True, "perplexity_difference_percent": 0.0, "max_logit_difference": 0.0,
+            "generations_identical": True, "inner_steps": 2,
+            "checks": [{"name": "document_loss_difference", "value": 0.0, "limit": "<= 0",
+                        "passed": True}],
+        })  # fmt: skip
+    first = trainings(config)[0].key
+    sidecar = results / f"runs/{first}/sidecar/sidecar.safetensors"
+    sidecar.parent.mkdir()
+    sidecar.write_bytes(b"weights")
+    write_json(results / "compare/repeat.json", {
+        "run": first, "identical": True, "num_steps": 100, "num_documents": num_documents,
+        "sidecar_sha256": file_digest(sidecar), "max_differences": {},
+    })  # fmt: skip
+    validation = [8.0 if t % 50 == 0 else None for t in range(101)]
+    losses = list(np.linspace(8, 4, 101))
+    base = {"step": range(101), "loss": losses, "validation_loss": validation}
+    write_parquet(results / "base/train_logs.parquet", base)
+    return results
+
+
+def make_documents(rng, steps: list[int], after: float, num: int) -> pl.DataFrame:
+    """Step 0 is the same for every run, and what is not trained has nothing else."""
+
+    def noise() -> float:
+        return rng.normal(0, 0.1) if after != 3.93 else 0.0
+
+    rows = [
+        (f"document {i}", step, 100, 393 + 20 * np.sin(i), 27)
+        if step == 0
+        else (f"document {i}", step, 100, 100 * after + 20 * np.sin(i) + noise(), 27)
+        for step in steps
+        for i in range(num)
+    ]
+    names = ("document_id", "step", "num_tokens", "loss_sum", "num_correct")
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def make_training(folder: Path, config: dict, run, rng) -> None:
+    steps = config["training"][run.phase]["num_steps"]
+    have = recursive_subset(config, (*MODEL_KEYS, *TRAINING_KEYS))
+    have |= phase_overrides(config, run.phase) | ARMS[run.arm]
+    write_json(folder / "train_summary.json", {
+        "arm": run.arm, "phase": run.phase, "seed": run.seed, "num_steps": steps,
+        "training_flops": 2.7e12, "training_tokens": 1024 * steps,
+        "num_trainable_parameters": 848_706, "best_step": steps,
+        "settings": config["training"][run.phase], "config": have, "versions": VERSIONS,
+    })  # fmt: skip
+    last = f"validation_loss_step_{1 if run.arm.startswith('vanilla') else 2}"
+    write_parquet(folder / "train_logs.parquet", {
+        "step": range(steps + 1), "tokens": [None, *(1024 * t for t in range(1, steps + 1))],
+        "loss_final": [None, *(4 + rng.normal(0, 0.1, steps))],
+        last: [3.9 if t % 20 == 0 else None for t in range(steps + 1)],
+        "tokens_per_second": 500.0,
+    })  # fmt: skip
+
+
+def make_track_b(results: Path, config: dict, num_queries: int = 20) -> Path:
+    """Students of the sheet and references, all done."""
+    rng = np.random.default_rng(1)
+    folder = results / "track_b"
+    for experiment in select_experiments(config["track_b"]):
+        steps = experiment.settings["steps"]
+        for seed, key in experiment.keys.items():
+            evaluated = [t for t in range(steps + 1) if t % max(1, steps // 5) == 0 or t == steps]
+            write_parquet(folder / f"students/{key}/logs/train_logs.parquet", {
+                "step": evaluated, RECALL: np.linspace(0.1, 0.7, len(evaluated)),
+                NDCG: np.linspace(0.1, 0.8, len(evaluated)),
+            })  # fmt: skip
+            write_json(folder / f"students/{key}/logs/train_summary.json", {
+                "seed": seed, "hyperparameters": experiment.settings, "versions": VERSIONS,
+                "started_at": "2026-11-20T11:50:57+00:00", "status": "completed",
+            })  # fmt: skip
+            table = make_scores(rng, key, 0.7, num_queries)
+            table.write_parquet(folder / f"students/{key}/evaluation.parquet")
+    dim = select_experiments(config["track_b"])[0].settings["dim"]
+    tables = []
+    for name, recall, length in (
+        (f"svd_{dim}", 0.8, dim), (f"truncation_{dim}", 0.5, dim), ("teacher", 1.0, 384)
+    ):  # fmt: skip
+        table = make_scores(rng, name, recall, num_queries)
+        tables.append(table.with_columns(pl.lit(length).alias("dim")))
+    pl.concat(tables).write_parquet(folder / "references.parquet")
+    write_json(folder / "teacher/teacher.json", {
+        "name": "models/teacher", "dim": 384, "num_train": 7000, "num_validation": 500,
+        "num_test": 500,
+    })  # fmt: skip
+    return results
+
+
+def make_scores(rng, method: str, recall: float, num_queries: int) -> pl.DataFrame:
+    rows = [
+        (method, precision, split, row, float(np.clip(recall + rng.normal(0, 0.05), 0, 1)), 0.5)
+        for precision in PRECISIONS
+        for split in ("validation", "test", "train")
+        for row in range(num_queries)
+    ]
+    names = ("method", "precision", "split", "row", "recall@10", "ndcg@10")
+    return pl.DataFrame(rows, schema=names, orient="row")

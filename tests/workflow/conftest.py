@@ -1,0 +1,3 @@
+"""The whole matrix at a tiny size, made once."""
+
+from tiny_matrix import copy, project  # noqa: F401
