@@ -18,7 +18,6 @@ With the folders that `kimi_recursive.training.experiment` adds, it is the exper
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -36,11 +35,11 @@ from safetensors import SafetensorError
 
 from kimi_recursive.files import file_digest
 from kimi_recursive.model.config import CONFIG_NAME
+from kimi_recursive.training.settings import NUM_KEPT
 
 METADATA_NAME = "checkpoint_metadata.json"
 MODEL_DIR = "model"
 BEST_NAME = "best"
-NUM_KEPT = 2
 
 
 @dataclass
@@ -112,7 +111,7 @@ class WorkDirectory:
             changed = sorted(
                 key
                 for key in before.keys() | self.fingerprint.keys()
-                if before.get(key) != self.fingerprint.get(key)
+                if _given(before.get(key)) != _given(self.fingerprint.get(key))
             )
             if changed and self.refuse_others:
                 self._lock.close()
@@ -225,6 +224,11 @@ def complete_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name[5:]))
 
 
+def _given(value: Any) -> Any:
+    """The value without keys that are None, which say no more than keys that are absent."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
 def _metadata(path: Path) -> dict[str, Any]:
     return json.loads((path / METADATA_NAME).read_text())
 
@@ -254,28 +258,6 @@ def _load(path: Path) -> Checkpoint:
     )
     logs = pl.read_parquet(path / "train_logs.parquet")
     return Checkpoint(metadata.pop("step"), state, scheduler, logs, metadata)
-
-
-def token_digests(tokens_dir: str | Path) -> dict[str, str]:
-    """sha256 of the tokens that a training reads, by split."""
-    return {s: file_digest(Path(tokens_dir) / f"{s}.parquet") for s in ("train", "validation")}
-
-
-def model_digest(directory: str | Path, revision: str | None = None) -> str:
-    """Digest of a model directory's config and weights: name, size, and up to 64 MiB of each file,
-    from its start and its end. Of a Hub id, the id with its revision."""
-    if not Path(directory).is_dir():
-        return f"{directory}@{revision}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(directory).iterdir()):
-        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
-            size, part = path.stat().st_size, 32 << 20
-            digest.update(f"{path.name} {size}\n".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(part))
-                file.seek(max(part, size - part))
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -22,6 +22,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loop import ChunkState
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
+from kimi_recursive.training.settings import PhaseSettings
 
 
 def corruption_rate_at(config: RecursiveConfig, progress: float) -> float:
@@ -224,6 +225,20 @@ class DraftRepair(nn.Module):
             )
             for name, p in self.unfrozen
         )
+
+
+def build_objective(
+    wrapper: ChunkRefineWrapper, num_steps: int, settings: PhaseSettings, seed: int
+) -> DraftRepair:
+    """The objective of a phase over `num_steps` steps."""
+    return DraftRepair(
+        wrapper,
+        num_steps,
+        settings.own_draft_share,
+        seed,
+        settings.scheduled_sampling or 0.0,
+        settings.l2_pull or 0.0,
+    )
 
 
 def chunk_losses(
