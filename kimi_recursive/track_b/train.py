@@ -214,7 +214,7 @@ class StudentTask(Task):
         self.step = step + 1
         return self.objective(None, step)
 
-    def validate(self, _step: int, _tracker: ExperimentTracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
         encoded = self.student.encode(self.vectors["all"])
         rows = self.truth.queries["validation"]
         recall, ndcg = score_vectors(

@@ -201,7 +201,7 @@ class BaseTask(Task):
         return self.objective(self.batches.at(step, self.device))
 
     @torch.no_grad()
-    def validate(self, _step: int, _tracker: ExperimentTracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
         self.model.eval()
         parts = self.validation.split(self.batch_size)
         losses = [self.objective(part.to(self.device))[0] for part in parts]

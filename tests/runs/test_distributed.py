@@ -27,12 +27,17 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from kimi_recursive.training.phases import train_phase
+from kimi_recursive.training.settings import PhaseSettings
+from kimi_recursive.training.spec import PhaseSpec, RunFiles
 
 spec = json.loads(sys.argv[1])
 folder = Path(spec["folder"])
 train_phase(
-    spec["phase"], spec["settings"], 0, spec["parent"], Path(spec["tokens"]),
-    folder / "sidecar", folder / "logs.parquet", folder / "summary.json", folder / "work",
+    PhaseSpec(spec["phase"], PhaseSettings.from_mapping(spec["settings"]), 0),
+    RunFiles(
+        spec["parent"], Path(spec["tokens"]), folder / "sidecar", folder / "logs.parquet",
+        folder / "summary.json", folder / "work",
+    ),
 )
 """
 
