@@ -36,27 +36,30 @@ def kimi_config(architecture: Architecture, tokenizer: Any) -> KimiLinearConfig:
     Args:
         tokenizer: Gives the size of the vocabulary and the special tokens.
     """
-    a = dataclasses.asdict(architecture)
-    num_layers = a.pop("num_hidden_layers")
+    sizes = dataclasses.asdict(architecture)
+    num_layers = architecture.num_hidden_layers
     full = [i for i in range(1, num_layers + 1) if i % 4 == 0] or [num_layers]
+    linear = {
+        "head_dim": sizes.pop("linear_head_dim"),
+        "num_heads": sizes.pop("linear_num_heads"),
+        "short_conv_kernel_size": 4,
+        "full_attn_layers": full,
+        "kda_layers": [i for i in range(1, num_layers + 1) if i not in full],
+    }
+    released: dict[str, Any] = {  # names of the released config, which the class translates
+        "linear_attn_config": linear,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    }
     return KimiLinearConfig(
         vocab_size=len(tokenizer),
-        num_hidden_layers=num_layers,
-        num_key_value_heads=a["num_attention_heads"],
-        linear_attn_config={
-            "head_dim": a.pop("linear_head_dim"),
-            "num_heads": a.pop("linear_num_heads"),
-            "short_conv_kernel_size": 4,
-            "full_attn_layers": full,
-            "kda_layers": [i for i in range(1, num_layers + 1) if i not in full],
-        },
-        num_shared_experts=1,
-        first_k_dense_replace=1,
+        num_key_value_heads=architecture.num_attention_heads,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **a,
+        **released,
+        **sizes,
     )
 
 
@@ -85,7 +88,8 @@ class ExpertBalancer:
         """Apply the loads counted since the last call."""
         for name, load in self.counts.items():
             load = load.float()
-            self.routers[name].e_score_correction_bias += self.rate * (load.mean() - load).sign()
+            bias = self.routers[name].e_score_correction_bias
+            bias.add_(self.rate * (load.mean() - load).sign())
         self.counts.clear()
 
 
@@ -246,6 +250,7 @@ def fetch_base(
             raise ValueError(f"base.path: {source} holds no Hugging Face model (no config.json)")
     else:
         try:
+            assert hub_id is not None, "a pretrained base has a path or a Hub id"
             source = Path(snapshot_download(hub_id, revision=revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             message = str(error).splitlines()[0]

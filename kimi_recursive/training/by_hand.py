@@ -143,7 +143,7 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
         write_parquet(files.logs, logs)
         tracker.finish(
             {
-                "loss": float(logs["loss"].mean()),
+                "loss": float(logs.select(pl.col("loss").mean()).item()),
                 "validation_loss": validation,
                 "validation_perplexity": float(np.exp(validation)),
             }

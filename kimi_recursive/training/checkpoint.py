@@ -44,7 +44,7 @@ BEST_NAME = "best"
 
 @dataclass
 class Checkpoint:
-    """State after `step` optimizer steps, but for the model.
+    """State after `step` optimizer steps, without the model.
 
     Attributes:
         state: Optimizer and RNG state; tensors, numbers, strings and containers of them.
@@ -66,11 +66,11 @@ class WorkDirectory:
     Use as a context manager; the lock is held inside.
 
     Args:
-        path: Made when missing.
+        path: Created when missing.
         fingerprint: What the run computes (parameters, digests of its inputs, numerics version).
             Checkpoints of another computation are removed, with a message.
         num_kept: How many checkpoints to keep, beside the best ones; None for all.
-        refuse_others: Raise instead of removing them.
+        refuse_others: Raise instead of removing checkpoints of another computation.
 
     Raises:
         ValueError: another process holds the lock, or another computation is refused.
@@ -126,7 +126,7 @@ class WorkDirectory:
         self.checkpoints.mkdir(exist_ok=True)
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The folder of a step's checkpoint; it need not exist."""
         return self.checkpoints / f"step_{step:06d}"
 
     def save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> None:
@@ -136,7 +136,7 @@ class WorkDirectory:
             write_model: Writes the model into the folder that it is given.
 
         Raises:
-            ValueError: it cannot be written (a full disk); the checkpoints before it are kept.
+            ValueError: the checkpoint cannot be written (a full disk). Earlier ones are kept.
         """
         try:
             self._save(checkpoint, write_model)
@@ -144,7 +144,7 @@ class WorkDirectory:
             shutil.rmtree(self._temporary(checkpoint.step), ignore_errors=True)
             raise ValueError(
                 f"{self.checkpoints}: the checkpoint of step {checkpoint.step} cannot be written: "
-                f"{str(error).splitlines()[0]}; those before it are kept"
+                f"{str(error).splitlines()[0]}; earlier ones are kept"
             ) from error
 
     def _temporary(self, step: int) -> Path:
@@ -186,7 +186,7 @@ class WorkDirectory:
         os.replace(temporary, self.checkpoints / BEST_NAME)
 
     def _drop_old(self, newest: int) -> None:
-        """Remove all but the newest and the best ones; later ones were damaged and passed over."""
+        """Remove the checkpoints that are not kept, and those after `newest`, which are damaged."""
         complete = self._complete()
         for path in complete[complete.index(self.folder(newest)) + 1 :]:
             shutil.rmtree(path)
@@ -195,22 +195,22 @@ class WorkDirectory:
             return
         kept = set(complete[-self.num_kept :])
         for path in complete[-self.num_kept :]:
-            with suppress(OSError, ValueError, KeyError):  # damaged, and passed over
+            with suppress(OSError, ValueError, KeyError):  # damaged, and skipped
                 kept.add(self.folder(_metadata(path)["best_step"]))
         for path in complete:
             if path not in kept:
                 shutil.rmtree(path)
 
     def latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint whose best one is undamaged too, or None. Those passed
-        over are named."""
+        """The newest undamaged checkpoint whose best one is undamaged too, or None. A message names
+        each one that is skipped."""
         for path in reversed(self._complete()):
             try:
                 verify_checkpoint(path)
                 verify_checkpoint(self.folder(_metadata(path)["best_step"]), f"{MODEL_DIR}/")
                 return _load(path)
             except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-                _say(f"{path}: damaged checkpoint passed over ({str(error).splitlines()[0]})")
+                _say(f"{path}: damaged checkpoint skipped ({str(error).splitlines()[0]})")
         return None
 
     def _complete(self) -> list[Path]:

@@ -225,7 +225,9 @@ def train_loop(
             accelerator.backward(loss)
             parameters = task.trainable.values()
             distributed.average_gradients(parameters)
-            norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+            clipped = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            assert clipped is not None
+            norm = float(clipped)
             number = parts.pop(counted)
             measures = distributed.mean({"loss": loss.detach(), **parts})
             loss_value = measures["loss"]

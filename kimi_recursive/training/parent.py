@@ -62,14 +62,15 @@ class Parent:
             if single_pass != bool(ARMS[spec.arm].get("single_pass")):
                 kind = "a single-pass" if single_pass else "the recursive"
                 raise ValueError(
-                    f"{self.path}: is of {kind} arm and cannot go on as arm '{spec.arm}'"
+                    f"{self.path}: was trained as {kind} arm and cannot continue as arm "
+                    f"'{spec.arm}'"
                 )
         config = spec.config or RecursiveConfig.from_file(own)
         reference = RecursiveConfig.from_dict({**config.to_dict(), **spec.overrides})
         if spec.arm == "vanilla_flops" and reference.single_pass and reference.max_inner_steps == 1:
             raise ValueError(
-                f"{self.path}: does not say how many inner steps the recursive arm takes, whose "
-                "FLOPs this arm is given; name them in a config"
+                f"{self.path}: does not name the number of inner steps of the recursive arm, whose "
+                "FLOPs arm 'vanilla_flops' needs; set max_inner_steps in a config"
             )
         reference = dataclasses.replace(reference, single_pass=False)
         return reference, dataclasses.replace(reference, **ARMS[spec.arm])

@@ -226,6 +226,7 @@ def _sample(
     output = wrapper.generate_chunks(
         torch.tensor([prompt], device=wrapper.device), max_new_tokens=SAMPLE_NEW_TOKENS
     )
+    assert isinstance(output, Tensor)
     new = output[0, len(prompt) :].tolist()
     texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, new))
     tracker.add_generation_sample(step, *texts, token_ids=new)

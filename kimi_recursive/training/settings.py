@@ -38,12 +38,13 @@ class LoopSettings:
     log_interval: int = 1
 
 
+@dataclass(frozen=True)
 class _Training:
     """What `PhaseSettings` and `BaseTraining` have in common."""
 
     def to_mapping(self) -> dict[str, Any]:
         """The section as in the config, without the keys that are None."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}  # type: ignore[call-overload]
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
     def numeric(self) -> dict[str, Any]:
         """The settings that decide numbers: all but `NEUTRAL_KEYS`."""

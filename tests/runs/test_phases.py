@@ -140,7 +140,7 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
         train_into(tmp_path, "d", PHASE, phases, tokens_dir)
     with pytest.raises(ValueError, match=r"arm must be one of recursive, .+, got 'x'"):
         train_into(tmp_path, "a", PHASE, phases, tokens_dir, arm="x")
-    with pytest.raises(ValueError, match="is of the recursive arm and cannot go on as"):
+    with pytest.raises(ValueError, match="was trained as the recursive arm and cannot continue as"):
         train(tmp_path, "b", phases / "a/sidecar", tokens_dir, arm="vanilla")
     for phase in "abc":  # more of the same phase is allowed
         again = train(tmp_path / f"more_{phase}", phase, phases / phase / "sidecar", tokens_dir)
@@ -153,7 +153,9 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
 
 def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_path):
     train(tmp_path / "va", "a", surgery_dir, tokens_dir, arm="vanilla")
-    with pytest.raises(ValueError, match="does not say how many inner steps the recursive arm"):
+    with pytest.raises(
+        ValueError, match="does not name the number of inner steps of the recursive arm"
+    ):
         train(tmp_path / "f", "b", tmp_path / "va/sidecar", tokens_dir, arm="vanilla_flops")
     longer = {"num_steps": 24}  # so that half a step is little
     recursive = train(tmp_path / "r", "b", phases / "a/sidecar", tokens_dir, changes=longer)
