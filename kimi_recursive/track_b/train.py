@@ -36,7 +36,8 @@ from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.truth import Truth, load_truth
 from kimi_recursive.training.checkpoint import WorkDirectory
 from kimi_recursive.training.experiment import ExperimentTracker, now
-from kimi_recursive.training.loop import LoopResult, LoopSettings, train_loop
+from kimi_recursive.training.loop import LoopResult, Task, train_loop
+from kimi_recursive.training.settings import LoopSettings
 
 STUDENT_NAME, QUEUE_NAME = "student.safetensors", "queue.safetensors"
 MIN_LR_RATIO = 0.01
@@ -93,9 +94,9 @@ def train_student(
         ) as tracker,
     ):
         summary["started_at"] = tracker.metadata["created_at"]
-        start = partial(_Run, settings, seed, vectors, truth, run_dir, work, Accelerator())
-        run, result = _fit(start, tracker, name)
-        student = run.student
+        start = partial(StudentTask, settings, seed, vectors, truth, run_dir, work.checkpoints)
+        task, result = _fit(start, work, tracker, name)
+        student = task.student
         student.save(run_dir / "checkpoints" / "student_best.safetensors")
         scores = score_all("student", student.encode(vectors["all"]), truth)
         write_parquet(run_dir / "evaluation.parquet", scores)
@@ -104,29 +105,30 @@ def train_student(
         results = {"best_step": result.best_step, f"best_{RECALL}": result.best_metric}
         results |= {f"final_{name}": last[name] for name in (RECALL, NDCG, "loss")}
         results["num_parameters"] = sum(p.numel() for p in student.parameters())
-        results["batch_size"] = run.settings["batch_size"]
+        results["batch_size"] = task.settings["batch_size"]
         tracker.finish(results)
         summary |= results
     return summary
 
 
 def _fit(
-    start: Callable[[], _Run], tracker: ExperimentTracker, name: str
-) -> tuple[_Run, LoopResult]:
+    start: Callable[..., StudentTask], work: WorkDirectory, tracker: ExperimentTracker, name: str
+) -> tuple[StudentTask, LoopResult]:
     """Train, with half the batch whenever one does not fit; the size outlives the process."""
+    accelerator = Accelerator()
     while True:
-        run = start()
+        task = start(accelerator.device, name)
         try:
-            return run, run.train(tracker, name)
+            return task, train_loop(task, task.loop, work, tracker, accelerator)
         except Exception as error:
-            size = run.settings["batch_size"]
+            size = task.settings["batch_size"]
             too_large = should_reduce_batch_size(error) or isinstance(error, MemoryError)
             if not too_large or size == 1:
                 raise
         message = f"a batch of {size} does not fit in memory; going on with {size // 2}"
         print(f"{name}: {message}", file=sys.stderr, flush=True)
         tracker.add_issue(message)
-        write_json(run.size_path, size // 2)
+        write_json(task.size_path, size // 2)
 
 
 @contextmanager
@@ -154,8 +156,15 @@ def _ended(
         write_json(run_dir / "logs" / "train_summary.json", summary)
 
 
-class _Run:
-    """The parts of one training, as `train_loop` calls them."""
+class StudentTask(Task):
+    """A student, as the loop trains it.
+
+    Args:
+        checkpoints: The folder that remembers a batch size that was halved.
+        name: In messages.
+    """
+
+    watch, higher_is_better, counted = RECALL, True, "anchors"
 
     def __init__(
         self,
@@ -164,61 +173,48 @@ class _Run:
         vectors: Mapping[str, Floats],
         truth: Truth,
         run_dir: Path,
-        work: WorkDirectory,
-        accelerator: Accelerator,
+        checkpoints: Path,
+        device: torch.device,
+        name: str,
     ):
-        self.vectors, self.truth, self.run_dir, self.work = vectors, truth, run_dir, work
-        self.accelerator, self.step = accelerator, 0
-        self.size_path = work.checkpoints / "batch_size.json"
+        self.vectors, self.truth, self.run_dir = vectors, truth, run_dir
+        self.description, self.step = name, 0
+        self.size_path = checkpoints / "batch_size.json"
         self.settings = dict(settings)
         if self.size_path.is_file():
             self.settings["batch_size"] = json.loads(self.size_path.read_text())
         train = vectors["train"]
         self.student = build_student(settings, train, seed)
         self.objective = build_objective(self.student, train, truth, self.settings, seed)
-        self.objective.to(accelerator.device)
-
-    def train(self, tracker: ExperimentTracker, name: str) -> LoopResult:
-        settings = self.settings
-        matrices = {n: p for n, p in self.student.named_parameters() if p.ndim > 1}
+        self.objective.to(device)
+        self.trainable = dict(self.student.named_parameters())
+        matrices = {n: p for n, p in self.trainable.items() if p.ndim > 1}
         decayed = [p for n, p in matrices.items() if n != "map.weight"]
-        others = [p for p in self.student.parameters() if all(p is not q for q in decayed)]
+        others = [p for p in self.trainable.values() if all(p is not q for q in decayed)]
         groups = [
             {"name": "decayed", "params": decayed, "weight_decay": settings["weight_decay"]},
             {"name": "others", "params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings["lr"])
-        return train_loop(
-            objective=self.loss,
-            trainable=dict(self.student.named_parameters()),
-            optimizer=optimizer,
-            settings=LoopSettings(
-                num_steps=settings["steps"],
-                warmup_steps=settings["warmup"],
-                lr_schedule=settings["lr_schedule"],
-                min_lr_ratio=MIN_LR_RATIO,
-                eval_interval=settings["eval_every"],
-                save_interval=settings["save_every"],
-                log_interval=LOG_INTERVAL,
-            ),
-            batch=lambda step: None,
-            validate=self.validate,
-            watch=RECALL,
-            higher_is_better=True,
-            counted="anchors",
-            work=self.work,
-            tracker=tracker,
-            accelerator=self.accelerator,
-            description=name,
-            write_model=self.write_model,
-            read_model=self.read_model,
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings["lr"])
+
+    @property
+    def loop(self) -> LoopSettings:
+        settings = self.settings
+        return LoopSettings(
+            num_steps=settings["steps"],
+            warmup_steps=settings["warmup"],
+            lr_schedule=settings["lr_schedule"],
+            min_lr_ratio=MIN_LR_RATIO,
+            eval_interval=settings["eval_every"],
+            save_interval=settings["save_every"],
+            log_interval=LOG_INTERVAL,
         )
 
-    def loss(self, batch: None, step: int) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         self.step = step + 1
-        return self.objective(batch, step)
+        return self.objective(None, step)
 
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
         encoded = self.student.encode(self.vectors["all"])
         rows = self.truth.queries["validation"]
         recall, ndcg = score_vectors(
@@ -226,7 +222,7 @@ class _Run:
         )
         return {RECALL: float(recall.mean()), NDCG: float(ndcg.mean())}
 
-    def write_model(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Write student and queue of a checkpoint; each `save_every` and at the end also publish
         the student as `checkpoints/student_step_<N>.safetensors`."""
         step, settings = self.step, self.settings
@@ -237,7 +233,7 @@ class _Run:
         queue = {name: x for name, x in state.items() if not name.startswith("student.")}
         save_file(queue, folder / QUEUE_NAME)
 
-    def read_model(self, folder: Path) -> None:
+    def read(self, folder: Path) -> None:
         self.student.load_state_dict(Student.load(folder / STUDENT_NAME).state_dict())
         queue, _ = read_safetensors(folder / QUEUE_NAME)
         self.objective.load_state_dict(queue, strict=False)  # all but the student

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
 
 from kimi_recursive.evaluation.flops import count_flops
+from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.model.loading import build_wrapper
+from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
-from kimi_recursive.training.objective import DraftRepair
+from kimi_recursive.training.objective import DraftRepair, build_objective
+from kimi_recursive.training.spec import PhaseSpec
 
 
 def cumulative_training_flops(
@@ -39,3 +45,37 @@ def steps_for_flops(cumulative: list[int], budget: int) -> int:
     """Optimizer steps whose FLOPs are nearest to `budget`; `cumulative` must reach it."""
     assert cumulative[-1] >= budget, "count more steps"
     return 1 + min(range(len(cumulative)), key=lambda i: abs(cumulative[i] - budget))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Optimizer steps of a run, and their FLOPs."""
+
+    num_steps: int
+    flops: int
+
+
+def match_flops(
+    spec: PhaseSpec, wrapper: ChunkRefineWrapper, reference: RecursiveConfig, windows: torch.Tensor
+) -> Budget:
+    """The steps that an arm takes: `vanilla_flops` those whose FLOPs are nearest to the recursive
+    arm's, every other arm those of the settings.
+
+    Args:
+        reference: The config of the recursive arm.
+        windows: This process's share of a batch [B, T + 1].
+    """
+    settings, num_steps = spec.settings, spec.settings.num_steps
+
+    def flops(model: ChunkRefineWrapper, scheduled: int, counted: int) -> list[int]:
+        objective = build_objective(model, scheduled, settings, spec.seed)
+        return cumulative_training_flops(objective, windows, counted)
+
+    if spec.arm == "vanilla_flops":
+        recursive = build_wrapper(wrapper.base, reference)
+        recursive.adapter = wrapper.adapter
+        budget = flops(recursive, num_steps, num_steps)[-1]
+        # One pass of this arm costs no less than one of the recursive arm's.
+        most = num_steps * (2 + reference.max_inner_steps)
+        num_steps = steps_for_flops(flops(wrapper, num_steps, most), budget)
+    return Budget(num_steps, flops(wrapper, num_steps, num_steps)[-1])

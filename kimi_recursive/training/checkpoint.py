@@ -18,7 +18,6 @@ With the folders that `kimi_recursive.training.experiment` adds, it is the exper
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -36,16 +35,16 @@ from safetensors import SafetensorError
 
 from kimi_recursive.files import file_digest
 from kimi_recursive.model.config import CONFIG_NAME
+from kimi_recursive.training.settings import NUM_KEPT
 
 METADATA_NAME = "checkpoint_metadata.json"
 MODEL_DIR = "model"
 BEST_NAME = "best"
-NUM_KEPT = 2
 
 
 @dataclass
 class Checkpoint:
-    """State after `step` optimizer steps, but for the model.
+    """State after `step` optimizer steps, without the model.
 
     Attributes:
         state: Optimizer and RNG state; tensors, numbers, strings and containers of them.
@@ -67,11 +66,11 @@ class WorkDirectory:
     Use as a context manager; the lock is held inside.
 
     Args:
-        path: Made when missing.
+        path: Created when missing.
         fingerprint: What the run computes (parameters, digests of its inputs, numerics version).
             Checkpoints of another computation are removed, with a message.
         num_kept: How many checkpoints to keep, beside the best ones; None for all.
-        refuse_others: Raise instead of removing them.
+        refuse_others: Raise instead of removing checkpoints of another computation.
 
     Raises:
         ValueError: another process holds the lock, or another computation is refused.
@@ -112,7 +111,7 @@ class WorkDirectory:
             changed = sorted(
                 key
                 for key in before.keys() | self.fingerprint.keys()
-                if before.get(key) != self.fingerprint.get(key)
+                if _given(before.get(key)) != _given(self.fingerprint.get(key))
             )
             if changed and self.refuse_others:
                 self._lock.close()
@@ -127,7 +126,7 @@ class WorkDirectory:
         self.checkpoints.mkdir(exist_ok=True)
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The folder of a step's checkpoint; it need not exist."""
         return self.checkpoints / f"step_{step:06d}"
 
     def save(self, checkpoint: Checkpoint, write_model: Callable[[Path], None]) -> None:
@@ -137,7 +136,7 @@ class WorkDirectory:
             write_model: Writes the model into the folder that it is given.
 
         Raises:
-            ValueError: it cannot be written (a full disk); the checkpoints before it are kept.
+            ValueError: the checkpoint cannot be written (a full disk). Earlier ones are kept.
         """
         try:
             self._save(checkpoint, write_model)
@@ -145,7 +144,7 @@ class WorkDirectory:
             shutil.rmtree(self._temporary(checkpoint.step), ignore_errors=True)
             raise ValueError(
                 f"{self.checkpoints}: the checkpoint of step {checkpoint.step} cannot be written: "
-                f"{str(error).splitlines()[0]}; those before it are kept"
+                f"{str(error).splitlines()[0]}; earlier ones are kept"
             ) from error
 
     def _temporary(self, step: int) -> Path:
@@ -187,7 +186,7 @@ class WorkDirectory:
         os.replace(temporary, self.checkpoints / BEST_NAME)
 
     def _drop_old(self, newest: int) -> None:
-        """Remove all but the newest and the best ones; later ones were damaged and passed over."""
+        """Remove the checkpoints that are not kept, and those after `newest`, which are damaged."""
         complete = self._complete()
         for path in complete[complete.index(self.folder(newest)) + 1 :]:
             shutil.rmtree(path)
@@ -196,22 +195,22 @@ class WorkDirectory:
             return
         kept = set(complete[-self.num_kept :])
         for path in complete[-self.num_kept :]:
-            with suppress(OSError, ValueError, KeyError):  # damaged, and passed over
+            with suppress(OSError, ValueError, KeyError):  # damaged, and skipped
                 kept.add(self.folder(_metadata(path)["best_step"]))
         for path in complete:
             if path not in kept:
                 shutil.rmtree(path)
 
     def latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint whose best one is undamaged too, or None. Those passed
-        over are named."""
+        """The newest undamaged checkpoint whose best one is undamaged too, or None. A message names
+        each one that is skipped."""
         for path in reversed(self._complete()):
             try:
                 verify_checkpoint(path)
                 verify_checkpoint(self.folder(_metadata(path)["best_step"]), f"{MODEL_DIR}/")
                 return _load(path)
             except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-                _say(f"{path}: damaged checkpoint passed over ({str(error).splitlines()[0]})")
+                _say(f"{path}: damaged checkpoint skipped ({str(error).splitlines()[0]})")
         return None
 
     def _complete(self) -> list[Path]:
@@ -223,6 +222,11 @@ def complete_checkpoints(directory: str | Path) -> list[Path]:
     found = Path(directory, "checkpoints").glob("step_*")
     numbered = [path for path in found if re.fullmatch(r"step_\d+", path.name)]
     return sorted(numbered, key=lambda path: int(path.name[5:]))
+
+
+def _given(value: Any) -> Any:
+    """The value without keys that are None, which say no more than keys that are absent."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -254,28 +258,6 @@ def _load(path: Path) -> Checkpoint:
     )
     logs = pl.read_parquet(path / "train_logs.parquet")
     return Checkpoint(metadata.pop("step"), state, scheduler, logs, metadata)
-
-
-def token_digests(tokens_dir: str | Path) -> dict[str, str]:
-    """sha256 of the tokens that a training reads, by split."""
-    return {s: file_digest(Path(tokens_dir) / f"{s}.parquet") for s in ("train", "validation")}
-
-
-def model_digest(directory: str | Path, revision: str | None = None) -> str:
-    """Digest of a model directory's config and weights: name, size, and up to 64 MiB of each file,
-    from its start and its end. Of a Hub id, the id with its revision."""
-    if not Path(directory).is_dir():
-        return f"{directory}@{revision}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(directory).iterdir()):
-        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
-            size, part = path.stat().st_size, 32 << 20
-            digest.update(f"{path.name} {size}\n".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(part))
-                file.seek(max(part, size - part))
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The experiment directory: what a run was, what it measured, what was noticed.
+"""The experiment directory: parameters, environment, metrics and notes of a run.
 
 <experiment>/
     experiment_metadata.json       versions, git commit, host, parameters, status, results
@@ -38,7 +38,7 @@ def now() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Where a run takes place: versions, CUDA, git commit of the code, host."""
+    """The environment of a run: versions, CUDA, git commit of the code, host."""
     import torch
 
     return {
@@ -60,17 +60,17 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
 class ExperimentTracker:
     """Writes and extends an experiment directory.
 
-    Outside a `with` block it adds notes, issues and metrics to an experiment that is there or new.
-    A `with` block is one attempt at running it: its metadata say `running`, and in the end
-    `completed`, `interrupted` (to be resumed) or `failed`, with the error, the step, and the last
-    good checkpoint.
+    Outside a `with` block it adds notes, issues and metrics to a new or an existing experiment.
+    A `with` block is one attempt at running the experiment. Its metadata say `running`, and at the
+    end `completed`, `interrupted` (a rerun resumes it) or `failed`, with the error, the step, and
+    the last good checkpoint.
 
     Args:
-        directory: Made when missing.
+        directory: Created when missing.
         experiment_name: The folder's name by default.
         config: Saved as `recursive_config.json`.
         training_params: Steps, batch size, learning rate, ...
-        paths: Model, config and data that went in, by name.
+        paths: Model, config and data that the run reads, by name.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ExperimentTracker:
                 self._writer.close()
             self._update(status="completed", ended_at=now())
             return
-        with suppress(OSError):  # a disk that is full must not hide the error that says so
+        with suppress(OSError):  # A full disk must not hide the error that reports it.
             if self._writer is not None:
                 self._writer.close()
         with suppress(OSError):
@@ -183,7 +183,7 @@ class ExperimentTracker:
         """Write `metrics/step_<step>.json`, and the numbers to TensorBoard.
 
         Raises:
-            ValueError: they cannot be written (a full disk).
+            ValueError: the metrics cannot be written (a full disk).
         """
         metrics = finite({"step": step, **metrics})
         try:
@@ -191,8 +191,8 @@ class ExperimentTracker:
             self._log(step, metrics)
         except OSError as error:
             raise ValueError(
-                f"{self.directory}: the metrics of step {step} cannot be written: {error}; the "
-                "checkpoints before it are kept"
+                f"{self.directory}: the metrics of step {step} cannot be written: {error}; earlier "
+                "checkpoints are kept"
             ) from error
 
     def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -207,8 +207,8 @@ class ExperimentTracker:
                 self._writer.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
-        """Drop metrics and samples of later steps, which a resumed run makes again. What people
-        wrote stays."""
+        """Drop metrics and samples of later steps, which a resumed run makes again. Notes
+        and issues stay."""
         for path in (self.directory / "metrics").glob("step_*.json"):
             if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
                 path.unlink()
@@ -218,7 +218,7 @@ class ExperimentTracker:
         self._purge_step = step + 1
 
     def start_afresh(self) -> None:
-        """Drop what an earlier computation in this directory measured; notes and issues stay."""
+        """Drop the measurements of an earlier computation here. Notes and issues stay."""
         self.rewind(-1)
         for path in (self.directory / "logs").glob("events.out.tfevents.*"):
             path.unlink()
@@ -229,7 +229,7 @@ class ExperimentTracker:
 
 
 def _is_later(line: str, step: int) -> bool:
-    """Whether a line is a whole sample of a later step, or what a kill left of one."""
+    """Whether a line is a sample of a later step, or was cut off by a kill."""
     try:
         sample = json.loads(line)
     except ValueError:

@@ -1,7 +1,7 @@
-"""The training loop that the base and the phases share: schedule, log, validation, resume.
+"""The training loop that base, phases and students share: schedule, log, validation, resume.
 
-Batches and corruption are pure functions of (seed, step), so a run is continued bit for bit from
-weights, optimizer, scheduler and step alone.
+What a task draws is a pure function of (seed, step), so weights, optimizer, scheduler and step are
+enough to continue a run bit for bit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -25,40 +25,15 @@ from kimi_recursive.processes import distributed
 from kimi_recursive.processes.signals import Interrupted, stop_signals
 from kimi_recursive.training.checkpoint import MODEL_DIR, Checkpoint, WorkDirectory
 from kimi_recursive.training.experiment import ExperimentTracker
-
-NEUTRAL_KEYS = ("save_interval", "log_interval")  # settings that change no number
+from kimi_recursive.training.settings import LoopSettings
 
 
 class Diverged(ValueError):
-    """Loss, gradient or validation is not finite; the checkpoints before it are kept."""
+    """Loss, gradient or validation is not finite. The checkpoints before that step are kept."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
         self.step = step
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long, how fast, how often.
-
-    Attributes:
-        num_steps: Optimizer steps.
-        warmup_steps: Steps of linear warm-up; step s of them uses s / warmup_steps of the peak.
-        lr_schedule: After warm-up `cosine` or `linear` down to `min_lr_ratio`, or `constant`.
-        min_lr_ratio: Share of the peak that the last step uses.
-        max_grad_norm: Gradients are clipped to this global norm.
-        eval_interval, save_interval, log_interval: Steps between validations, between checkpoints,
-            and between entries in `metrics/` and TensorBoard.
-    """
-
-    num_steps: int
-    warmup_steps: int
-    lr_schedule: str = "cosine"
-    min_lr_ratio: float = 0.1
-    max_grad_norm: float = 1.0
-    eval_interval: int = 100
-    save_interval: int = 100
-    log_interval: int = 1
 
 
 def lr_factor(step: int, settings: LoopSettings) -> float:
@@ -82,7 +57,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 @dataclass
 class LoopResult:
-    """What a finished loop leaves: the best weights are loaded in the model.
+    """The outcome of a finished loop. The model holds the best weights.
 
     Attributes:
         logs: One row a step; validation columns are null where no validation ran.
@@ -94,140 +69,183 @@ class LoopResult:
     best_metric: float
 
 
+class Task(ABC):
+    """What a loop trains.
+
+    Attributes:
+        description: In messages and the progress bar.
+        trainable: The parameters that train, by name.
+        optimizer: Holds them in groups with a `name` and their peak learning rate.
+        watch: The metric of `validate` that marks the best weights.
+        higher_is_better: Whether its highest value does, or its lowest.
+        counted: The part of the loss that is a count, such as the target tokens.
+    """
+
+    description: str
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    watch: str = "validation_loss"
+    higher_is_better: bool = False
+    counted: str = "tokens"
+
+    @abstractmethod
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of the batch of a step (from 0), and by name its parts and `counted`."""
+
+    @abstractmethod
+    def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
+        """Metrics of the model after `step` steps; runs at step 0, each `eval_interval` and the
+        end. The tracker is for samples."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write all that trains into a folder of a checkpoint, as users load it."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> None:
+        """Load what `write` wrote, bit for bit."""
+
+    def after_step(self) -> None:  # noqa: B027, most tasks need nothing
+        """Runs after each optimizer step."""
+
+
+class _Progress:
+    """How far a run is: its log, and its best step so far."""
+
+    def __init__(self, task: Task, work: WorkDirectory, tracker: ExperimentTracker):
+        self.task, self.work, self.tracker = task, work, tracker
+        self.step, self.best_step = 0, 0
+        self.best_metric = -math.inf if task.higher_is_better else math.inf
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def logs(self) -> pl.DataFrame:
+        """One row a step."""
+        return pl.DataFrame(self.rows, infer_schema_length=None)
+
+    def measure(self) -> bool:
+        """Validate; whether the weights are the best so far."""
+        task, step = self.task, self.step
+        metrics = task.validate(step, self.tracker)
+        measured = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if distributed.is_main():
+            tqdm.write(f"{task.description}: step {step}: {measured}", file=sys.stderr)
+        value = metrics[task.watch]
+        if not math.isfinite(value):
+            raise Diverged(f"{task.description}: {task.watch} is {value} at step {step}", step)
+        self.rows[-1] |= metrics
+        difference = value - self.best_metric
+        better = difference > 0 if task.higher_is_better else difference < 0
+        if better:
+            self.best_metric, self.best_step = value, step
+        return better
+
+    def save(self, scheduler: LambdaLR) -> None:
+        """Let the main process write a checkpoint, and the others wait for it."""
+        if distributed.is_main():
+            self.work.save(
+                Checkpoint(
+                    self.step,
+                    {"optimizer": self.task.optimizer.state_dict(), "rng": torch.get_rng_state()},
+                    scheduler.state_dict(),
+                    self.logs,
+                    {
+                        "best_step": self.best_step,
+                        "best_metric": self.best_metric,
+                        "metrics": self.rows[-1],
+                    },
+                ),
+                self.task.write,
+            )
+            self._note_best()
+        distributed.wait_for_all()
+
+    def load(self, checkpoint: Checkpoint, scheduler: LambdaLR) -> None:
+        """Continue from a checkpoint."""
+        self.step, self.rows = checkpoint.step, checkpoint.logs.to_dicts()
+        self.best_step = checkpoint.metadata["best_step"]
+        self.best_metric = checkpoint.metadata["best_metric"]
+        self.task.read(self.work.folder(self.step) / MODEL_DIR)
+        self.task.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        scheduler.load_state_dict(checkpoint.scheduler)
+        torch.set_rng_state(checkpoint.state["rng"])
+        self.tracker.rewind(self.step)
+        self._note_best()
+
+    def _note_best(self) -> None:
+        self.tracker.set_best(self.best_step, {self.task.watch: self.best_metric})
+
+
 def train_loop(
-    *,
-    objective: nn.Module,
-    trainable: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    task: Task,
     settings: LoopSettings,
-    batch: Callable[[int], Any],
-    validate: Callable[[int], dict[str, float]],
-    watch: str,
     work: WorkDirectory,
     tracker: ExperimentTracker,
     accelerator: Accelerator,
-    description: str,
-    write_model: Callable[[Path], None],
-    read_model: Callable[[Path], None],
-    after_step: Callable[[], None] | None = None,
-    higher_is_better: bool = False,
-    counted: str = "tokens",
 ) -> LoopResult:
-    """Train `objective` and load the weights that were best on validation.
+    """Train a task and load the weights that were best on validation.
 
     Args:
-        objective: `objective(batch(step), step)` returns the loss and a dict of its named parts,
-            and the number of target tokens under `tokens` (or what else is `counted`).
-        trainable: The parameters that train; `optimizer` holds them, in groups with a `name` and
-            their peak learning rate.
-        validate: Metrics of the model as it is after a step; run at step 0, each `eval_interval`
-            and the end.
-        watch: The metric of `validate` whose lowest value (or highest) marks the best weights.
-        work: An entered `WorkDirectory`; every new best is a checkpoint, too.
+        work: An entered `WorkDirectory`; every new best becomes a checkpoint, too.
         tracker: Gets metrics, and which checkpoint is best.
-        write_model: Writes all that trains into a folder of a checkpoint, to be loaded by users.
-        read_model: Loads it again, bit for bit.
-        after_step: Runs after each optimizer step.
 
     Raises:
         Diverged: loss, gradient or the watched metric is not finite (a ValueError that names the
             step; the last checkpoint is kept).
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written.
     """
-    scheduler = LambdaLR(optimizer, lambda done: lr_factor(done + 1, settings))
-    rows: list[dict[str, Any]] = []
-    step, best_step, best_metric = 0, 0, -math.inf if higher_is_better else math.inf
-
-    def measure() -> bool:
-        """Validate; whether it is the best so far."""
-        nonlocal best_metric, best_step
-        metrics = validate(step)
-        measured = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        if distributed.is_main():
-            tqdm.write(f"{description}: step {step}: {measured}", file=sys.stderr)
-        if not math.isfinite(metrics[watch]):
-            message = f"{description}: {watch} is {metrics[watch]} at step {step}"
-            raise Diverged(message, step)
-        rows[-1] |= metrics
-        difference = metrics[watch] - best_metric
-        better = difference > 0 if higher_is_better else difference < 0
-        if better:
-            best_metric, best_step = metrics[watch], step
-        return better
-
-    def save() -> None:
-        if distributed.is_main():
-            write()
-        distributed.wait_for_all()
-
-    def write() -> None:
-        work.save(
-            Checkpoint(
-                step,
-                {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
-                scheduler.state_dict(),
-                pl.DataFrame(rows, infer_schema_length=None),
-                {"best_step": best_step, "best_metric": best_metric, "metrics": rows[-1]},
-            ),
-            write_model,
-        )
-        tracker.set_best(best_step, {watch: best_metric})
-
+    name, counted = task.description, task.counted
+    scheduler = LambdaLR(task.optimizer, lambda done: lr_factor(done + 1, settings))
+    run = _Progress(task, work, tracker)
     if (checkpoint := work.latest()) is not None:
-        step, rows = checkpoint.step, checkpoint.logs.to_dicts()
-        best_step = checkpoint.metadata["best_step"]
-        best_metric = checkpoint.metadata["best_metric"]
-        read_model(work.folder(step) / MODEL_DIR)
-        optimizer.load_state_dict(checkpoint.state["optimizer"])
-        scheduler.load_state_dict(checkpoint.scheduler)
-        torch.set_rng_state(checkpoint.state["rng"])
-        tracker.rewind(step)
-        tracker.set_best(best_step, {watch: best_metric})
-        print(f"{description}: resumed at step {step}", file=sys.stderr, flush=True)
+        run.load(checkpoint, scheduler)
+        print(f"{name}: resumed at step {run.step}", file=sys.stderr, flush=True)
     else:
         tracker.start_afresh()
-        rows.append({"step": 0})
-        measure()
-        tracker.save_metrics(0, rows[-1])
-        save()
+        run.rows.append({"step": 0})
+        run.measure()
+        tracker.save_metrics(0, run.rows[-1])
+        run.save(scheduler)
 
     started = time.perf_counter()
-    total = rows[-1].get(counted) or 0
+    total = run.rows[-1].get(counted) or 0
     total_here = 0
     bar = tqdm(
         total=settings.num_steps,
-        initial=step,
-        desc=description,
+        initial=run.step,
+        desc=name,
         unit="step",
         mininterval=2.0,
         disable=not distributed.is_main(),
     )
     with stop_signals() as arrived, bar:
-        while step < settings.num_steps:
-            rates = learning_rates(optimizer)
-            loss, parts = objective(batch(step), step)
+        while run.step < settings.num_steps:
+            rates = learning_rates(task.optimizer)
+            loss, parts = task.loss(run.step)
             accelerator.backward(loss)
-            distributed.average_gradients(trainable.values())
-            norm = float(accelerator.clip_grad_norm_(trainable.values(), settings.max_grad_norm))
+            parameters = task.trainable.values()
+            distributed.average_gradients(parameters)
+            clipped = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            assert clipped is not None
+            norm = float(clipped)
             number = parts.pop(counted)
             measures = distributed.mean({"loss": loss.detach(), **parts})
             loss_value = measures["loss"]
             if not (math.isfinite(loss_value) and math.isfinite(norm)):
                 raise Diverged(
-                    f"{description}: loss {loss_value:.4g}, gradient norm {norm:.4g} at step "
-                    f"{step + 1}; the last good checkpoint is kept in {work.checkpoints}",
-                    step + 1,
+                    f"{name}: loss {loss_value:.4g}, gradient norm {norm:.4g} at step "
+                    f"{run.step + 1}; the last good checkpoint is kept in {work.checkpoints}",
+                    run.step + 1,
                 )
-            optimizer.step()
+            task.optimizer.step()
             scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if after_step is not None:
-                after_step()
+            task.optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            task.after_step()
             total, total_here = total + number, total_here + number
-            rows.append(
+            run.rows.append(
                 {
-                    "step": step,
+                    "step": run.step,
                     **measures,
                     **rates,
                     "grad_norm": norm,
@@ -235,19 +253,19 @@ def train_loop(
                     f"{counted}_per_second": total_here / (time.perf_counter() - started),
                 }
             )
-            last = step == settings.num_steps
-            validated = last or step % settings.eval_interval == 0
-            better = validated and measure()
-            if validated or step % settings.log_interval == 0:
-                tracker.save_metrics(step, rows[-1])
+            last = run.step == settings.num_steps
+            validated = last or run.step % settings.eval_interval == 0
+            better = validated and run.measure()
+            if validated or run.step % settings.log_interval == 0:
+                tracker.save_metrics(run.step, run.rows[-1])
             bar.update()
             stop = distributed.anywhere(bool(arrived))
-            if last or better or stop or step % settings.save_interval == 0:
-                save()
+            if last or better or stop or run.step % settings.save_interval == 0:
+                run.save(scheduler)
             if stop and not last:
-                tqdm.write(f"{description}: stopped at step {step}, to be resumed", sys.stderr)
-                raise Interrupted(step)
+                tqdm.write(f"{name}: stopped at step {run.step}; a rerun resumes it", sys.stderr)
+                raise Interrupted(run.step)
     if distributed.is_main():
-        work.mark_best(best_step)
-    read_model(work.folder(best_step) / MODEL_DIR)
-    return LoopResult(pl.DataFrame(rows, infer_schema_length=None), best_step, best_metric)
+        work.mark_best(run.best_step)
+    task.read(work.folder(run.best_step) / MODEL_DIR)
+    return LoopResult(run.logs, run.best_step, run.best_metric)

@@ -22,6 +22,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loop import ChunkState
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
+from kimi_recursive.training.settings import PhaseSettings
 
 
 def corruption_rate_at(config: RecursiveConfig, progress: float) -> float:
@@ -39,7 +40,7 @@ class Draft:
     """A corrupted chunk.
 
     Attributes:
-        inputs: [B, W], the committed inputs as they are, some of the others corrupted.
+        inputs: [B, W]. The committed ones are gold, some of the others are corrupted.
         targets: [B, W], gold.
         editable: bool [B, W], by slot.
     """
@@ -61,13 +62,13 @@ def corrupt(
     """Make a draft of gold text.
 
     Args:
-        tokens: Gold [B, W + 1]: the W inputs and the last target; of this process's rows, where
-            several train.
+        tokens: Gold [B, W + 1]: the W inputs and the last target, of the rows that this process
+            takes.
         predicted: The base's own greedy prediction of each slot [B, W].
         rate: Share of the editable inputs that are replaced.
         own_share: Share of the replacements that are the base's prediction; the rest are random.
-        generator: On the CPU; alone decides what is drawn.
-        sampling: Share of the editable inputs taken from `predicted` beside that (scheduled
+        generator: On the CPU; the only source of randomness.
+        sampling: Further share of the editable inputs taken from `predicted` (scheduled
             sampling in one parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
     """
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
@@ -100,7 +101,8 @@ def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the masked values of the whole batch: its mean over processes is theirs."""
+    """This process's part of the mean over the masked values of the whole batch: the average of the
+    parts over all processes is that mean."""
     mask = mask.to(values.dtype)
     count = distributed.total(mask.sum()).clamp(min=1) / distributed.num_processes()
     return (values * mask).sum() / count
@@ -108,13 +110,13 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Draw:
-    """What one optimizer step does.
+    """What is drawn for one optimizer step.
 
     Attributes:
         start: Where its chunk starts in the window.
         rate: Share of editable inputs to corrupt.
         sampling: Share of editable inputs to take from the model's own draft.
-        generator: Decides which ones.
+        generator: Decides which inputs those are.
     """
 
     start: int
@@ -191,7 +193,7 @@ class DraftRepair(nn.Module):
                 drawn.generator,
                 drawn.sampling,
             )
-        # A single pass reads nothing of step 0; a frozen base has done it unless the draft differs.
+        # A single pass does not read step 0. A frozen base needs it again only for another draft.
         if not config.single_pass and (self.base_trains or not drawn.clean):
             with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
                 base = wrapper.start_chunk(draft.inputs, prefix)
@@ -209,6 +211,7 @@ class DraftRepair(nn.Module):
             losses["pull"] = self.distance()
             weights["pull"] = self.pull
         total = sum(weights[name] * loss for name, loss in losses.items())
+        assert isinstance(total, Tensor)
         parts = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         schedule = {"corruption_rate": drawn.rate, "sampling_rate": drawn.sampling}
         num_tokens = draft.targets.numel() * distributed.num_processes()
@@ -217,19 +220,36 @@ class DraftRepair(nn.Module):
     def distance(self) -> Tensor:
         """Half the squared distance of the unfrozen layers to their pretrained weights (elastic
         weight consolidation with the identity for the Fisher matrix: Kirkpatrick et al., 2017)."""
-        pretrained = self.wrapper.adapter.pretrained
-        return sum(
-            ((p.float() - pretrained[name].to(p.device).float()).square().sum() / 2).to(
+        adapter = self.wrapper.adapter
+        assert adapter is not None, "unfrozen layers are in an adapter"
+        distance = sum(
+            ((p.float() - adapter.pretrained[name].to(p.device).float()).square().sum() / 2).to(
                 self.wrapper.device
             )
             for name, p in self.unfrozen
         )
+        assert isinstance(distance, Tensor)
+        return distance
+
+
+def build_objective(
+    wrapper: ChunkRefineWrapper, num_steps: int, settings: PhaseSettings, seed: int
+) -> DraftRepair:
+    """The objective of a phase over `num_steps` steps."""
+    return DraftRepair(
+        wrapper,
+        num_steps,
+        settings.own_draft_share,
+        seed,
+        settings.scheduled_sampling or 0.0,
+        settings.l2_pull or 0.0,
+    )
 
 
 def chunk_losses(
     wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft, trains_step_0: bool = False
 ) -> dict[str, Tensor]:
-    """The six losses of DESIGN.md section 3 over the inner steps 1..K, unweighted.
+    """The six losses over the inner steps 1..K, unweighted.
 
     * final: cross-entropy at step K on all targets.
     * masked: mean cross-entropy at steps 1..K-1 on editable targets (deep supervision), and at
@@ -243,7 +263,8 @@ def chunk_losses(
     With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
     base trains.
     """
-    config = wrapper.config
+    config, boundary = wrapper.config, wrapper.boundary
+    assert boundary is not None, "recursion is enabled"
     num_steps = config.max_inner_steps
     keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
     inputs, previous = draft.inputs, None
@@ -262,7 +283,7 @@ def chunk_losses(
         if previous is not None:
             change = F.kl_div(log_probs, previous, log_target=True, reduction="none").sum(-1)
             stability.append(_mean(change, ~draft.editable))
-        commit_logit, log_length = wrapper.boundary.scores(chunk.h_top.detach())
+        commit_logit, log_length = boundary.scores(chunk.h_top.detach())
         if t < num_steps:
             masked.append(_mean(ce, draft.editable))
             commit_logits.append(commit_logit)

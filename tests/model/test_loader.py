@@ -190,13 +190,12 @@ def test_a_model_laid_out_like_the_released_checkpoint_loads(tmp_path):
 
 def test_fetch_base_links_a_directory_and_explains_what_it_cannot_fetch(tmp_path):
     make_base("llama").save_pretrained(tmp_path / "mine")
-    fetch_base({"path": str(tmp_path / "mine")}, tmp_path / "out/model")
+    fetch_base(tmp_path / "out/model", path=str(tmp_path / "mine"))
     assert load_base(tmp_path / "out/model").config.model_type == "llama"
     assert json.loads((tmp_path / "out/model/origin.json").read_text())["path"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no Hugging Face model"):
-        fetch_base({"path": str(tmp_path / "empty")}, tmp_path / "other")
-    hub = {"path": None, "hub_id": "org/model", "revision": "0" * 40}
+        fetch_base(tmp_path / "other", path=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"base.hub_id: org/model cannot be fetched") as error:
-        fetch_base(hub, tmp_path / "other")
+        fetch_base(tmp_path / "other", hub_id="org/model", revision="0" * 40)
     assert "\n" not in str(error.value) and not (tmp_path / "other").exists()

@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +23,7 @@ from safetensors.torch import load_file
 from kimi_recursive.data.windows import Window
 from kimi_recursive.evaluation import scores as evaluate
 from kimi_recursive.processes import distributed
+from kimi_recursive.processes.signals import Interrupted, stop_signals
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -27,12 +31,17 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from kimi_recursive.training.phases import train_phase
+from kimi_recursive.training.settings import PhaseSettings
+from kimi_recursive.training.spec import PhaseSpec, RunFiles
 
 spec = json.loads(sys.argv[1])
 folder = Path(spec["folder"])
 train_phase(
-    spec["phase"], spec["settings"], 0, spec["parent"], Path(spec["tokens"]),
-    folder / "sidecar", folder / "logs.parquet", folder / "summary.json", folder / "work",
+    PhaseSpec(spec["phase"], PhaseSettings.from_mapping(spec["settings"]), 0),
+    RunFiles(
+        spec["parent"], Path(spec["tokens"]), folder / "sidecar", folder / "logs.parquet",
+        folder / "summary.json", folder / "work",
+    ),
 )
 """
 
@@ -135,6 +144,32 @@ def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monke
         distributed.launch(fail, 2, "what may pass", OSError)
     with pytest.raises(ValueError, match="here"):
         distributed.launch(fail, 1, "here")
+
+
+def wait_for_signal(path: str) -> None:
+    Accelerator()
+    with stop_signals() as arrived:
+        Path(f"{path}.{distributed.is_main()}").touch()
+        while not distributed.anywhere(bool(arrived)):
+            time.sleep(0.05)
+    raise Interrupted(7)
+
+
+def test_launch_passes_a_signal_on_and_says_that_the_processes_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "PYTHONPATH", ":".join((ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support"))
+    )
+    ready = [tmp_path / "ready.True", tmp_path / "ready.False"]
+
+    def send() -> None:
+        while not all(path.is_file() for path in ready):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(Interrupted) as stopped:
+        distributed.launch(wait_for_signal, 2, str(tmp_path / "ready"))
+    assert stopped.value.step == 7
 
 
 def score(path: str, num_windows: list[int]) -> None:

@@ -249,7 +249,7 @@ def test_a_folder_that_is_no_experiment_is_left_alone(arguments, tmp_path, monke
     (mine / "logs/important.txt").write_text("x")
     for more in ([], ["--force"]):
         assert call(monkeypatch, *arguments("mine", *more)) == 2
-        assert "is there and is no experiment; choose another name" in capfd.readouterr().err
+        assert "exists and holds no experiment; choose another name" in capfd.readouterr().err
     assert [p.name for p in mine.rglob("*")] == ["logs", "important.txt"]
     ExperimentTracker(tmp_path / "experiments/noted").add_note("about to start")
     assert call(monkeypatch, *arguments("noted")) == 0

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from kimi_recursive.processes.signals import RESUMABLE_EXIT_CODE, Interrupted, stop_signals
 from kimi_recursive.training.checkpoint import WorkDirectory
 from kimi_recursive.training.experiment import ExperimentTracker
-from kimi_recursive.training.loop import LoopSettings, lr_factor, train_loop
+from kimi_recursive.training.loop import Task, lr_factor, train_loop
+from kimi_recursive.training.settings import LoopSettings
 
 # ---- learning rate ------------------------------------------------------------------------------
 
@@ -51,69 +52,69 @@ class Regression(torch.nn.Module):
         return loss, {"loss_mse": loss.detach(), "tokens": len(x)}
 
 
+class RegressionTask(Task):
+    """Args: `before` is called ahead of each step; `until` and `send` cut the run off."""
+
+    description = "test"
+
+    def __init__(self, fail_at=None, before=None, until=None, send=None):
+        self.objective = Regression()
+        self.objective.fail_at = fail_at
+        self.trainable = dict(self.objective.named_parameters())
+        self.before, self.until, self.send = before, until, send
+        groups = [
+            {"params": self.objective.fast.parameters(), "name": "fast", "lr": 1e-2},
+            {"params": self.objective.slow.parameters(), "name": "slow", "lr": 3e-3},
+        ]
+        self.optimizer, self.used, self.counted_steps = torch.optim.AdamW(groups), [], 0
+        self.optimizer.register_step_pre_hook(
+            lambda *_: self.used.append([g["lr"] for g in self.optimizer.param_groups])
+        )
+
+    def loss(self, step):
+        if self.before is not None:
+            self.before(step)
+        if step == self.until:
+            raise KeyboardInterrupt  # stands in for SIGKILL: nothing is written on the way out
+        if self.send is not None and step == self.send[0]:
+            os.kill(os.getpid(), self.send[1])
+        return self.objective(
+            torch.randn(8, 4, generator=torch.Generator().manual_seed(step)), step
+        )
+
+    def validate(self, step, tracker):
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(10**6))
+        with torch.no_grad():
+            return {"validation_loss": float(self.objective(x, -1)[0])}
+
+    def after_step(self):
+        self.counted_steps += 1
+
+    def write(self, folder):
+        save_file(self.objective.state_dict(), folder / "w.safetensors")
+
+    def read(self, folder):
+        self.objective.load_state_dict(load_file(folder / "w.safetensors"))
+
+
 def run(
     work_dir,
     num_steps=12,
-    until=None,
-    fail_at=None,
-    send=None,
     fingerprint=None,
-    before=None,
     num_kept=2,
     warmup_steps=4,
     lr_schedule="cosine",
+    **options,
 ):
-    objective = Regression()
-    objective.fail_at = fail_at
-    groups = [
-        {"params": objective.fast.parameters(), "name": "fast", "lr": 1e-2},
-        {"params": objective.slow.parameters(), "name": "slow", "lr": 3e-3},
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    used = []
-
-    def batch(step):
-        if before is not None:
-            before(step)
-        if step == until:
-            raise KeyboardInterrupt  # stands in for SIGKILL: nothing is written on the way out
-        if send is not None and step == send[0]:
-            os.kill(os.getpid(), send[1])
-        return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-
-    optimizer.register_step_pre_hook(
-        lambda *_: used.append([g["lr"] for g in optimizer.param_groups])
-    )
-
-    def validate(_step):
-        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(10**6))
-        with torch.no_grad():
-            return {"validation_loss": float(objective(x, -1)[0])}
-
+    task = RegressionTask(**options)
+    settings = LoopSettings(num_steps, warmup_steps, lr_schedule, eval_interval=3, save_interval=2)
     with (
         WorkDirectory(work_dir, fingerprint or {"problem": 1}, num_kept) as work,
         ExperimentTracker(work_dir) as tracker,
     ):
-        result = train_loop(
-            objective=objective,
-            trainable=dict(objective.named_parameters()),
-            optimizer=optimizer,
-            settings=LoopSettings(
-                num_steps, warmup_steps, lr_schedule, eval_interval=3, save_interval=2
-            ),
-            batch=batch,
-            validate=validate,
-            watch="validation_loss",
-            work=work,
-            tracker=tracker,
-            accelerator=Accelerator(cpu=True),
-            description="test",
-            write_model=lambda folder: save_file(objective.state_dict(), folder / "w.safetensors"),
-            read_model=lambda folder: objective.load_state_dict(
-                load_file(folder / "w.safetensors")
-            ),
-        )
-    return result, objective.state_dict(), optimizer.state_dict(), used
+        result = train_loop(task, settings, work, tracker, Accelerator(cpu=True))
+    assert task.counted_steps == len(task.used)
+    return result, task.objective.state_dict(), task.optimizer.state_dict(), task.used
 
 
 def test_the_log_holds_the_rate_that_each_step_used(tmp_path):

@@ -8,13 +8,15 @@ import polars as pl
 import pytest
 import torch
 from models import LORA, make_base, make_wrapper, random_ids
-from runs import PHASE, same_run
+from runs import PHASE, same_run, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive import load_model_with_config
 from kimi_recursive.model.adapter import Adapter, lora_config
 from kimi_recursive.model.loading import load_base
-from kimi_recursive.training.phases import parameter_groups, train_phase
+from kimi_recursive.training.groups import parameter_groups
+from kimi_recursive.training.settings import PhaseSettings
+from kimi_recursive.training.spec import LoadOptions
 
 SETTINGS = {
     "a": PHASE,
@@ -26,13 +28,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def train(folder, phase, parent, tokens, arm="recursive", overrides=None, changes=None, **options):
-    return train_phase(
-        phase, {**SETTINGS[phase], **(changes or {})}, 0, parent_dir=parent, tokens_dir=tokens,
-        output_dir=folder / "sidecar", logs_path=folder / "train_logs.parquet",
-        summary_path=folder / "train_summary.json", work_dir=folder / "work", arm=arm,
-        overrides=overrides, **options,
-    )  # fmt: skip
+def train(folder, phase, parent, tokens, changes=None, **options):
+    return train_into(
+        folder, phase, {**SETTINGS[phase], **(changes or {})}, parent, tokens, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +116,13 @@ def test_another_parent_or_way_to_load_starts_afresh(
     shutil.copytree(phases, tmp_path / "p", symlinks=True)
     models = surgery_dir.parent  # a sidecar names its base by a relative path
     shutil.copytree(models, tmp_path / models.name)
-    parent, options = tmp_path / "p/a/sidecar", {}
+    parent, load = tmp_path / "p/a/sidecar", LoadOptions()
     if change == "load":
-        options["dtype"] = "float32"
+        load = LoadOptions(dtype="float32")
     else:
         config = json.loads((parent / "recursive_config.json").read_text())
         (parent / "recursive_config.json").write_text(json.dumps(config | {"halt_margin": 0.1}))
-    train(tmp_path / "p/b", "b", parent, tokens_dir, **options)
+    train(tmp_path / "p/b", "b", parent, tokens_dir, load=load)
     said = capfd.readouterr().err.split("starting afresh, ")[1].splitlines()[0]
     assert change in said
 
@@ -138,8 +137,10 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
         with pytest.raises(ValueError, match=message):
             train(tmp_path, phase, parent, tokens_dir)
     with pytest.raises(ValueError, match="phase must be one of a, b, c, got 'd'"):
-        train_phase("d", PHASE, 0, phases, tokens_dir, *[tmp_path] * 4)
-    with pytest.raises(ValueError, match="is of the recursive arm and cannot go on as"):
+        train_into(tmp_path, "d", PHASE, phases, tokens_dir)
+    with pytest.raises(ValueError, match=r"arm must be one of recursive, .+, got 'x'"):
+        train_into(tmp_path, "a", PHASE, phases, tokens_dir, arm="x")
+    with pytest.raises(ValueError, match="was trained as the recursive arm and cannot continue as"):
         train(tmp_path, "b", phases / "a/sidecar", tokens_dir, arm="vanilla")
     for phase in "abc":  # more of the same phase is allowed
         again = train(tmp_path / f"more_{phase}", phase, phases / phase / "sidecar", tokens_dir)
@@ -152,7 +153,9 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
 
 def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_path):
     train(tmp_path / "va", "a", surgery_dir, tokens_dir, arm="vanilla")
-    with pytest.raises(ValueError, match="does not say how many inner steps the recursive arm"):
+    with pytest.raises(
+        ValueError, match="does not name the number of inner steps of the recursive arm"
+    ):
         train(tmp_path / "f", "b", tmp_path / "va/sidecar", tokens_dir, arm="vanilla_flops")
     longer = {"num_steps": 24}  # so that half a step is little
     recursive = train(tmp_path / "r", "b", phases / "a/sidecar", tokens_dir, changes=longer)
@@ -162,9 +165,9 @@ def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_pa
             "b",
             tmp_path / "va/sidecar",
             tokens_dir,
-            arm,
-            {"max_inner_steps": 2},
             longer,
+            arm=arm,
+            overrides={"max_inner_steps": 2},
         )
         for arm in ("vanilla", "vanilla_flops")
     }
@@ -181,4 +184,4 @@ def test_phase_c_needs_a_base_in_float32():
     wrapper.adapter = Adapter(wrapper.base, wrapper.layers)
     wrapper.adapter.add_lora(lora_config(wrapper.base, wrapper.layers, **LORA), seed=0)
     with pytest.raises(ValueError, match=r"this base is torch.bfloat16: set its dtype"):
-        parameter_groups(wrapper, "c", SETTINGS["c"], 0)
+        parameter_groups(wrapper, "c", PhaseSettings.from_mapping(SETTINGS["c"]), 0)

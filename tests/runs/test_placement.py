@@ -15,7 +15,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from commands import call, error_of
 from models import make_base, make_wrapper, perturb, random_ids
 from project import TINY
-from runs import PHASE, same_run
+from runs import PHASE, same_run, train_into
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -28,8 +28,10 @@ from kimi_recursive.model.loading import load_base
 from kimi_recursive.model.placement import execution_device, is_offloaded
 from kimi_recursive.model.sidecar import base_identity
 from kimi_recursive.plan.estimate import _fake
-from kimi_recursive.training.objective import Draw
-from kimi_recursive.training.phases import build_objective, parameter_groups, train_phase
+from kimi_recursive.training.groups import parameter_groups
+from kimi_recursive.training.objective import Draw, build_objective
+from kimi_recursive.training.settings import PhaseSettings
+from kimi_recursive.training.spec import LoadOptions
 from kimi_recursive.training.surgery import insert_cells
 
 DISK = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "disk",
@@ -165,10 +167,7 @@ def test_evaluation_surgery_proof_and_phase_a_run_spread(tmp_path, model_dir):
         )
         assert proof["passed"], proof
         run = folder / "run"
-        train_phase(
-            "a", PHASE, 0, folder / "surgery", tmp_path / "tokens", run / "sidecar",
-            run / "train_logs.parquet", run / "train_summary.json", run / "work", **options,
-        )  # fmt: skip
+        train_into(run, "a", PHASE, folder / "surgery", tmp_path / "tokens", LoadOptions(**options))
         results[name] = pl.read_parquet(folder / "surgery.parquet")
     assert results["plain"].equals(results["spread"])
     sidecars = [(tmp_path / n / "surgery/sidecar.safetensors").read_bytes() for n in results]
@@ -181,7 +180,7 @@ def test_evaluation_surgery_proof_and_phase_a_run_spread(tmp_path, model_dir):
 def test_training_inside_an_offloaded_base_is_refused(tmp_path):
     make_base("kimi").save_pretrained(tmp_path)
     wrapper = make_wrapper(load_base(tmp_path, device_map=DISK))
-    message = error_of(parameter_groups, wrapper, "b", PHASE, 0)
+    message = error_of(parameter_groups, wrapper, "b", PhaseSettings.from_mapping(PHASE), 0)
     assert "phases b and c train inside the base" in message and "cpu 1, disk 3" in message
 
 
@@ -285,8 +284,10 @@ def test_all_phases_run_over_two_devices(kind):
         logits = wrapper.step_logits(windows[:, :14], chunk_start=8)
         assert logits.device == wrapper.device == torch.device("cpu:1")
         for phase in "abc":
-            settings = {**PHASE, "lora": {"rank": 2, "alpha": 4, "targets": "all-linear"},
-                        "unfreeze_every": 1, "l2_pull": 0.1}  # fmt: skip
+            lora = {"rank": 2, "alpha": 4, "targets": "all-linear"}
+            settings = PhaseSettings.from_mapping(
+                {**PHASE, "lora": lora, "unfreeze_every": 1, "l2_pull": 0.1}
+            )
             groups = parameter_groups(wrapper, phase, settings, 0)
             trained = [p for members in groups.values() for p in members.values()]
             objective = build_objective(wrapper, 6, settings, 0)

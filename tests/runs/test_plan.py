@@ -28,7 +28,9 @@ from kimi_recursive.plan import measure as measure_module
 from kimi_recursive.plan.estimate import PeakMemory, base_shape, gpus_needed, plan
 from kimi_recursive.plan.measure import predict
 from kimi_recursive.training.budget import cumulative_training_flops
-from kimi_recursive.training.phases import build_objective, parameter_groups
+from kimi_recursive.training.groups import parameter_groups
+from kimi_recursive.training.objective import build_objective
+from kimi_recursive.training.settings import PhaseSettings
 
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 
@@ -63,19 +65,20 @@ def near(value, expected):
 
 @pytest.mark.parametrize("phase", ["a", "b", "c"])
 def test_a_step_needs_what_was_planned(config, planned, phase):
-    run, settings = planned["runs"][phase], config["training"][phase]
+    run, settings = planned["runs"][phase], PhaseSettings.from_mapping(config["training"][phase])
     wrapper = real_wrapper(config, phase)
     for before in "abc"[: "abc".index(phase)]:
-        parameter_groups(wrapper, before, config["training"][before], 0)
+        of_before = PhaseSettings.from_mapping(config["training"][before])
+        parameter_groups(wrapper, before, of_before, 0)
     groups = parameter_groups(wrapper, phase, settings, 0)
     trained = [p for members in groups.values() for p in members.values()]
     assert run["num_trainable"] == sum(p.numel() for p in trained)
-    objective = build_objective(wrapper, settings["num_steps"], settings, 0)
-    windows = torch.randint(3, 300, (settings["batch_size"], settings["context_length"] + 1))
-    cumulative = cumulative_training_flops(objective, windows, settings["num_steps"])
-    assert near(run["flops"], cumulative[-1] / settings["num_steps"])
+    objective = build_objective(wrapper, settings.num_steps, settings, 0)
+    windows = torch.randint(3, 300, (settings.batch_size, settings.context_length + 1))
+    cumulative = cumulative_training_flops(objective, windows, settings.num_steps)
+    assert near(run["flops"], cumulative[-1] / settings.num_steps)
     peaks = []
-    for step in range(settings["num_steps"]):
+    for step in range(settings.num_steps):
         with PeakMemory(wrapper.parameters()) as memory:
             objective(windows, step)[0].backward()
         objective.zero_grad(set_to_none=True)

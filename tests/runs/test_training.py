@@ -8,29 +8,22 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from models import make_base, random_ids
-from runs import PHASE, same
+from runs import PHASE, same, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive.model.loading import load_base, load_model_with_config
 from kimi_recursive.model.sidecar import SIDECAR_NAME
 from kimi_recursive.training.base import ExpertBalancer, train_base
-from kimi_recursive.training.phases import train_phase
+from kimi_recursive.training.settings import BaseSettings
+
+ROOT = Path(__file__).parents[2]
 
 
-def train(tmp_path, surgery_dir, tokens_dir, seed=0, overrides=None, **changes) -> dict:
-    return train_phase(
-        "a",
-        {**PHASE, **changes},
-        seed,
-        parent_dir=surgery_dir,
-        tokens_dir=tokens_dir,
-        output_dir=tmp_path / "sidecar",
-        logs_path=tmp_path / "train_logs.parquet",
-        summary_path=tmp_path / "train_summary.json",
-        work_dir=tmp_path / "work",
-        overrides=overrides,
-    )
+def train(folder, surgery_dir, tokens_dir, seed=0, overrides=None, **changes) -> dict:
+    spec = {"seed": seed, "overrides": overrides or {}}
+    return train_into(folder, "a", {**PHASE, **changes}, surgery_dir, tokens_dir, **spec)
 
 
 def test_phase_a_trains_the_sidecar_alone_and_logs_every_loss(tmp_path, surgery_dir, tokens_dir):
@@ -92,11 +85,8 @@ def world(tmp_path, surgery_dir, tokens_dir) -> Path:
 
 
 def train_in(world: Path, arm: str, **overrides) -> dict:
-    return train_phase(
-        "a", PHASE, 0, arm=arm, parent_dir=world / "models/surgery", tokens_dir=world / "tokens",
-        output_dir=world / "sidecar", logs_path=world / "l.parquet",
-        summary_path=world / "s.json", work_dir=world / "work", overrides=overrides,
-    )  # fmt: skip
+    parent, tokens = world / "models/surgery", world / "tokens"
+    return train_into(world, "a", PHASE, parent, tokens, arm=arm, overrides=overrides)
 
 
 def test_a_finished_run_of_another_base_is_not_taken_for_this_one(world, capfd):
@@ -173,8 +163,9 @@ def test_train_base_trains_balances_and_publishes(tmp_path):
             "save_interval": 10, "log_interval": 5, "num_validation_windows": 4,
         },
     }  # fmt: skip
+    shipped = yaml.safe_load((ROOT / "config/config.yaml").read_text())["base"]
     train_base(
-        config,
+        BaseSettings.from_mapping({**shipped, **config}),
         tmp_path / "tokens",
         tmp_path / "tokenizer",
         tmp_path / "base/model",

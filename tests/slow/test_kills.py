@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from models import SMALL, make_base
-from runs import same_run
+from runs import same_run, train_into
 from test_phases import SETTINGS
 
-from kimi_recursive.training.phases import train_phase
 from kimi_recursive.training.surgery import insert_cells
 
 pytestmark = pytest.mark.slow
@@ -29,11 +28,7 @@ def train(root: Path, tokens: Path) -> None:
     for phase in "abc":
         folder = root / phase
         if not (folder / "train_summary.json").is_file():
-            train_phase(
-                phase, {**SETTINGS[phase], **LONGER}, 0, parent_dir=parent, tokens_dir=tokens,
-                output_dir=folder / "sidecar", logs_path=folder / "train_logs.parquet",
-                summary_path=folder / "train_summary.json", work_dir=folder / "work",
-            )  # fmt: skip
+            train_into(folder, phase, {**SETTINGS[phase], **LONGER}, parent, tokens)
         parent = folder / "sidecar"
 
 

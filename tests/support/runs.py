@@ -1,10 +1,16 @@
-"""Settings of a tiny training, and when two runs are the same."""
+"""A tiny training, and when two runs are the same."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
+
+from kimi_recursive.training.phases import train_phase
+from kimi_recursive.training.settings import PhaseSettings
+from kimi_recursive.training.spec import LoadOptions, PhaseSpec, RunFiles
 
 PHASE = {
     "num_steps": 6, "batch_size": 4, "context_length": 16, "lr": 1e-3, "lr_heads": 2e-3,
@@ -12,6 +18,28 @@ PHASE = {
     "own_draft_share": 0.5, "eval_interval": 3, "save_interval": 2, "log_interval": 2,
     "num_validation_windows": 4, "mixed_precision": "no",
 }  # fmt: skip
+
+
+def train_into(
+    folder: Path,
+    phase: str,
+    settings: Mapping[str, Any],
+    parent: Path,
+    tokens: Path,
+    load: LoadOptions = LoadOptions(),  # noqa: B008, frozen
+    **spec: Any,
+) -> dict:
+    """Train a phase into a folder, with seed 0 unless `spec` says otherwise."""
+    given = {"settings": PhaseSettings.from_mapping(settings), "seed": 0, **spec}
+    files = RunFiles(
+        parent=parent,
+        tokens=tokens,
+        sidecar=folder / "sidecar",
+        logs=folder / "train_logs.parquet",
+        summary=folder / "train_summary.json",
+        work=folder / "work",
+    )
+    return train_phase(PhaseSpec(phase, **given), files, load)
 
 
 def same(logs: pl.DataFrame, other: pl.DataFrame) -> bool:

@@ -5,4 +5,5 @@ from kimi_recursive.matrix.job import job
 with job(snakemake):
     from kimi_recursive.training.base import fetch_base
 
-    fetch_base(snakemake.params.base, Path(snakemake.output.model))
+    where = {key: snakemake.params.base[key] for key in ("path", "hub_id", "revision")}
+    fetch_base(Path(snakemake.output.model), **where)

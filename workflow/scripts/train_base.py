@@ -4,9 +4,10 @@ from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     from kimi_recursive.training.base import train_base
+    from kimi_recursive.training.settings import BaseSettings
 
     train_base(
-        snakemake.params.base,
+        BaseSettings.from_mapping(snakemake.config["base"]),
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
         tokenizer_dir=Path(snakemake.input.tokenizer),
         output_dir=Path(snakemake.output.model),

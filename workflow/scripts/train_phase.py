@@ -7,23 +7,30 @@ with job(snakemake):
     from kimi_recursive.matrix.settings import num_processes
     from kimi_recursive.processes.distributed import launch
     from kimi_recursive.training.phases import train_phase
+    from kimi_recursive.training.settings import PhaseSettings
+    from kimi_recursive.training.spec import LoadOptions, PhaseSpec, Record, RunFiles
 
     require_zero_init(snakemake.input.proof)
     launch(
         train_phase,
         num_processes(snakemake.config),
-        snakemake.params.phase,
-        snakemake.params.settings,
-        snakemake.params.seed,
-        arm=snakemake.params.arm,
-        overrides=snakemake.params.recursive,
-        name=snakemake.params.key,
-        parent_dir=Path(snakemake.input.parent),
-        tokens_dir=Path(snakemake.input.tokens[0]).parent,
-        output_dir=Path(snakemake.output.sidecar),
-        logs_path=Path(snakemake.output.logs),
-        summary_path=Path(snakemake.output.summary),
-        work_dir=Path(snakemake.output.sidecar).parent / "work",
-        device_map=snakemake.config["resources"]["device_map"],
-        **snakemake.params.load,
+        PhaseSpec(
+            phase=snakemake.params.phase,
+            settings=PhaseSettings.from_mapping(snakemake.params.settings),
+            seed=snakemake.params.seed,
+            arm=snakemake.params.arm,
+            overrides=snakemake.params.recursive,
+        ),
+        RunFiles(
+            parent=Path(snakemake.input.parent),
+            tokens=Path(snakemake.input.tokens[0]).parent,
+            sidecar=Path(snakemake.output.sidecar),
+            logs=Path(snakemake.output.logs),
+            summary=Path(snakemake.output.summary),
+            work=Path(snakemake.output.sidecar).parent / "work",
+        ),
+        LoadOptions(
+            device_map=snakemake.config["resources"]["device_map"], **snakemake.params.load
+        ),
+        Record(name=snakemake.params.key),
     )

@@ -1,0 +1,73 @@
+"""What trains in a phase: parameter groups, and their optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from kimi_recursive.model.wrapper import ChunkRefineWrapper
+from kimi_recursive.training.settings import PhaseSettings
+
+Groups = dict[str, dict[str, nn.Parameter]]
+
+
+def parameter_groups(
+    wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings, seed: int
+) -> Groups:
+    """Put into the base what the phase adds, and mark what trains.
+
+    Returns: the parameters that train, by group (`sidecar`, `heads`, `lora`, `layers`) and name.
+
+    Raises:
+        ValueError: LoRA targets or layers that the base does not have, or a base below float32
+            whose own weights would train.
+    """
+    groups: Groups = {"sidecar": {}, "heads": {}}
+    for name, parameter in wrapper.named_parameters():
+        if not name.startswith("base."):
+            groups["heads" if name.startswith("boundary.") else "sidecar"][name] = parameter
+    if phase != "a":
+        from kimi_recursive.model.adapter import Adapter, every_nth_layer, lora_config
+
+        adapter = wrapper.adapter = wrapper.adapter or Adapter(wrapper.base, wrapper.layers)
+        if phase == "b":
+            assert settings.lora is not None, "phase b has LoRA"
+            config = lora_config(wrapper.base, wrapper.layers, **asdict(settings.lora))
+            adapter.set_lora(config, seed)
+        if phase == "c":
+            if wrapper.base.dtype != torch.float32:
+                raise ValueError(
+                    "phase c trains weights of the base, and their updates are lost below "
+                    f"float32; this base is {wrapper.base.dtype}: set its dtype to float32"
+                )
+            assert settings.unfreeze_every is not None, "phase c unfreezes layers"
+            adapter.set_layers(every_nth_layer(len(wrapper.layers), settings.unfreeze_every))
+        groups["lora"] = adapter.lora_parameters()
+        if adapter.layers:
+            groups["layers"] = adapter.layer_parameters()
+    wrapper.base.requires_grad_(False)
+    for members in groups.values():
+        for parameter in members.values():
+            parameter.requires_grad_(True)
+    return groups
+
+
+def group_optimizer(groups: Groups, settings: PhaseSettings) -> torch.optim.Optimizer:
+    """AdamW with a peak learning rate for each group."""
+    rates = {
+        "sidecar": settings.lr,
+        "heads": settings.lr_heads,
+        "lora": settings.lr_lora,
+        "layers": settings.lr_layers,
+    }
+    return torch.optim.AdamW(
+        [
+            {"params": list(members.values()), "name": group, "lr": rates[group]}
+            for group, members in groups.items()
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,102 @@
+"""What one training of a phase is given, beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.training.arms import ARMS, PHASES
+from kimi_recursive.training.settings import NUM_KEPT, PhaseSettings
+
+
+@dataclass(frozen=True)
+class PhaseSpec:
+    """What is trained, and how.
+
+    Attributes:
+        phase: `a`, `b` or `c`.
+        seed: Of data order, chunk positions, corruption, and what is new in the model.
+        arm: One of `ARMS`.
+        overrides: Parameters of `RecursiveConfig` to change in the config.
+        config: Takes the place of the parent's config.
+
+    Raises:
+        ValueError: unknown phase or arm.
+    """
+
+    phase: str
+    settings: PhaseSettings
+    seed: int
+    arm: str = "recursive"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    config: RecursiveConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        if self.arm not in ARMS:
+            raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {self.arm!r}")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a training reads and writes.
+
+    Attributes:
+        parent: The model that training starts from: a sidecar directory of the phase before or of
+            the same phase; for phase a also a base (a directory or a Hub id).
+        tokens: Folder with the tokens of each split.
+        sidecar: Becomes a sidecar directory, with the weights that were best on validation.
+        logs: Parquet, one row a step (columns: README of `results/`).
+        summary: JSON: parameters, tokens, FLOPs, best step, validation loss by inner step.
+        work: The experiment directory (`training.experiment`), with the checkpoints.
+    """
+
+    parent: str | Path
+    tokens: Path
+    sidecar: Path
+    logs: Path
+    summary: Path
+    work: Path
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the base is loaded; see `load_base`."""
+
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device_map: Any = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `load_model_with_config`."""
+        return dataclasses.asdict(self)
+
+    def numeric(self) -> dict[str, Any]:
+        """The options that decide numbers."""
+        return {k: v for k, v in self.keywords().items() if k != "device_map"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the experiment directory says and keeps.
+
+    Attributes:
+        name: Of the experiment; by default the name of its folder.
+        description: What is tested, in words.
+        inputs: Further paths to record, by name.
+        num_kept: Checkpoints to keep beside the best; None for all.
+        refuse_others: Raise when the directory holds another computation, instead of starting
+            afresh.
+    """
+
+    name: str | None = None
+    description: str | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    num_kept: int | None = NUM_KEPT
+    refuse_others: bool = False
