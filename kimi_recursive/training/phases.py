@@ -37,10 +37,10 @@ from kimi_recursive.model.loading import (
 )
 from kimi_recursive.model.sidecar import (
     SIDECAR_NAME,
+    Sidecar,
     base_of,
     load_sidecar,
     save_sidecar,
-    sidecar_facts,
 )
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
@@ -109,11 +109,12 @@ def train_phase(
     Raises:
         ValueError: bad settings or inputs, or a diverged run.
     """
-    fresh = _check_parent(phase, parent_dir)
+    parent = Sidecar.find(parent_dir)
+    fresh = _check_parent(phase, parent_dir, parent)
     reference, config = _configs(arm, parent_dir, fresh, config, overrides or {})
     accelerator = Accelerator(mixed_precision=settings["mixed_precision"])
     wrapper, tokenizer, _ = load_model_with_config(
-        parent_dir, config=config, device=accelerator.device, seed=seed, **load_options
+        parent or parent_dir, config=config, device=accelerator.device, seed=seed, **load_options
     )
     groups = parameter_groups(wrapper, phase, settings, seed)
     trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
@@ -145,9 +146,9 @@ def train_phase(
     objective = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True)
     optimizer = accelerator.prepare(optimizer)
 
-    base_path, revision = base_of(parent_dir), load_options.get("revision")
-    if not fresh or (Path(parent_dir) / SIDECAR_NAME).is_file():
-        revision = revision or sidecar_facts(parent_dir)["revision"]
+    base_path, revision = base_of(parent or parent_dir), load_options.get("revision")
+    if parent is not None:
+        revision = revision or parent.revision
 
     def write_model(folder: Path) -> None:
         save_sidecar(wrapper, folder, base_path, phase, revision)
@@ -228,7 +229,7 @@ def train_phase(
     return summary
 
 
-def _check_parent(phase: str, parent_dir: str | Path) -> bool:
+def _check_parent(phase: str, parent_dir: str | Path, parent: Sidecar | None) -> bool:
     """Whether the parent is untrained.
 
     Raises:
@@ -236,8 +237,7 @@ def _check_parent(phase: str, parent_dir: str | Path) -> bool:
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-    has_sidecar = (Path(parent_dir) / SIDECAR_NAME).is_file()
-    trained = sidecar_facts(parent_dir)["phase"] if has_sidecar else None
+    trained = None if parent is None else parent.phase
     before = PHASES[PHASES.index(phase) - 1] if phase != PHASES[0] else None
     if trained not in (before, phase):
         is_what = f"is of phase {trained}" if trained else "is not trained"
