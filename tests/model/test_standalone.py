@@ -19,14 +19,13 @@ BROUGHT = {"fsspec", "jinja2", "tokenizers", "tqdm", "yaml"}
 
 BLOCKED = """
 import builtins, json, sys
+from importlib.machinery import PathFinder
 
 refused, brought, folder, ids = json.loads(sys.argv[1])
-given = builtins.__import__
+given, found = builtins.__import__, PathFinder.find_spec
 
-class Refuse:
-    def find_spec(name, path=None, target=None):
-        if name in refused:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+def find(name, *rest):
+    return None if name in refused else found(name, *rest)
 
 def refuse(name, scope=None, *rest, **named):
     ours = str((scope or {}).get("__name__")).startswith("kimi_recursive")
@@ -34,7 +33,7 @@ def refuse(name, scope=None, *rest, **named):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return given(name, scope, *rest, **named)
 
-sys.meta_path.insert(0, Refuse)
+PathFinder.find_spec = find
 builtins.__import__ = refuse
 import torch
 from kimi_recursive.model import load_model_with_config
