@@ -35,7 +35,7 @@ test-slurm: $(VENV)/.slurm
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 $(VENV)/.slurm: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[slurm]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[slurm]'
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null \
 		|| { test "$$(id -u)" = 0 && apt-get update -qq \
 			&& DEBIAN_FRONTEND=noninteractive \
@@ -45,11 +45,11 @@ $(VENV)/.slurm: $(STAMP)
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
 	@touch $@
 
 config:

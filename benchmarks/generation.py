@@ -103,10 +103,10 @@ def ways_to_generate(
 
     @torch.no_grad()
     def our_loop(ids: Tensor) -> Tensor:
-        short = wrapper.short_passes()
+        passes = wrapper.passes()
         cache = fork(wrapper.encode(ids[:, :-1], wrapper.new_cache()))
         for _ in range(num_tokens):
-            logits = short.run(cache, None, input_ids=ids[:, -1:])[1]
+            logits = passes.run(cache, None, input_ids=ids[:, -1:])[1]
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
         return ids
 

@@ -6,7 +6,8 @@ So `import kimi_recursive`, and a rule that needs a name of `matrix`, do not wai
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -27,3 +28,22 @@ def offer(package: str, **names: str) -> tuple[Callable[[str], Any], Callable[[]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get, lambda: sorted(home)
+
+
+@contextmanager
+def missing_extra(extra: str, what: str) -> Iterator[None]:
+    """Say which extra to install when an import inside fails.
+
+    Args:
+        extra: The extra of this package that brings the import.
+        what: What needs it, as the subject of the message.
+
+    Raises:
+        ValueError: a package is missing, or is of a version that does not fit.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("kimi_recursive"):
+            raise
+        raise ValueError(f"{what} needs pip install 'kimi-recursive[{extra}]' ({error})") from error

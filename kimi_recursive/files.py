@@ -15,11 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-import yaml
-from safetensors import SafetensorError
-
 if TYPE_CHECKING:
+    import polars as pl
     from torch import Tensor
 
 # Raised by hand when a change of code changes numbers: all that was computed before runs again.
@@ -87,6 +84,8 @@ def read_parquet(path: str | Path, columns: Iterable[str] = ()) -> pl.DataFrame:
     Raises:
         ValueError: the file is missing or damaged, or lacks a column.
     """
+    import polars as pl
+
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -107,7 +106,7 @@ def read_safetensors(
     Raises:
         ValueError: the file is missing or damaged.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
@@ -170,6 +169,8 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, does not parse, or is no mapping.
     """
+    import yaml
+
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:

@@ -18,6 +18,7 @@ from kimi_recursive.cli.options import Device, DeviceMap, Dtype, Revision, Trust
 from kimi_recursive.cli.plan import plan
 from kimi_recursive.cli.track_b import app as track_b
 from kimi_recursive.cli.upload import upload
+from kimi_recursive.doors import missing_extra
 from kimi_recursive.files import read_json_object
 from kimi_recursive.matrix.runs import STAGES
 from kimi_recursive.model.config import (
@@ -45,6 +46,9 @@ app.command()(upload)
 app.command()(plan)
 _passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("lm-eval", no_args_is_help=True, context_settings=_passed_on)(lm_eval)
+
+# What a command needs beyond the plain install; the others need `train`.
+EXTRAS = {"log": "records", "plan": "workflow", "track-b": "workflow", "lm-eval": "eval"}
 
 DEFAULT_PROMPTS = ("The state of the Union is", "My fellow citizens,", "The Congress should")
 
@@ -372,8 +376,10 @@ def _tokens(
 def main() -> None:
     """Entry point: a user error, or a file that cannot be read or written, is one line and exit
     code 2."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
-        app(standalone_mode=True)
+        with missing_extra(EXTRAS.get(command, "train"), f"`kimi-recursive {command}`"):
+            app(standalone_mode=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None

@@ -32,13 +32,9 @@ def lm_eval(context: typer.Context) -> None:
     is given; so does hf.
     """
     quiet_libraries()
-    try:
-        from lm_eval._cli import HarnessCLI
-        from lm_eval.utils import setup_logging
-    except ImportError as error:
-        raise ValueError(
-            f"lm-eval needs lm-evaluation-harness: pip install 'kimi-recursive[eval]' ({error})"
-        ) from error
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
     arguments = list(context.args)
     if arguments[0] not in ("ls", "validate"):
         arguments = arguments[arguments[0] == "run" :]

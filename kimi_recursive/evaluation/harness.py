@@ -7,7 +7,7 @@ lm_eval; nothing else in the package does.
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from kimi_recursive.kimi.kda import uninstall_fast_kda
 from kimi_recursive.model.config import COMMIT_MODES
-from kimi_recursive.model.generation import generate_chunks
 from kimi_recursive.model.loading import (
     check_context,
     load_model_with_config,
     load_tokenizer,
     local_model,
 )
-from kimi_recursive.model.sidecar import SIDECAR_NAME, base_of, sidecar_facts
+from kimi_recursive.model.output import GenerationOptions
+from kimi_recursive.model.sidecar import Sidecar, base_of
 
 # Of `hf`, and as there; its others load a model in ways that a sidecar is not loaded.
 HF_OPTIONS = (
@@ -69,9 +69,10 @@ class RecursiveLM(HFLM):
             raise ValueError("model_args: path=FOLDER is missing: a base, or a sidecar")
         _check_options(num_steps, commit, hf_options)
         folder, revision = local_model(path, revision)
-        base = base_of(folder)
-        if (Path(folder) / SIDECAR_NAME).is_file():
-            revision = revision or sidecar_facts(folder)["revision"]
+        sidecar = Sidecar.find(folder)
+        base = base_of(sidecar or folder)
+        if sidecar is not None:
+            revision = revision or sidecar.revision
         elif num_steps:
             raise ValueError(f"{path}: has no sidecar, so num_steps must be 0, got {num_steps}")
         tokenizer = hf_options.get("tokenizer") or base
@@ -145,7 +146,8 @@ class RecursiveLM(HFLM):
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
         if not generation_kwargs.get("do_sample"):  # then they mean nothing
             generation_kwargs = {k: v for k, v in generation_kwargs.items() if k not in SAMPLING}
-        unknown = generation_kwargs.keys() - inspect.signature(generate_chunks).parameters.keys()
+        known = {"attention_mask", *(f.name for f in dataclasses.fields(GenerationOptions))}
+        unknown = generation_kwargs.keys() - known
         if unknown:
             raise ValueError(
                 f"generation_kwargs: not available at num_steps={self.num_steps}: "

@@ -312,7 +312,7 @@ def evaluate_stage(
         **results,
         "num_parameters": {
             "base": sum(p.numel() for p in wrapper.base.parameters()) - sum(lora),
-            "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
+            "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
             "lora": sum(lora),
         },
         "config": config.to_dict(),

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from kimi_recursive import __version__
 from kimi_recursive.hub.results import Scores
 from kimi_recursive.matrix.runs import TRAINED_STAGES
+from kimi_recursive.model.sidecar import Sidecar
 
 CONTROL_ARMS = {
     "vanilla": "the same cells in a single pass, at equal tokens",
@@ -40,7 +41,7 @@ def model_card(
     branch: str | None,
     metadata: Mapping[str, Any],
     step: int,
-    facts: Mapping[str, Any],
+    sidecar: Sidecar,
     base: Base,
     scores: Sequence[Scores],
     verdicts: Sequence[Mapping[str, Any]],
@@ -53,7 +54,7 @@ def model_card(
         branch: Where it is published, if not on `main`.
         metadata: Of the experiment, as published.
         step: Of the best checkpoint.
-        facts: Of the sidecar (`loader.sidecar_facts`).
+        sidecar: The published sidecar.
         changes: What differs from the experiment directory, one sentence each.
     """
     arm = (metadata.get("training_params") or {}).get("arm", "recursive")
@@ -72,12 +73,12 @@ def model_card(
     description = metadata.get("description") or ""
     sections = [
         f"# {repo_id.split('/')[-1]}",
-        _summary(facts, base, arm),
+        _summary(sidecar, base, arm),
         description,
         "## Does it help?\n\n" + _verdicts(verdicts),
         "## Scores\n\n" + _scores(scores),
-        "## How to load\n\n" + _loading(repo_id, branch, facts, base),
-        "## Training\n\n" + _training(metadata, step, facts),
+        "## How to load\n\n" + _loading(repo_id, branch, sidecar, base),
+        "## Training\n\n" + _training(metadata, step, sidecar),
         "## Notes\n\n`notes/notes.txt` and `notes/issues.txt` hold what was noticed, "
         "`notes/generation_samples.jsonl` how the model continued a text during training, "
         "`experiment_metadata.json` every parameter and the versions.",
@@ -115,13 +116,13 @@ def _eval_results(scores: Scores) -> list[EvalResult]:
     return results
 
 
-def _summary(facts: Mapping[str, Any], base: Base, arm: str) -> str:
+def _summary(sidecar: Sidecar, base: Base, arm: str) -> str:
     holds = ["the refinement cells (`sidecar.safetensors`)"]
-    holds += ["LoRA on the top layers of the base (`adapter/`)"] if facts["lora"] else []
-    if facts["unfrozen_layers"]:
-        layers = ", ".join(map(str, facts["unfrozen_layers"]))
+    holds += ["LoRA on the top layers of the base (`adapter/`)"] if sidecar.lora else []
+    if sidecar.unfrozen_layers:
+        layers = ", ".join(map(str, sidecar.unfrozen_layers))
         holds.append(f"trained layers of the base, {layers} (`layers.safetensors`)")
-    of_base = facts["base"]
+    of_base = sidecar.base
     shape = (
         f"{of_base['model_type']}, hidden size {of_base['hidden_size']}, "
         f"{of_base['num_hidden_layers']} layers, vocabulary of {of_base['vocab_size']}"
@@ -192,7 +193,7 @@ def _scores(scores: Sequence[Scores]) -> str:
     return "\n\n".join([*tables, "Step 0 is the base, with what was trained inside it."])
 
 
-def _loading(repo_id: str, branch: str | None, facts: Mapping[str, Any], base: Base) -> str:
+def _loading(repo_id: str, branch: str | None, sidecar: Sidecar, base: Base) -> str:
     arguments = [f'"{repo_id}"']
     arguments += [f'revision="{branch}"'] if branch else []
     arguments += ["base_path=base_path"] if base.name is None else []
@@ -208,7 +209,7 @@ def _loading(repo_id: str, branch: str | None, facts: Mapping[str, Any], base: B
     ]
     text = "With the package `kimi_recursive` installed"
     if base.name is None:
-        digest = facts["base"]["embedding_sha256"]
+        digest = sidecar.base["embedding_sha256"]
         text += (
             ", and `base_path` the folder or the Hub id of the base. It has to be the same base: "
             f"the sha256 of its first 16 embeddings, as float32, is `{digest}`"
@@ -216,7 +217,7 @@ def _loading(repo_id: str, branch: str | None, facts: Mapping[str, Any], base: B
     return "\n".join([f"{text}:", "", *lines, "", "A folder with these files loads the same way."])
 
 
-def _training(metadata: Mapping[str, Any], step: int, facts: Mapping[str, Any]) -> str:
+def _training(metadata: Mapping[str, Any], step: int, sidecar: Sidecar) -> str:
     settings = metadata.get("training_params") or {}
     results = metadata.get("final_results") or {}
     lines = [f"- status of the experiment: {metadata['status']}"]
@@ -226,9 +227,7 @@ def _training(metadata: Mapping[str, Any], step: int, facts: Mapping[str, Any]) 
     lines.append(f"- best checkpoint: step {step}" + (f" of {total}" if total else ""))
     if step == 0:
         lines[-1] += "; no step was better on validation than the start"
-    lines.append(
-        f"- phase {facts['phase']}, arm {settings.get('arm')}, seed {settings.get('seed')}"
-    )
+    lines.append(f"- phase {sidecar.phase}, arm {settings.get('arm')}, seed {settings.get('seed')}")
     shown = {
         "num_trainable_parameters": "trainable parameters",
         "training_tokens": "training tokens of this phase",

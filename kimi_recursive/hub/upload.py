@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from kimi_recursive.files import read_json_object, write_json, write_text
 from kimi_recursive.hub.model_card import Base, model_card
 from kimi_recursive.hub.results import read_scores, read_verdicts, workflow_results
-from kimi_recursive.model.sidecar import SIDECAR_NAME, rename_base, sidecar_base_path, sidecar_facts
+from kimi_recursive.model.sidecar import SIDECAR_NAME, Sidecar
 from kimi_recursive.training.checkpoint import MODEL_DIR, verify_checkpoint
 from kimi_recursive.training.experiment import METADATA_NAME
 
@@ -108,13 +108,13 @@ def choose_base(
     Raises:
         ValueError: the base is on the Hub already, or its folder is not there.
     """
-    facts = sidecar_facts(experiment.model_dir)
+    sidecar = Sidecar.open(experiment.model_dir)
     fingerprint = experiment.directory / "fingerprint.json"
     load = read_json_object(fingerprint).get("load", {}) if fingerprint.is_file() else {}
     remote_code = bool(load.get("trust_remote_code"))
-    name, revision = facts["base_model_name_or_path"], facts["revision"]
+    name, revision = sidecar.base_name, sidecar.revision
     if name is not None:
-        name = sidecar_base_path(experiment.model_dir / SIDECAR_NAME)
+        name = sidecar.base_path()
     folder = Path(name) if name is not None and Path(name).is_absolute() else None
     if folder is not None:  # a local folder, though the workflow may have it from the Hub
         origin = folder / ORIGIN_NAME
@@ -157,7 +157,7 @@ def gather(
         ValueError: damaged or contradictory results.
     """
     base, base_folder = base or choose_base(experiment)
-    facts, metadata = sidecar_facts(experiment.model_dir), experiment.metadata
+    sidecar, metadata = Sidecar.open(experiment.model_dir), experiment.metadata
     given = results_dir is not None
     results_dir = results_dir or workflow_results(experiment.directory)
     scores = read_scores(
@@ -172,9 +172,7 @@ def gather(
         if name != SIDECAR_NAME:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(experiment.model_dir / name, folder / name)
-    rename_base(
-        experiment.model_dir / SIDECAR_NAME, folder / SIDECAR_NAME, base.name, base.revision
-    )
+    sidecar.renamed(base.name, base.revision, folder / SIDECAR_NAME)
     if base_folder is not None:
         _copy_base(base_folder, folder / BASE_DIR)
     public = _public(metadata)
@@ -193,7 +191,7 @@ def gather(
         "outside the project are cut down to their last part",
     ]
     card = model_card(
-        repo_id, branch, public, experiment.step, facts, base, scores, verdicts, license, changes
+        repo_id, branch, public, experiment.step, sidecar, base, scores, verdicts, license, changes
     )
     write_text(folder / CARD_NAME, str(card))
     return card

@@ -6,16 +6,18 @@ tokens, M = N * B * H chunks side by side, L = log2(C) levels within a chunk.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import types
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
 CHUNK = 16  # the best compromise over head dims: 8 is as fast at 32, 32 slightly faster at 128
@@ -324,32 +326,54 @@ FAST = {"chunk_kimi_delta_attention": chunk_kda, "causal_conv1d_fn": causal_conv
 
 @cache
 def _fast_forward() -> types.FunctionType:
-    """KimiLinearDeltaAttention.forward over a copy of its globals where FAST serves CPU tensors.
+    """KimiLinearDeltaAttention.forward, with the functions of FAST where they serve CPU tensors.
 
-    Neither the class nor the module is touched. The forward's one decorator goes back on the copy.
+    The class and its module stay as they are: the function and its decorators are copied.
+
+    Raises:
+        AssertionError: transformers changed the forward so that the copy would not be used.
     """
     forward = kimi.KimiLinearDeltaAttention.forward
     plain = inspect.unwrap(forward)
-    decorator = inspect.getclosurevars(forward).nonlocals
-    assert decorator == {"child_module_names": ["conv1d"], "forward_func": plain}, (
-        f"KimiLinearDeltaAttention.forward is decorated in a new way, {decorator}: adapt {__name__}"
-    )
     called = set(plain.__code__.co_names) & plain.__globals__.keys()
     assert called >= FAST.keys(), (
         f"KimiLinearDeltaAttention.forward does not call {FAST.keys() - called}: adapt {__name__}"
     )
 
-    def on_cpu(fast, original):
-        def serve(x: Tensor, *args, **kwargs):
+    def on_cpu(fast: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+        def serve(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (fast if x.device.type == "cpu" else original)(x, *args, **kwargs)
 
         return serve
 
     served = {name: on_cpu(fast, plain.__globals__[name]) for name, fast in FAST.items()}
-    scope = plain.__globals__ | served
-    copy = types.FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__)
-    copy.__kwdefaults__ = plain.__kwdefaults__
-    return force_accelerate_hooks("conv1d")(copy)
+    return _decorated_like(forward, _copy(plain, plain.__globals__ | served, plain.__closure__))
+
+
+def _decorated_like(function: Any, innermost: types.FunctionType) -> types.FunctionType:
+    """`innermost` inside copies of the decorators (with functools.wraps) around `function`."""
+    if not hasattr(function, "__wrapped__"):
+        return innermost
+    closure = getattr(function, "__closure__", None) or ()
+    holds = [cell.cell_contents is function.__wrapped__ for cell in closure]
+    assert sum(holds) == 1, (
+        f"KimiLinearDeltaAttention.forward has a decorator that {__name__} cannot copy: {function}"
+    )
+    inner = _decorated_like(function.__wrapped__, innermost)
+    cells = (
+        types.CellType(inner) if held else cell for cell, held in zip(closure, holds, strict=True)
+    )
+    return functools.update_wrapper(_copy(function, function.__globals__, tuple(cells)), inner)
+
+
+def _copy(
+    function: types.FunctionType, scope: dict[str, Any], closure: tuple[types.CellType, ...] | None
+) -> types.FunctionType:
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, closure
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _kda_layers(model: nn.Module) -> list[nn.Module]:

@@ -24,11 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kimi_recursive.files import read_safetensors
-from kimi_recursive.model.placement import (
-    describe,
-    is_offloaded,
-)
+from kimi_recursive.model.placement import describe, is_offloaded
+from kimi_recursive.model.weights import misfit, read_weights
 
 ADAPTER_DIR = "adapter"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -38,7 +35,7 @@ NAME = "default"  # peft's name for the only adapter of a model
 
 
 class Adapter:
-    """The trained change of a base; the base is modified in place.
+    """The trained changes inside a base. They are made to the base in place.
 
     Args:
         base: The decoder.
@@ -56,8 +53,8 @@ class Adapter:
     def __init__(self, base: PreTrainedModel, layers: Sequence[nn.Module]):
         if is_offloaded(base):
             raise ValueError(
-                "device_map: phases b and c train inside the base, and what they trained is put "
-                f"there, so all of it has to fit the GPUs; now: {describe(base)}"
+                "device_map: a model of phase b or c changes the weights of its base, so no part "
+                f"of the base may be offloaded to the CPU or the disk; now: {describe(base)}"
             )
         self.base = base
         self.decoder_layers = layers
@@ -79,8 +76,13 @@ class Adapter:
         }
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
-        """Put LoRA modules into the base (Hu et al., 2021, arXiv 2106.09685), in float32; they
-        change nothing before they are trained. `seed` decides their random factor."""
+        """Put LoRA modules into the base (Hu et al., 2021, arXiv 2106.09685), in float32.
+
+        They change no output before they are trained.
+
+        Args:
+            seed: Decides their random factor.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, self.base, NAME)
@@ -88,10 +90,10 @@ class Adapter:
         self.lora = config
 
     def set_lora(self, config: LoraConfig, seed: int) -> None:
-        """`add_lora`, or nothing where it is there already.
+        """Add LoRA, unless the base has the same LoRA already.
 
         Raises:
-            ValueError: there is LoRA of another rank, scale or targets.
+            ValueError: the base has LoRA of another rank, scale or targets.
         """
         if self.lora is None:
             self.add_lora(config, seed)
@@ -102,10 +104,10 @@ class Adapter:
                 raise ValueError(f"lora: this model was trained with {key} {here}, not {asked}")
 
     def set_layers(self, layers: Sequence[int]) -> None:
-        """`unfreeze`, or nothing where they are unfrozen already.
+        """Unfreeze these decoder layers, unless they are unfrozen already.
 
         Raises:
-            ValueError: other layers are.
+            ValueError: other layers are unfrozen.
         """
         if self.layers and self.layers != sorted(layers):
             raise ValueError(
@@ -116,14 +118,14 @@ class Adapter:
             self.unfreeze(layers)
 
     def unfreeze(self, layers: Sequence[int]) -> None:
-        """Take whole decoder layers in; their weights are remembered."""
+        """Let whole decoder layers train, and keep a copy of their weights in `pretrained`."""
         self.layers = sorted(layers)
         for name, parameter in self.layer_parameters().items():
             self.pretrained[name] = parameter.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def drop(self) -> None:
-        """Leave the pretrained base, bit for bit and without a trace of peft."""
+        """Give the base its pretrained weights and modules back, bit for bit."""
         for name, parameter in self.layer_parameters().items():
             parameter.copy_(self.pretrained[name])
         for name, module in list(self.base.named_modules()):
@@ -133,7 +135,7 @@ class Adapter:
         self.lora, self.layers, self.pretrained = None, [], {}
 
     def save(self, directory: Path) -> None:
-        """Write what there is beside the sidecar."""
+        """Write LoRA and unfrozen layers into the folder of a sidecar."""
         if self.lora is not None:
             folder = directory / ADAPTER_DIR
             ordered = copy(self.lora)  # peft keeps a set, and equal adapters must be equal files
@@ -146,10 +148,11 @@ class Adapter:
 
     @torch.no_grad()
     def load_weights(self, directory: Path) -> None:
-        """Take the weights saved in a directory; the modules must be there already.
+        """Load the weights that `save` wrote. LoRA modules and layers must be set before.
 
         Raises:
-            ValueError: missing or damaged files, or other names and shapes.
+            ValueError: a file is missing or damaged, a name or shape differs, or a weight is not
+                finite.
         """
         if self.lora is not None:
             path = directory / ADAPTER_DIR / WEIGHTS_NAME
@@ -176,10 +179,13 @@ def lora_config(
     """LoRA on linear modules of the top third (rounded up) of the decoder layers.
 
     Args:
+        base: The decoder.
+        layers: All of its decoder layers.
+        rank, alpha: Of the LoRA matrices; their product is scaled by alpha / rank.
         targets: `all-linear`, or the last parts of module names such as `q_proj`.
 
     Raises:
-        ValueError: a target that no module of these layers has.
+        ValueError: these layers have no module of such a name.
     """
     num_layers = len(layers)
     first = num_layers - math.ceil(num_layers / 3)
@@ -211,10 +217,10 @@ def every_nth_layer(num_layers: int, every: int) -> list[int]:
     """Indices of every `every`-th decoder layer: every - 1, 2 * every - 1, ...
 
     Raises:
-        ValueError: the base has fewer layers.
+        ValueError: the base has fewer than `every` layers.
     """
     if every > num_layers:
-        raise ValueError(f"unfreeze_every: {every}, and the base has {num_layers} layers")
+        raise ValueError(f"unfreeze_every is {every}, but the base has {num_layers} layers")
     return list(range(every - 1, num_layers, every))
 
 
@@ -226,17 +232,18 @@ def load_adapter(
     unfrozen: Sequence[int],
     lora: bool,
 ) -> Adapter:
-    """Put the adapter saved in `directory` into a base, or take its weights where the base has the
-    same one already.
+    """Load the adapter saved in `directory` into a base.
 
     Args:
-        adapter: The one that is in the base, or None.
-        layers: The decoder layers of the base.
-        unfrozen: Indices of the unfrozen ones.
-        lora: Whether there is LoRA.
+        directory: The folder of a sidecar.
+        adapter: The adapter that the base has already, or None.
+        base: The decoder.
+        layers: Its decoder layers.
+        unfrozen: Indices of the layers that the saved adapter trained whole.
+        lora: Whether the saved adapter has LoRA.
 
     Raises:
-        ValueError: as in `Adapter.load_weights`, or there is another adapter.
+        ValueError: as in `Adapter.load_weights`, or the base has an adapter of another kind.
     """
     if adapter is None:
         adapter = Adapter(base, layers)
@@ -248,10 +255,13 @@ def load_adapter(
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
-                    f"{folder}: is no LoRA adapter for this base ({reason})"
+                    f"{folder}: not a LoRA adapter for this base ({reason})"
                 ) from error
     if (adapter.lora is not None, adapter.layers) != (lora, sorted(unfrozen)):
-        raise ValueError(f"{directory}: has another adapter than this wrapper; drop that first")
+        raise ValueError(
+            f"{directory}: its adapter differs from the one in this wrapper; "
+            "call drop_adapter() first"
+        )
     adapter.load_weights(directory)
     return adapter
 
@@ -261,10 +271,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors, _ = read_safetensors(path)
-    for name in sorted(expected.keys() | tensors.keys()):
-        have = tuple(tensors[name].shape) if name in tensors else "missing"
-        want = tuple(expected[name].shape) if name in expected else "no such weight"
-        if have != want:
-            raise ValueError(f"{path}: does not fit this base: {name} is {have}, needs {want}")
+    tensors = read_weights(path)
+    if problem := misfit(tensors, expected):
+        raise ValueError(f"{path}: does not fit this base: {problem}")
     return tensors

@@ -1,4 +1,4 @@
-"""Load a base with or without its sidecar; save the sidecar alone."""
+"""Loading a base, alone or with a sidecar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kimi_recursive.files import read_safetensors
@@ -29,18 +35,12 @@ from kimi_recursive.model.config import (
     get_baseline_config,
 )
 from kimi_recursive.model.placement import DeviceMap, describe, device_map_options
-from kimi_recursive.model.sidecar import (
-    SIDECAR_NAME,
-    base_of,
-    is_local,
-    load_sidecar,
-    sidecar_facts,
-)
+from kimi_recursive.model.sidecar import SIDECAR_NAME, Sidecar, base_of, is_local, load_sidecar
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.text import first_line
 
 SIDECAR_INIT_SEED = 0
-# None at that Hub id; or the Hub cannot be reached, and none is in the cache.
+# That Hub id has no sidecar, or the Hub cannot be reached and the cache has none.
 NO_SIDECAR = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
 
 
@@ -53,20 +53,21 @@ def load_base(
     device_map: DeviceMap | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a Hugging Face decoder, in eval mode, with the fast KDA where the CPU serves it.
+    """Load a Hugging Face decoder in eval mode, with the fast KDA on the CPU.
 
     Args:
         path: Local directory, or a Hub id (with a pinned `revision`).
         dtype: A torch dtype by name, or `auto` for the checkpoint's own.
-        device_map: In place of `device`; spreads the layers over several, as in transformers:
-            `auto` over the GPUs there are, then the CPU, then disk; or module names with a device
-            each.
-        trust_remote_code: Run code that comes with the checkpoint, where transformers has no class
-            of its own for the model.
+        device: Where to put the whole model; by default the CPU.
+        device_map: Spreads the layers over several devices, in place of `device`, as in
+            transformers: `auto` fills the GPUs, then the CPU, then the disk; a mapping gives module
+            names a device each.
+        trust_remote_code: Run code that comes with the checkpoint, if transformers has no class for
+            the model.
 
     Raises:
-        ValueError: nothing there, no decoder, damaged weights, devices that are not there, or a
-            device map in one of several processes.
+        ValueError: a missing folder, no decoder, damaged weights, missing devices, or a device map
+            in one of several processes.
     """
     where = str(path)
     if is_local(where) and not Path(where).is_dir():
@@ -104,7 +105,7 @@ def load_base(
 
 
 def numeric(load_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options of `load_base` that numbers depend on."""
+    """The options of `load_base` that numbers depend on."""
     return {k: v for k, v in load_options.items() if k not in ("device", "device_map")}
 
 
@@ -115,8 +116,10 @@ def check_context(base: PreTrainedModel, length: int, where: str) -> None:
         raise ValueError(f"{where}: {length} tokens are more than the base's {limit} positions")
 
 
-def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code=False):
-    """The tokenizer stored with a model, or None where there is none."""
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer stored with a model, or None when none is."""
     names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else None
     if names is not None and not any(
         name.startswith(("tokenizer", "vocab")) or name.endswith((".model", ".tiktoken"))
@@ -132,7 +135,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
 
 
 def load_model_with_config(
-    model_path: str | Path,
+    model_path: str | Path | Sidecar,
     config_path: str | Path | None = None,
     config: RecursiveConfig | None = None,
     recursive_enabled: bool | None = None,
@@ -141,53 +144,56 @@ def load_model_with_config(
     base_path: str | Path | None = None,
     seed: int = SIDECAR_INIT_SEED,
     **load_options: Any,
-):
+) -> tuple[ChunkRefineWrapper, PreTrainedTokenizerBase | None, RecursiveConfig]:
     """Load a model and put the loop around it.
 
     Args:
-        model_path: A base, or a saved sidecar, which names its base: a directory or a Hub id.
-        config_path, config, recursive_enabled: At most one. With none of them a sidecar brings its
-            own config, and a base alone is loaded with recursion disabled.
-        overrides: Parameters to change in the config found that way.
+        model_path: A base or a saved sidecar: a folder, a Hub id, or a sidecar that is open.
+        config_path, config, recursive_enabled: At most one. Without them a sidecar brings its own
+            config, and a base alone is loaded with recursion disabled.
+        overrides: Parameters to change in that config.
         base_path: Where the sidecar's base is now, if it moved or was not published.
         seed: Decides cells that are not loaded from a sidecar.
         load_options: Passed on to `load_base` (revision, dtype, device, device_map,
-            trust_remote_code). With a sidecar on the Hub, `revision` is the sidecar's; that of
-            its base it names itself.
+            trust_remote_code). For a sidecar on the Hub, `revision` is the sidecar's; the sidecar
+            names the revision of its base.
 
     Returns:
         `(model, tokenizer, config)`; the tokenizer is None when none is stored with the base.
 
     Raises:
-        ValueError: more than one source of config, invalid config, or a model that does not load.
+        ValueError: more than one source of config, an invalid config, or a model that does not
+            load.
     """
     given = [x for x in (config_path, config, recursive_enabled) if x is not None]
     if len(given) > 1:
         raise ValueError("give at most one of config_path, config and recursive_enabled")
-    model_path, load_options["revision"] = local_model(model_path, load_options.get("revision"))
-    sidecar = Path(model_path) / SIDECAR_NAME
-    sidecar = sidecar if sidecar.is_file() else None
+    if isinstance(model_path, Sidecar):
+        sidecar = model_path
+    else:
+        revision = load_options.get("revision")
+        model_path, load_options["revision"] = local_model(model_path, revision)
+        sidecar = Sidecar.find(model_path)
     if config_path is not None:
         config = RecursiveConfig.from_file(config_path).validated(str(config_path))
     elif recursive_enabled is not None:
         config = get_after_surgery_config() if recursive_enabled else get_baseline_config()
     elif config is None and sidecar is not None:
-        path = Path(model_path) / CONFIG_NAME
+        path = sidecar.folder / CONFIG_NAME
         config = RecursiveConfig.from_file(path).validated(str(path))
     config = config or get_baseline_config()
     config = RecursiveConfig.from_dict({**config.to_dict(), **(overrides or {})}).validated()
 
-    where = str(base_path or base_of(model_path))
+    where = str(base_path or base_of(sidecar or model_path))
     if sidecar is not None:
-        facts = sidecar_facts(sidecar.parent)
-        load_options["revision"] = load_options["revision"] or facts["revision"]
-        trained = config.recursive_enabled and facts["unfrozen_layers"]
+        load_options["revision"] = load_options.get("revision") or sidecar.revision
+        trained = config.recursive_enabled and sidecar.unfrozen_layers
         if trained and load_options.get("dtype", "auto") == "auto":
-            load_options["dtype"] = facts["dtype"]  # trained weights are not rounded unasked
+            load_options["dtype"] = sidecar.dtype  # trained weights are not rounded unasked
     base = load_base(where, **load_options)
     model = build_wrapper(base, config, seed)
     if sidecar is not None and config.recursive_enabled:
-        load_sidecar(model, sidecar.parent)
+        load_sidecar(model, sidecar)
     options = {k: v for k, v in load_options.items() if k in ("revision", "trust_remote_code")}
     return model, load_tokenizer(where, **options), config
 
@@ -195,7 +201,8 @@ def load_model_with_config(
 def build_wrapper(
     base: PreTrainedModel, config: RecursiveConfig, seed: int = SIDECAR_INIT_SEED
 ) -> ChunkRefineWrapper:
-    """A wrapper with fresh cells that depend on `seed` alone; the global RNG is left as it was."""
+    """A wrapper in eval mode with fresh cells. They depend on `seed` alone; the global random
+    generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ChunkRefineWrapper(base, config).eval()
@@ -204,15 +211,17 @@ def build_wrapper(
 def local_model(
     model_path: str | Path, revision: str | None = None
 ) -> tuple[str | Path, str | None]:
-    """Fetch a sidecar that is on the Hub into the Hub's cache; any other path stays as it is.
+    """Fetch a sidecar from the Hub into the Hub's cache; a folder or a base is returned as given.
 
     Args:
+        model_path: A folder or a Hub id.
         revision: Of a Hub id.
 
-    Returns: the path and the revision; of a sidecar that was fetched, the revision of its base.
+    Returns: the path and the given revision; for a sidecar from the Hub, its folder and the
+        revision of its base.
 
     Raises:
-        ValueError: the sidecar is there and cannot be fetched, or is damaged.
+        ValueError: the sidecar cannot be fetched, or is damaged.
     """
     where = str(model_path)
     if is_local(where):
@@ -226,10 +235,10 @@ def local_model(
         if isinstance(error, NO_SIDECAR) and not found:
             return model_path, revision
         raise ValueError(f"{where}: cannot be fetched: {first_line(error)}") from error
-    return folder, sidecar_facts(folder)["revision"]
+    return folder, Sidecar.open(folder).revision
 
 
 def _check_safetensors(directory: Path) -> None:
-    """Name a damaged weights file before transformers fails on it with less to say."""
+    """Raise a ValueError that names a damaged file: transformers' error would not."""
     for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
         read_safetensors(path, weights=False)

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kimi_recursive.kimi.short_passes import ShortPasses
+from kimi_recursive.kimi.short_passes import MAX_TOKENS, ShortPasses
 from kimi_recursive.model.cache import fork
 from kimi_recursive.model.cells import BoundaryHead, LatentToken, RefineCell
 from kimi_recursive.model.config import RecursiveConfig
@@ -73,6 +73,22 @@ class ChunkState:
     states: dict[int, Tensor] = field(default_factory=dict)
 
 
+Run = Callable[..., tuple[Tensor, Tensor]]  # as `ChunkLoop.run_base`
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How generation runs the base.
+
+    Attributes:
+        run: `ChunkLoop.run_base`, or a faster form of it with a copy of the present weights.
+        max_tokens: The most tokens of a pass that `run` is fast for.
+    """
+
+    run: Run
+    max_tokens: int
+
+
 class ChunkLoop(nn.Module):
     """A base decoder with the refinement loop in its path.
 
@@ -103,6 +119,9 @@ class ChunkLoop(nn.Module):
         self._layers = [find_decoder_layers(base)]  # in a list: not a submodule of the wrapper
         self._refetching = Refetching(base) if is_offloaded(base) else None
         self._accepted = set(inspect.signature(base.forward).parameters)
+        # transformers 5.24 renamed the argument for some models.
+        self._cache_argument = "cache" if "cache" in self._accepted else "past_key_values"
+        self.refined_layers: list[int] = []
         self.refine_cells = self.latent = self.boundary = None
         self.adapter: Adapter | None = None
         self._active = config.recursive_enabled
@@ -123,7 +142,7 @@ class ChunkLoop(nn.Module):
             self.latent = LatentToken(d_model)
         self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
         # A device_map may have spread the layers; what is not of a layer is where tokens go in.
-        for index, cell in zip(self.refined_layers, self.refine_cells, strict=True):
+        for index, cell in self._cell_of.items():
             cell.to(execution_device(self.layers[index]))
         for module in (self.latent, self.boundary):
             if module is not None:
@@ -144,20 +163,26 @@ class ChunkLoop(nn.Module):
         """Whether the loop runs: recursion is enabled and not inside `disabled()`."""
         return self._active
 
-    def sidecar(self) -> list[nn.Module]:
+    def cells(self) -> list[nn.Module]:
         """The components around the base; empty when recursion is disabled."""
         return [m for m in (self.refine_cells, self.latent, self.boundary) if m is not None]
 
-    def sidecar_state_dict(self) -> dict[str, Tensor]:
-        """The weights of the sidecar alone."""
+    def cells_state_dict(self) -> dict[str, Tensor]:
+        """The weights of the cells by name, without those of the base."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the sidecar. The base's mode is its own: see invariant 6 in the docs."""
+        """Set the mode of the cells. The base keeps its mode: the gates of some released models
+        refuse training mode, and gradients flow through them in eval mode too."""
         self.training = mode
-        for module in self.sidecar():
+        for module in self.cells():
             module.train(mode)
         return self
+
+    def eval(self) -> Self:
+        """Put cells and base into eval mode."""
+        self.base.eval()
+        return self.train(False)
 
     # ---- one chunk -------------------------------------------------------------------------
 
@@ -191,31 +216,32 @@ class ChunkLoop(nn.Module):
 
         handles = []
         try:
-            if states is not None:
-                for index, cell in zip(self.refined_layers, self.refine_cells, strict=True):
-                    hook = refine(cell, index)
-                    handles.append(self.layers[index].register_forward_hook(hook))
+            for index, cell in self._cell_of.items() if states is not None else ():
+                handles.append(self.layers[index].register_forward_hook(refine(cell, index)))
             handles.append(self.layers[-1].register_forward_hook(capture))
             if mask is not None:
                 width = next(iter(inputs.values())).shape[1]
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
             inputs = {k: v for k, v in inputs.items() if k in self._accepted}
+            inputs[self._cache_argument] = cache
             with self._refetching.graph() if self._refetching else nullcontext():
-                logits = self.base(
-                    **inputs, attention_mask=mask, past_key_values=cache, use_cache=True
-                ).logits
+                logits = self.base(**inputs, attention_mask=mask, use_cache=True).logits
         finally:
             for handle in handles:
                 handle.remove()
         return captured["h_top"].to(self.device), logits.to(self.device)
 
-    def short_passes(self) -> ShortPasses | None:
-        """A faster `run_base` for a few tokens, with a copy of the weights as they are now; None
-        unless the base is a small KimiLinear on the CPU."""
+    def passes(self) -> Passes:
+        """The passes of one generation: make them anew when weights have changed."""
         if not ShortPasses.serves(self.base):
-            return None
-        cells = dict(zip(self.refined_layers, self.refine_cells, strict=True))
-        return ShortPasses(self.base, cells, self.run_base)
+            return Passes(self.run_base, self.config.chunk_width)
+        return Passes(ShortPasses(self.base, self._cell_of, self.run_base).run, MAX_TOKENS)
+
+    @property
+    def _cell_of(self) -> dict[int, RefineCell]:
+        """The refinement cells by the index of their layer."""
+        cells = cast("Iterable[RefineCell]", self.refine_cells or ())
+        return dict(zip(self.refined_layers, cells, strict=True))
 
     def encode(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Cache:
         """The cache after the base has read `input_ids` [B, T]; `cache` itself is left as it is."""

@@ -11,15 +11,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from kimi_recursive.doors import missing_extra
 from kimi_recursive.processes.distributed import num_processes
 
 DeviceMap = str | Mapping[str, str | int]
@@ -27,17 +27,21 @@ STRATEGIES = ("auto", "sequential")  # of accelerate; auto spreads evenly over G
 
 
 def device_map_options(device_map: DeviceMap | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained`. Weights on disk that are not as the checkpoint has them, such
-    as those of fused experts, go to a folder under `TMPDIR`, which the process takes with it.
+    """Arguments of `from_pretrained` that place the layers; none without a device map.
+
+    Weights offloaded to disk that differ from the checkpoint's, such as fused experts, are written
+    to a folder under `TMPDIR`, which is deleted when the process ends.
 
     Raises:
-        ValueError: no device map, or one in one of several processes.
+        ValueError: an invalid device map, several processes, or accelerate is not installed.
     """
     if device_map is None:
         return {}
+    with missing_extra("spread", "device_map"):
+        import accelerate  # noqa: F401  # transformers needs it here
     if num_processes() > 1:
         raise ValueError(
-            f"device_map: one base for one process, and there are {num_processes()}; each would "
+            f"device_map works in one process only, but {num_processes()} are running: each would "
             "take the same devices"
         )
     if device_map not in STRATEGIES if isinstance(device_map, str) else not device_map:
@@ -50,17 +54,22 @@ def device_map_options(device_map: DeviceMap | None) -> dict[str, Any]:
 
 
 def placed(load_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `load_base`; where they name no device, with the one that training takes."""
-    if load_options.get("device") is None and load_options.get("device_map") is None:
-        return {**load_options, "device": PartialState().device}
-    return dict(load_options)
+    """Options of `load_base`, with the device that training takes where they name none."""
+    if load_options.get("device") is not None or load_options.get("device_map") is not None:
+        return dict(load_options)
+    if find_spec("accelerate") is None:
+        return {**load_options, "device": torch.accelerator.current_accelerator(True) or "cpu"}
+    from accelerate import PartialState
+
+    return {**load_options, "device": PartialState().device}
 
 
 _folders: list[tempfile.TemporaryDirectory] = []  # each is deleted with its object
 
 
 def describe(base: PreTrainedModel) -> str:
-    """Such as `modules on each device: cuda:0 14, cuda:1 15`; a base on one device is a module."""
+    """Where a base is, such as `modules on each device: cuda:0 14, cuda:1 15`. A base on one device
+    counts as one module."""
     devices = getattr(base, "hf_device_map", {"": base.device}).values()
     names = Counter(f"cuda:{d}" if isinstance(d, int) else str(d) for d in devices)
     return "modules on each device: " + ", ".join(f"{name} {n}" for name, n in names.items())
@@ -73,7 +82,7 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes, which for an offloaded one is not where its parameters are."""
+    """Where a module computes. The parameters of an offloaded module are elsewhere."""
     for part in module.modules():
         for hook in _hooks(part):
             if hook.execution_device is not None:
@@ -82,13 +91,17 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether some of the weights are fetched for each pass."""
+    """Whether some of the weights are offloaded: fetched for each pass."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
 def embedding_weight(base: PreTrainedModel) -> Tensor:
-    """The token embeddings [V, D], fetched where they are offloaded."""
+    """The token embeddings [V, D], without gradient; fetched when they are offloaded."""
     embeddings = base.get_input_embeddings()
+    if not is_offloaded(embeddings):
+        return embeddings.weight.detach()
+    from accelerate.utils import align_module_device
+
     with align_module_device(embeddings):
         return embeddings.weight.detach()
 

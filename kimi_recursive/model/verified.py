@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kimi_recursive.kimi.short_passes import MAX_TOKENS
 from kimi_recursive.model.cache import fork, merge, record, rewind, select_rows, trim
-from kimi_recursive.model.loop import ChunkLoop
+from kimi_recursive.model.loop import ChunkLoop, Run
 from kimi_recursive.model.output import GenerationStats, Output, Sampling
 
 
@@ -137,7 +136,7 @@ class Lookahead:
 
 
 def decode(
-    wrapper: ChunkLoop,
+    loop: ChunkLoop,
     output: Output,
     num_steps: int | None,
     sampling: Sampling | None,
@@ -149,21 +148,20 @@ def decode(
         num_steps: Inner steps, K by default.
         sampling: None for greedy.
     """
-    num_steps = wrapper.resolve_steps(num_steps)
-    short = wrapper.short_passes()
-    run = wrapper.run_base if short is None else short.run
-    most = wrapper.config.chunk_width if short is None else MAX_TOKENS
-    lookahead = Lookahead(num_steps or wrapper.config.max_inner_steps)
-    rows = _start(wrapper, output, num_steps or 1)
+    num_steps = loop.resolve_steps(num_steps)
+    base = loop.passes()
+    run = base.run
+    lookahead = Lookahead(num_steps or loop.config.max_inner_steps)
+    rows = _start(loop, output, num_steps or 1)
     while True:
         # No row is read beyond its end, where there might be no position for it; beyond the end of
         # its chunk what it reads is not used.
-        room = wrapper.config.chunk_width - rows.done
-        limit = min(most, int(room.max()), *map(output.remaining, rows.index))
+        room = loop.config.chunk_width - rows.done
+        limit = min(base.max_tokens, int(room.max()), *map(output.remaining, rows.index))
         with stats.timing("draft"):
             drafted, h_top, proposals, draft = _draft(run, rows, limit, lookahead, sampling)
         with stats.timing("refine"):
-            logits, passes = _refine(wrapper, run, rows, num_steps, drafted, h_top)
+            logits, passes = _refine(loop, run, rows, num_steps, drafted, h_top)
             tokens, agreed = _verify(drafted, proposals, logits, sampling)
         lookahead.learn(agreed.tolist())
         num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
@@ -176,25 +174,25 @@ def decode(
         if not (left := [i for i, row in enumerate(rows.index) if not output.ended[row]]):
             return
         with stats.timing("refine"):
-            _advance(rows, [draft, *passes], tokens, num_new, wrapper.config.chunk_width)
+            _advance(rows, [draft, *passes], tokens, num_new, loop.config.chunk_width)
             rows.keep(left)
         yield rows
 
 
-def _start(wrapper: ChunkLoop, output: Output, num_caches: int) -> Rows:
+def _start(loop: ChunkLoop, output: Output, num_caches: int) -> Rows:
     prompts = output.prompts
     length = torch.tensor([len(ids) - 1 for ids in prompts], device=prompts[0].device)
     longest = int(length.max())
     ids = torch.stack([F.pad(ids, (longest + 1 - len(ids), 0)) for ids in prompts])
-    cache = wrapper.new_cache()
+    cache = loop.new_cache()
     rows = Rows(list(range(len(ids))), cache, [], length, torch.zeros_like(length), ids[:, -1:])
-    rows.base = wrapper.encode(ids[:, :-1], cache, rows.mask(0))
+    rows.base = loop.encode(ids[:, :-1], cache, rows.mask(0))
     rows.refined = [rows.base] * num_caches
     return rows
 
 
 def _draft(
-    run: Callable, rows: Rows, limit: int, lookahead: Lookahead, sampling: Sampling | None
+    run: Run, rows: Rows, limit: int, lookahead: Lookahead, sampling: Sampling | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Pass]:
     """The base says up to `limit` tokens, one at a time.
 
@@ -232,8 +230,8 @@ def _shortened(mask: Tensor | None, by: int) -> Tensor | None:
 
 
 def _refine(
-    wrapper: ChunkLoop,
-    run: Callable,
+    loop: ChunkLoop,
+    run: Run,
     rows: Rows,
     num_steps: int,
     drafted: Tensor,
@@ -250,7 +248,7 @@ def _refine(
         return logits, [one]
     states, passes = {}, []
     for step, origin in enumerate(rows.refined, 1):
-        embeds, states = wrapper.next_inputs(inputs, h_top), wrapper.next_states(states)
+        embeds, states = loop.next_inputs(inputs, h_top), loop.next_states(states)
         wanted = 0 if step == num_steps else 1  # of logits: 0 is all
         h_top, logits, one = _pass(run, origin, mask, states, wanted, inputs_embeds=embeds)
         passes.append(one)
@@ -258,7 +256,7 @@ def _refine(
 
 
 def _pass(
-    run: Callable,
+    run: Run,
     origin: Cache,
     mask: Tensor | None,
     states: dict[int, Tensor] | None = None,

@@ -24,8 +24,8 @@ class ChunkRefineWrapper(ChunkLoop):
 
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
-        """Inside, the wrapper is the base exactly, whatever the cells have learned. A base that
-        was trained itself (phases B and C) stays trained: see `drop_adapter`."""
+        """Inside, the wrapper gives exactly what its base gives. What phases B and C trained inside
+        the base stays there: see `drop_adapter`."""
         before, self._active = self._active, False
         try:
             yield self.base
@@ -57,7 +57,8 @@ class ChunkRefineWrapper(ChunkLoop):
             [num_steps + 1, B, W, V]; index 0 is the base. One step only when not active.
 
         Raises:
-            ValueError: `chunk_start` outside the input, or more than `chunk_width` tokens after it.
+            ValueError: `chunk_start` is outside the input, or the chunk is longer than
+                `chunk_width`.
         """
         if not 0 <= chunk_start < input_ids.shape[1]:
             raise ValueError(
@@ -82,9 +83,11 @@ class ChunkRefineWrapper(ChunkLoop):
 
         Args:
             input_ids: [B, T].
-            labels: [B, T], -100 where ignored; as in transformers, shifted inside.
+            attention_mask: [B, T], 0 for padding on the left.
+            labels: [B, T], -100 where ignored; they are shifted inside, as in transformers.
+            num_steps: Inner steps, `max_inner_steps` by default.
 
-        Returns: logits [B, T, V], and the mean cross-entropy when labels are given.
+        Returns: logits [B, T, V], and with labels the mean cross-entropy, float32, in nats.
         """
         if not self.active:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
@@ -101,13 +104,13 @@ class ChunkRefineWrapper(ChunkLoop):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     @torch.no_grad()
-    def generate_chunks(self, input_ids: Tensor | None = None, **kwargs: Any):
-        """Generate with the loop; `base.generate(input_ids, **kwargs)` itself when not active.
+    def generate_chunks(self, input_ids: Tensor | None = None, **keywords: Any) -> Any:
+        """Generate with the loop, or call `base.generate` with the same arguments when not active.
 
-        See `kimi_recursive.model.generation.generate_chunks` for the arguments.
+        See `kimi_recursive.model.generation.generate_chunks` for arguments, result and errors.
         """
         if not self.active:
-            return self.base.generate(input_ids, **kwargs)
-        return generate_chunks(self, input_ids, **kwargs)
+            return self.base.generate(input_ids, **keywords)
+        return generate_chunks(self, input_ids, **keywords)
 
     generate = generate_chunks

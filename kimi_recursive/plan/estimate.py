@@ -93,7 +93,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
         wrapper = _wrapper(base_config, dtype, overrides)
         sizes = {
             "base": sum(p.numel() for p in wrapper.base.parameters()),
-            "sidecar": sum(p.numel() for m in wrapper.sidecar() for p in m.parameters()),
+            "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
         }
         print("planning the evaluation", file=sys.stderr)
         runs["evaluation"] = _evaluation(wrapper, config["evaluation"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
-from kimi_recursive.model.sidecar import SIDECAR_NAME, base_of, sidecar_facts
+from kimi_recursive.model.sidecar import Sidecar, base_of
 from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.spec import PhaseSpec
 
@@ -17,13 +17,13 @@ class Parent:
     """A base, untrained cells, or a trained model.
 
     Attributes:
-        phase: That it was trained in last; None before training.
+        sidecar: Its sidecar, open; None for a base.
         base: Its base, a directory or a Hub id.
         revision: The revision of that base.
     """
 
     path: str | Path
-    phase: str | None
+    sidecar: Sidecar | None
     base: str
     revision: str | None
 
@@ -38,15 +38,21 @@ class Parent:
             ValueError: the model is of another phase than this one and the one before, its base is
                 missing, or its sidecar is damaged.
         """
-        has_sidecar = (Path(path) / SIDECAR_NAME).is_file()
-        facts = sidecar_facts(path) if has_sidecar else {"phase": None, "revision": None}
-        trained = facts["phase"]
+        sidecar = Sidecar.find(path)
+        trained = sidecar and sidecar.phase
         before = PHASES[PHASES.index(phase) - 1] if phase != PHASES[0] else None
         if trained not in (before, phase):
             is_what = f"is of phase {trained}" if trained else "is not trained"
             needs = f"a model of phase {before}" if before else "a base or untrained cells"
             raise ValueError(f"phase {phase} starts from {needs}; {path} {is_what}")
-        return cls(path, trained, base_of(path), revision or facts["revision"])
+        return cls(
+            path, sidecar, base_of(sidecar or path), revision or (sidecar and sidecar.revision)
+        )
+
+    @property
+    def phase(self) -> str | None:
+        """The phase that it was trained in last; None before training."""
+        return self.sidecar and self.sidecar.phase
 
     def configs(self, spec: PhaseSpec) -> tuple[RecursiveConfig, RecursiveConfig]:
         """The config of the recursive arm, whose FLOPs `vanilla_flops` is given, and that of the

@@ -75,7 +75,11 @@ def train_phase(
     reference, config = parent.configs(spec)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     wrapper, tokenizer, _ = load_model_with_config(
-        parent.path, config=config, device=accelerator.device, seed=seed, **load.keywords()
+        parent.sidecar or parent.path,
+        config=config,
+        device=accelerator.device,
+        seed=seed,
+        **load.keywords(),
     )
 
     groups = parameter_groups(wrapper, spec.phase, settings, seed)

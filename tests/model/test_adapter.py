@@ -13,7 +13,7 @@ from kimi_recursive import load_model_with_config
 from kimi_recursive.kimi.kda import install_fast_kda
 from kimi_recursive.model.adapter import Adapter, every_nth_layer, lora_config
 from kimi_recursive.model.loading import load_base
-from kimi_recursive.model.sidecar import load_sidecar, save_sidecar, sidecar_facts
+from kimi_recursive.model.sidecar import Sidecar, load_sidecar, save_sidecar
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def test_every_nth_layer():
     assert every_nth_layer(len(wrapper.layers), 4) == [3] and every_nth_layer(
         len(wrapper.layers), 2
     ) == [1, 3]
-    with pytest.raises(ValueError, match="unfreeze_every: 5, and the base has 4 layers"):
+    with pytest.raises(ValueError, match="unfreeze_every is 5, but the base has 4 layers"):
         every_nth_layer(4, 5)
 
 
@@ -81,8 +81,8 @@ def test_the_adapter_is_saved_beside_the_sidecar_and_loads_back(tmp_path, base):
     expected = wrapper.step_logits(ids)
     again, _, _ = load_model_with_config(tmp_path / "model")
     assert torch.equal(again.step_logits(ids), expected)
-    facts = sidecar_facts(tmp_path / "model")
-    assert facts["phase"] == "c" and facts["unfrozen_layers"] == [1]
+    facts = Sidecar.open(tmp_path / "model")
+    assert facts.phase == "c" and facts.unfrozen_layers == [1]
     pretrained = load_base(tmp_path / "base")
     assert not torch.allclose(again.base(ids).logits, pretrained(ids).logits, atol=1e-2)
     assert torch.equal(again.drop_adapter()(ids).logits, pretrained(ids).logits)
@@ -116,8 +116,8 @@ def test_a_damaged_adapter_is_named(tmp_path):
     for name, damage, message in (
         ("adapter/adapter_model.safetensors", lambda p: p.write_bytes(b"x"), "truncated or not a"),
         ("adapter/adapter_model.safetensors", lambda p: p.unlink(), "no such file"),
-        ("adapter/adapter_config.json", lambda p: p.write_text("{"), "is no LoRA adapter"),
-        ("adapter", shutil.rmtree, "is no LoRA adapter"),
+        ("adapter/adapter_config.json", lambda p: p.write_text("{"), "not a LoRA adapter"),
+        ("adapter", shutil.rmtree, "not a LoRA adapter"),
         ("layers.safetensors", lambda p: p.unlink(), "layers.safetensors: no such file"),
     ):
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
@@ -160,7 +160,7 @@ def test_an_adapter_goes_onto_a_wrapper_that_has_the_same_one_or_none(tmp_path):
     save_sidecar(adapted(make_base("llama"), [1]), tmp_path / "c", tmp_path / "base", "c")
     save_sidecar(make_wrapper(make_base("llama")), tmp_path / "a", tmp_path / "base", "a")
     model, _, _ = load_model_with_config(tmp_path / "b")
-    for other, message in (("c", "has another adapter"), ("a", "has no adapter, and this wrapper")):
+    for other, message in (("c", "its adapter differs"), ("a", "has no adapter, but this wrapper")):
         with pytest.raises(ValueError, match=message):
             load_sidecar(model, tmp_path / other)
     adapter = model.adapter

@@ -40,7 +40,7 @@ def all_close(ours, theirs):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("num_new", [1, 3, MAX_TOKENS])
 def test_a_short_pass_equals_the_pass_of_the_modules(wrapper, num_new, padded):
-    ids, short = random_ids(2, 9 + num_new), wrapper.short_passes()
+    ids, short = random_ids(2, 9 + num_new), wrapper.passes()
     mask = torch.ones_like(ids) if padded else None
     if padded:
         mask[1, :4] = 0
@@ -64,7 +64,7 @@ def test_a_short_pass_knows_the_states_behind_each_of_its_tokens():
     wrapper, ids = perturb(make_wrapper(make_base("kimi"))), random_ids(2, 12)
     prefix = wrapper.encode(ids[:, :6], wrapper.new_cache())
     cache = record(prefix)
-    wrapper.short_passes().run(cache, None, input_ids=ids[:, 6:])
+    wrapper.passes().run(cache, None, input_ids=ids[:, 6:])
     for keep in ([2, 2], [4, 1]):
         taken_back = rewind(cache, 6, keep)
         for row, n in enumerate(keep):
@@ -83,7 +83,7 @@ def test_a_short_pass_knows_the_states_behind_each_of_its_tokens():
 def test_other_passes_are_those_of_the_modules(num_read, num_new):
     wrapper, ids = make_wrapper(make_base("kimi")), random_ids(1, num_read + num_new)
     prefix = wrapper.encode(ids[:, :num_read], wrapper.new_cache())
-    ours = wrapper.short_passes().run(fork(prefix), None, input_ids=ids[:, num_read:])
+    ours = wrapper.passes().run(fork(prefix), None, input_ids=ids[:, num_read:])
     theirs = wrapper.run_base(fork(prefix), None, input_ids=ids[:, num_read:])
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 

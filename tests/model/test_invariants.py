@@ -75,7 +75,7 @@ def test_gradients_reach_every_zero_factor_from_the_first_step(base):
 def test_disabled_wrapper_has_no_component_and_leaves_no_hook(base):
     wrapper = ChunkRefineWrapper(base, DISABLED)
     assert wrapper.refine_cells is None and wrapper.boundary is None and wrapper.latent is None
-    assert wrapper.sidecar_state_dict() == {}
+    assert wrapper.cells_state_dict() == {}
     wrapper.step_logits(random_ids(1, 8))
     assert num_hooks(base) == 0
 
@@ -248,7 +248,7 @@ def test_train_never_flips_the_base_and_gradients_flow_through_it():
     base.requires_grad_(False)
     wrapper = make_wrapper(base)
     assert wrapper.train() is wrapper and wrapper.training
-    assert all(m.training for part in wrapper.sidecar() for m in part.modules())
+    assert all(m.training for part in wrapper.cells() for m in part.modules())
     assert not any(m.training for m in base.modules())
     wrapper.step_logits(random_ids(2, 8))[-1].square().mean().backward()
     assert wrapper.refine_cells[0].out.weight.grad.abs().max() > 0  # through three layers of base
@@ -256,6 +256,17 @@ def test_train_never_flips_the_base_and_gradients_flow_through_it():
     assert not any(m.training for m in wrapper.modules())
     base.train()
     assert all(m.training for m in base.modules() if m is not base), "its mode is its own"
+    wrapper.train()
+    assert base.training and wrapper.refine_cells.training
+
+
+def test_eval_turns_the_dropout_of_the_base_off():
+    wrapper, ids = make_wrapper(make_base("gpt2").train()), random_ids(1, 8)
+    wrapper.base.train()
+    dropped = wrapper.step_logits(ids)[0]
+    assert not torch.equal(wrapper.step_logits(ids)[0], dropped), "GPT-2 has dropout"
+    wrapper.eval()
+    assert torch.equal(wrapper.step_logits(ids)[0], wrapper.step_logits(ids)[0])
 
 
 # ---- the windows agree with each other ----------------------------------------------------------

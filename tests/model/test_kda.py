@@ -1,6 +1,7 @@
 """The fast KDA against its definition, against transformers, and inside a model. CPU only."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -356,7 +357,37 @@ def test_fails_loudly_where_it_would_not_take(monkeypatch):
     with pytest.raises(AssertionError, match=r"does not call .*chunk_kda_v2"):
         install_fast_kda(model)
     monkeypatch.undo()
-    plain = kimi.KimiLinearDeltaAttention.forward.__wrapped__
-    monkeypatch.setattr(kimi.KimiLinearDeltaAttention, "forward", plain)
-    with pytest.raises(AssertionError, match="decorated in a new way"):
-        install_fast_kda(model)
+
+    @functools.wraps(kimi.KimiLinearDeltaAttention.forward)
+    def opaque(*args, **kwargs):
+        return opaque.__wrapped__(*args, **kwargs)
+
+    monkeypatch.setattr(kimi.KimiLinearDeltaAttention, "forward", opaque)
+    with pytest.raises(AssertionError, match="cannot copy"):
+        kda._fast_forward()
+
+
+def test_every_decorator_goes_on_the_copy(calls, monkeypatch):
+    order = []
+
+    def noting(name):
+        def decorator(function):
+            @functools.wraps(function)
+            def noted(*args, **kwargs):
+                order.append(name)
+                return function(*args, **kwargs)
+
+            return noted
+
+        return decorator
+
+    attention = kimi.KimiLinearDeltaAttention
+    forward = noting("outer")(noting("inner")(attention.forward))
+    monkeypatch.setattr(attention, "forward", forward)
+    kda._fast_forward.cache_clear()
+    model = make_model()
+    install_fast_kda(model)
+    model(input_ids=IDS)
+    assert order == ["outer", "inner"] * 2 and len(calls) == 2
+    monkeypatch.undo()
+    kda._fast_forward.cache_clear()

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, load_model_with_config
+from kimi_recursive.files import read_safetensors
 from kimi_recursive.kimi.kda import install_fast_kda
 from kimi_recursive.model.loading import build_wrapper, load_base
 from kimi_recursive.model.sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
@@ -32,7 +33,7 @@ def test_the_sidecar_alone_is_saved_and_loads_back_onto_the_base(saved, tmp_path
     assert sorted(p.name for p in sidecar_dir.iterdir()) == ["recursive_config.json", SIDECAR_NAME]
     with safe_open(sidecar_dir / SIDECAR_NAME, "pt") as file:
         names = set(file.keys())
-    assert names == set(wrapper.sidecar_state_dict())
+    assert names == set(wrapper.cells_state_dict())
     assert not any("base" in name for name in names)
     ids = random_ids(2, 8)
     model, tokenizer, config = load_model_with_config(sidecar_dir)
@@ -88,11 +89,11 @@ def test_fresh_cells_depend_on_the_seed_alone_and_leave_the_rng_alone():
     base = make_base("llama")
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = build_wrapper(base, RecursiveConfig(**SMALL), seed=1).sidecar_state_dict()
+    first = build_wrapper(base, RecursiveConfig(**SMALL), seed=1).cells_state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(8)
-    again = build_wrapper(base, RecursiveConfig(**SMALL), seed=1).sidecar_state_dict()
-    other = build_wrapper(base, RecursiveConfig(**SMALL), seed=2).sidecar_state_dict()
+    again = build_wrapper(base, RecursiveConfig(**SMALL), seed=1).cells_state_dict()
+    other = build_wrapper(base, RecursiveConfig(**SMALL), seed=2).cells_state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
@@ -125,6 +126,28 @@ def test_cells_of_other_layers_are_refused_and_equal_sidecars_are_equal_files(tm
     save_file({"x": torch.zeros(1)}, tmp_path / SIDECAR_NAME)
     with pytest.raises(ValueError, match="is no sidecar"):
         load_sidecar(wrapper, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(tmp_path, value):
+    wrapper = make_wrapper(make_base("llama"))
+    with torch.no_grad():
+        wrapper.boundary.commit.bias.fill_(value)
+    save_sidecar(wrapper, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"boundary.commit.bias has a value that is not finite$"):
+        load_sidecar(wrapper, tmp_path)
+
+
+def test_one_load_reads_the_header_once(saved, monkeypatch):
+    opened = []
+
+    def reading(path, weights=True):
+        opened.append((Path(path).name, weights))
+        return read_safetensors(path, weights)
+
+    monkeypatch.setattr("kimi_recursive.model.sidecar.read_safetensors", reading)
+    load_model_with_config(saved[1])
+    assert opened == [(SIDECAR_NAME, False)]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200])

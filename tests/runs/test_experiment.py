@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kimi_recursive import ExperimentTracker, RecursiveConfig, load_model_with_config
-from kimi_recursive.model.sidecar import sidecar_facts
+from kimi_recursive.model.sidecar import Sidecar
 from kimi_recursive.processes.signals import Interrupted
 from kimi_recursive.training.loop import Diverged
 
@@ -202,7 +202,7 @@ def test_the_guide_works_as_written(arguments, tmp_path, monkeypatch, capsys):
     )
     assert tokenizer is not None and config.max_inner_steps == 2
     weights = load_file(checkpoint_dir / "model/sidecar.safetensors")
-    assert all(torch.equal(v, weights[k]) for k, v in model.sidecar_state_dict().items())
+    assert all(torch.equal(v, weights[k]) for k, v in model.cells_state_dict().items())
     assert model.step_logits(random_ids(1, 8)).shape[0] == 3
     metadata = json.loads((checkpoint_dir / "checkpoint_metadata.json").read_text())
     assert metadata["step"] == 4 and metadata["metrics"]["loss"] > 0
@@ -284,8 +284,8 @@ def test_a_base_by_its_hub_id(model_dir, arguments, tmp_path, monkeypatch):
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    facts = sidecar_facts(tmp_path / "experiments/hub/sidecar")
-    assert (facts["base_model_name_or_path"], facts["revision"]) == ("org/tiny", commit)
+    facts = Sidecar.open(tmp_path / "experiments/hub/sidecar")
+    assert (facts.base_name, facts.revision) == ("org/tiny", commit)
 
 
 def test_phases_b_and_c_follow_by_hand(arguments, tmp_path, monkeypatch, capfd):

@@ -14,7 +14,7 @@ from models import random_ids
 
 from kimi_recursive import load_model_with_config
 from kimi_recursive.hub.upload import _without_private_paths
-from kimi_recursive.model.sidecar import sidecar_facts
+from kimi_recursive.model.sidecar import Sidecar
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_folder_whose_base_is_elsewhere_says_so_and_loads_with_it(
     assert torch.equal(model.step_logits(ids), local_logits(lab / "experiments/a" / BEST))
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.base_model is None and "base_path=base_path" in card.text
-    digest = sidecar_facts(tmp_path / "out")["base"]["embedding_sha256"]
+    digest = Sidecar.open(tmp_path / "out").base["embedding_sha256"]
     assert digest in card.text
 
 
@@ -107,8 +107,8 @@ def test_a_base_that_the_workflow_has_from_the_hub_is_named(
     assert not (tmp_path / "out/base/origin.json").exists()
     origin.write_text(json.dumps({"path": None, "hub_id": "org/base", "revision": "v1"}))
     assert dry_run(monkeypatch, experiment, tmp_path / "out") == 0
-    facts = sidecar_facts(tmp_path / "out")
-    assert (facts["base_model_name_or_path"], facts["revision"]) == ("org/base", "v1")
+    facts = Sidecar.open(tmp_path / "out")
+    assert (facts.base_name, facts.revision) == ("org/base", "v1")
     assert ModelCard.load(tmp_path / "out/README.md").data.base_model == "org/base"
     assert dry_run(monkeypatch, experiment, tmp_path / "out", "--include-base") == 2
     assert "its base is org/base on the Hub" in capfd.readouterr().err

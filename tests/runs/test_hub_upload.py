@@ -12,7 +12,7 @@ from hub_server import TOKEN, Fault, Hub
 from huggingface_hub import ModelCard
 from models import random_ids
 
-from kimi_recursive.model.sidecar import sidecar_facts
+from kimi_recursive.model.sidecar import Sidecar
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ assert tokenizer is not None
     assert status == 0, output
     logits, fetched, of_base = torch.load(folder / "logits.pt")
     if fetched != repo:
-        assert of_base == sidecar_facts(fetched)["revision"]
+        assert of_base == Sidecar.open(fetched).revision
     return logits, Path(fetched)
 
 
@@ -123,7 +123,7 @@ def test_a_base_on_the_hub_is_named_with_its_revision(lab, hub, client, tmp_path
     assert torch.equal(logits, local_logits(lab / "experiments/b" / BEST))
     card = ModelCard.load(fetched / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("user/base", "adapter")
-    assert sidecar_facts(fetched)["revision"] == base and base in card.text
+    assert Sidecar.open(fetched).revision == base and base in card.text
     from_folder, _ = published(client, str(fetched), tmp_path)
     assert torch.equal(from_folder, local_logits(lab / "experiments/a" / BEST))
 

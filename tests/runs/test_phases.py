@@ -70,7 +70,7 @@ def test_each_phase_trains_what_it_should_and_the_base_can_be_had_back(phases, s
         assert torch.equal(base_logits, pretrained(ids).logits) == (phase == "a")
         if phase != "a":
             before = load_file(phases / chr(ord(phase) - 1) / "sidecar/sidecar.safetensors")
-            after = model.sidecar_state_dict()
+            after = model.cells_state_dict()
             changed = [k for k, v in after.items() if not torch.equal(v, before[k])]
             assert set(changed) == set(after), "the sidecar goes on training"
         changed = {

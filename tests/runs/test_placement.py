@@ -93,7 +93,7 @@ def test_cells_of_offloaded_layers_are_where_the_layers_compute(bases):
     assert wrapper.device == torch.device("cpu")
     layers = [p.is_meta for layer in wrapper.layers for p in layer.parameters()]
     assert any(layers) and not all(layers)
-    sidecar = [p for module in wrapper.sidecar() for p in module.parameters()]
+    sidecar = [p for module in wrapper.cells() for p in module.parameters()]
     assert {p.device.type for p in sidecar} == {"cpu"}
 
 

@@ -53,7 +53,7 @@ def test_phase_a_trains_the_sidecar_alone_and_logs_every_loss(tmp_path, surgery_
     assert config.lambda_halt == 0.25
     assert all(torch.equal(before[k], v) for k, v in model.base.state_dict().items())
     start = load_file(surgery_dir / SIDECAR_NAME)
-    changed = [k for k, v in model.sidecar_state_dict().items() if not torch.equal(v, start[k])]
+    changed = [k for k, v in model.cells_state_dict().items() if not torch.equal(v, start[k])]
     assert summary["best_step"] == 0 or len(changed) == len(start)
 
 

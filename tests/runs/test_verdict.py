@@ -29,7 +29,7 @@ from kimi_recursive.training.objective import DraftRepair
 def test_the_single_pass_arm_has_the_same_parameters_and_starts_as_the_base():
     recursive = make_wrapper(make_base("kimi"))
     vanilla = make_wrapper(make_base("kimi"), **SINGLE_PASS)
-    mine, other = (w.sidecar_state_dict() for w in (recursive, vanilla))
+    mine, other = (w.cells_state_dict() for w in (recursive, vanilla))
     assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
     logits = vanilla.step_logits(random_ids(2, 8))
     assert logits.shape[0] == 2 and torch.equal(logits[0], logits[1])
