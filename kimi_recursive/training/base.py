@@ -23,7 +23,8 @@ from kimi_recursive.model.loading import load_base, load_tokenizer
 from kimi_recursive.processes.signals import stop_signals
 from kimi_recursive.training.checkpoint import WorkDirectory, token_digests
 from kimi_recursive.training.experiment import ExperimentTracker
-from kimi_recursive.training.loop import NEUTRAL_KEYS, LoopSettings, train_loop
+from kimi_recursive.training.loop import LoopSettings, train_loop
+from kimi_recursive.training.settings import NEUTRAL_KEYS
 
 
 def kimi_config(architecture: Mapping[str, Any], tokenizer) -> KimiLinearConfig:

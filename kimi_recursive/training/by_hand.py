@@ -22,9 +22,9 @@ from kimi_recursive.model.sidecar import SIDECAR_NAME, base_of
 from kimi_recursive.processes.signals import Interrupted, stop_signals
 from kimi_recursive.training.checkpoint import WorkDirectory, model_digest, token_digests
 from kimi_recursive.training.experiment import METADATA_NAME, ExperimentTracker
-from kimi_recursive.training.loop import NEUTRAL_KEYS
 from kimi_recursive.training.objective import DraftRepair
 from kimi_recursive.training.phases import check_windows, train_phase
+from kimi_recursive.training.settings import NEUTRAL_KEYS
 
 
 def run_experiment(

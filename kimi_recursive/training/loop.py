@@ -26,8 +26,6 @@ from kimi_recursive.processes.signals import Interrupted, stop_signals
 from kimi_recursive.training.checkpoint import MODEL_DIR, Checkpoint, WorkDirectory
 from kimi_recursive.training.experiment import ExperimentTracker
 
-NEUTRAL_KEYS = ("save_interval", "log_interval")  # settings that change no number
-
 
 class Diverged(ValueError):
     """Loss, gradient or validation is not finite; the checkpoints before it are kept."""

@@ -49,8 +49,9 @@ from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.budget import cumulative_training_flops, steps_for_flops
 from kimi_recursive.training.checkpoint import NUM_KEPT, WorkDirectory, model_digest, token_digests
 from kimi_recursive.training.experiment import ExperimentTracker
-from kimi_recursive.training.loop import NEUTRAL_KEYS, LoopSettings, train_loop
+from kimi_recursive.training.loop import LoopSettings, train_loop
 from kimi_recursive.training.objective import DraftRepair
+from kimi_recursive.training.settings import NEUTRAL_KEYS
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 12, 24
 LOOP_KEYS = ("warmup_steps", "lr_schedule", "max_grad_norm", "eval_interval", *NEUTRAL_KEYS)

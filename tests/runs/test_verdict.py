@@ -308,10 +308,16 @@ def test_a_repeat_of_another_run_is_not_shown_as_one_of_this(repeated, tmp_path)
     _, compare = repeated
     assert reproducible(tmp_path) == "Repeated run: missing"
     compare()
-    assert reproducible(tmp_path, "missing") == "Repeated run: there for another run"
+    assert (
+        reproducible(tmp_path, "missing")
+        == "Repeated run: The comparison exists, but was made of another run."
+    )
     (tmp_path / "compare/repeat.json").write_text("{}")
     assert "repeat.json: has no 'run'" in reproducible(tmp_path)
     compare()
     save_file({"w": torch.zeros(3)}, tmp_path / "runs/recursive_a_s0/sidecar/sidecar.safetensors")
-    assert reproducible(tmp_path) == "Repeated run: there for another run"
+    assert (
+        reproducible(tmp_path)
+        == "Repeated run: The comparison exists, but was made of another run."
+    )
     assert repeat_lines(None) == ["(not asked for: repeat is false)"]

@@ -4,16 +4,18 @@ from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     from kimi_recursive.evaluation.zero_init import require_zero_init
-    from kimi_recursive.matrix.settings import num_processes
+    from kimi_recursive.layout import RunFolder
+    from kimi_recursive.matrix.settings import Resources
     from kimi_recursive.processes.distributed import launch
     from kimi_recursive.training.phases import train_phase
 
+    phase, resources = snakemake.params.phase, Resources(**snakemake.config["resources"])
     require_zero_init(snakemake.input.proof)
     launch(
         train_phase,
-        num_processes(snakemake.config),
-        snakemake.params.phase,
-        snakemake.params.settings,
+        resources.num_processes,
+        phase,
+        snakemake.config["training"][phase],  # also the settings that redo nothing
         snakemake.params.seed,
         arm=snakemake.params.arm,
         overrides=snakemake.params.recursive,
@@ -23,7 +25,7 @@ with job(snakemake):
         output_dir=Path(snakemake.output.sidecar),
         logs_path=Path(snakemake.output.logs),
         summary_path=Path(snakemake.output.summary),
-        work_dir=Path(snakemake.output.sidecar).parent / "work",
-        device_map=snakemake.config["resources"]["device_map"],
+        work_dir=RunFolder(Path(snakemake.output.sidecar).parent).work.folder,
+        device_map=resources.device_map,
         **snakemake.params.load,
     )

@@ -1,0 +1,219 @@
+"""The sections `base` and `training` of the workflow's config, and the loop's own settings.
+
+`config/config.schema.yaml` says which values are allowed; `config/config.yaml` holds the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NEUTRAL_KEYS = ("save_interval", "log_interval")  # They change no number.
+NUM_KEPT = 2  # checkpoints that are kept beside the best
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how fast, how often.
+
+    Attributes:
+        num_steps: Optimizer steps.
+        warmup_steps: Steps of linear warm-up; step s of them uses s / warmup_steps of the peak.
+        lr_schedule: After warm-up `cosine` or `linear` down to `min_lr_ratio`, or `constant`.
+        min_lr_ratio: Share of the peak that the last step uses.
+        max_grad_norm: Gradients are clipped to this global norm.
+        eval_interval, save_interval, log_interval: Steps between validations, between checkpoints,
+            and between entries in `metrics/` and TensorBoard.
+    """
+
+    num_steps: int
+    warmup_steps: int
+    lr_schedule: str = "cosine"
+    min_lr_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    eval_interval: int = 100
+    save_interval: int = 100
+    log_interval: int = 1
+
+
+class _Training:
+    """What `PhaseSettings` and `BaseTraining` have in common."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The section as in the config, without the keys that are None."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}  # type: ignore[call-overload]
+
+    def numeric(self) -> dict[str, Any]:
+        """The settings that decide numbers: all but `NEUTRAL_KEYS`."""
+        return {k: v for k, v in self.to_mapping().items() if k not in NEUTRAL_KEYS}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The LoRA modules.
+
+    Attributes:
+        targets: `all-linear`, or last parts of module names such as `q_proj`.
+    """
+
+    rank: int
+    alpha: float
+    targets: str | list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSettings(_Training):
+    """Section `training.<phase>`. A key that a phase does not have is None.
+
+    Attributes:
+        num_steps: Optimizer steps of the recursive arm.
+        batch_size: Windows a step, one chunk of each.
+        context_length: Tokens a window; a multiple of the chunk width.
+        lr, lr_heads, lr_lora, lr_layers: Peak learning rate of cells and latent path, boundary
+            head, LoRA (phases b and c), unfrozen layers (c).
+        lora: Phase b.
+        unfreeze_every: Phase c trains every so-manieth layer of the base.
+        l2_pull: Phase c: weight of half the squared distance to the pretrained weights.
+        own_draft_share: Share of corrupted tokens that are the base's own prediction.
+        scheduled_sampling: Phases b and c: share of draft tokens from the model's own draft by the
+            end; it grows from 0.
+        mixed_precision: `no` or `bf16`, of accelerate.
+        recursive: Parameters of `RecursiveConfig` that differ in this phase.
+    """
+
+    num_steps: int
+    batch_size: int
+    context_length: int
+    lr: float
+    lr_heads: float
+    lr_lora: float | None = None
+    lora: LoraSettings | None = None
+    lr_layers: float | None = None
+    unfreeze_every: int | None = None
+    l2_pull: float | None = None
+    lr_schedule: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    own_draft_share: float
+    scheduled_sampling: float | None = None
+    eval_interval: int
+    save_interval: int
+    log_interval: int
+    num_validation_windows: int
+    mixed_precision: str
+    recursive: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> PhaseSettings:
+        values = dict(section)
+        if values.get("lora") is not None:
+            values["lora"] = LoraSettings(**values["lora"])
+        return cls(**values)
+
+    def loop(self, num_steps: int) -> LoopSettings:
+        """Settings of a loop over `num_steps` steps, which an arm may have more of."""
+        return LoopSettings(
+            num_steps=num_steps,
+            warmup_steps=self.warmup_steps,
+            lr_schedule=self.lr_schedule,
+            max_grad_norm=self.max_grad_norm,
+            eval_interval=self.eval_interval,
+            save_interval=self.save_interval,
+            log_interval=self.log_interval,
+        )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Section `base.architecture`: sizes under the names of `KimiLinearConfig`."""
+
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_experts: int
+    num_experts_per_token: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    linear_head_dim: int
+    linear_num_heads: int
+    routed_scaling_factor: float
+
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> Architecture:
+        return cls(**section)
+
+
+@dataclass(frozen=True)
+class BaseTraining(_Training):
+    """Section `base.training`: how a base from scratch is trained.
+
+    Attributes:
+        num_steps: Optimizer steps.
+        batch_size: Windows a step.
+        context_length: Tokens a window.
+        lr: Peak learning rate; cosine to a tenth of it.
+        weight_decay: Of AdamW; matrices only.
+        expert_bias_rate: Step of the balancing of the experts; 0 turns it off.
+    """
+
+    num_steps: int
+    batch_size: int
+    context_length: int
+    lr: float
+    warmup_steps: int
+    weight_decay: float
+    expert_bias_rate: float
+    eval_interval: int
+    save_interval: int
+    log_interval: int
+    num_validation_windows: int
+
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> BaseTraining:
+        return cls(**section)
+
+    def loop(self) -> LoopSettings:
+        return LoopSettings(
+            num_steps=self.num_steps,
+            warmup_steps=self.warmup_steps,
+            eval_interval=self.eval_interval,
+            save_interval=self.save_interval,
+            log_interval=self.log_interval,
+        )
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Section `base`: the model that gets the loop.
+
+    Attributes:
+        kind: `scratch` or `pretrained`.
+        path, hub_id, revision, config_json: Of a pretrained base.
+        dtype: `auto` or a torch dtype by name.
+        seed: Of a base from scratch: initialisation and data order.
+    """
+
+    kind: str
+    path: str | None
+    hub_id: str | None
+    revision: str | None
+    config_json: str | None
+    dtype: str
+    trust_remote_code: bool
+    seed: int
+    architecture: Architecture
+    training: BaseTraining
+
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> BaseSettings:
+        values = dict(section)
+        values["architecture"] = Architecture.from_mapping(values["architecture"])
+        values["training"] = BaseTraining.from_mapping(values["training"])
+        return cls(**values)
