@@ -14,6 +14,7 @@ import typer
 
 from kimi_recursive.layout import Layout
 from kimi_recursive.processes.logs import USER_ERROR_EXIT_CODE, logged_error, quiet_libraries
+from kimi_recursive.status import Status
 
 app = typer.Typer(
     add_completion=False,
@@ -62,7 +63,9 @@ def drive(
     configs += [Path("config/quick.yaml")] if quick else []
     track_b = _track_b_config(configs)
     states = _states(track_b)
-    missing = [key for key, (status, _) in states.items() if force or status != "success"]
+    missing = [
+        key for key, (status, _) in states.items() if force or status != Status.OK.in_track_b
+    ]
     for key, (status, detail) in states.items():
         what = "run" if key in missing else "skip"
         typer.echo(f"{what:<5}{key}  {status}{', ' if detail else ''}{detail}", err=True)

@@ -9,6 +9,7 @@ from typing import Any
 from kimi_recursive.evaluation.bootstrap import compare_documents
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.runs import Training
+from kimi_recursive.status import Status
 from kimi_recursive.training.arms import ARMS, PHASES
 
 
@@ -23,7 +24,7 @@ def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, An
     """
     by_stage: dict[str, dict[Any, dict[str, Any]]] = {}
     for row in rows:
-        if row["status"] == "ok":
+        if row["status"] == Status.OK:
             by_stage.setdefault(row["stage"], {})[row["seed"]] = row
     found = []
     for phase in PHASES:

@@ -209,7 +209,7 @@ def _read_repeat(layout: Layout, rows: list[dict[str, Any]]) -> tuple[dict[str, 
     same = sidecar.is_file() and file_digest(sidecar) == found["sidecar_sha256"]
     if same and any(r["training"] == found["run"] and r["status"] == Status.OK for r in rows):
         return found, ""
-    return None, "The comparison exists, but was made of another run."
+    return None, "the comparison was made of another run"
 
 
 def _logged_error(layout: Layout, evaluation: Evaluation) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import polars as pl
 
 from kimi_recursive.files import write_json
-from kimi_recursive.track_b.status import read_logs, write_logs
+from kimi_recursive.track_b.status import SCORED, read_logs, write_logs
 from kimi_recursive.track_b.summary import Result, run_id
 
 
@@ -30,7 +30,7 @@ def seed_logs(results: Sequence[Result], students_dir: Path) -> dict[str, pl.Dat
                 0, pl.lit(seed).alias("seed")
             )
             for seed, run in result.runs.items()
-            if run.status in ("success", "incomplete")
+            if run.status in SCORED
         ]
         if tables:
             logs[result.name] = pl.concat(tables, how="diagonal_relaxed")

@@ -22,10 +22,24 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.files import write_parquet, write_text
+from kimi_recursive.status import Status
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 
 # From worst to best: an experiment has the worst status of its seeds.
-STATUSES = ("failed", "parse_error", "missing_logs", "no_eval", "incomplete", "success")
+STATUSES = tuple(
+    status.in_track_b
+    for status in (
+        Status.FAILED,
+        Status.DAMAGED,
+        Status.MISSING,
+        Status.UNSCORED,
+        Status.INTERRUPTED,
+        Status.OK,
+    )
+)
+
+SUCCESS = Status.OK.in_track_b
+SCORED = (SUCCESS, Status.INTERRUPTED.in_track_b)
 
 
 @dataclass(frozen=True)
@@ -48,19 +62,21 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     """Read a run: its log as parquet, else as JSON lines."""
     logs = Path(run_dir) / "logs"
     summary = _read_summary(logs / "train_summary.json")
-    if summary.get("status") == "failed":
-        return RunStatus("failed", detail=str(summary.get("error")), summary=summary)
+    if summary.get("status") == Status.FAILED.in_experiment:
+        return RunStatus(
+            Status.FAILED.in_track_b, detail=str(summary.get("error")), summary=summary
+        )
     try:
         table = read_logs(run_dir)
     except ValueError as error:
-        return RunStatus("parse_error", detail=str(error), summary=summary)
+        return RunStatus(Status.DAMAGED.in_track_b, detail=str(error), summary=summary)
     if table is None:
         started = (Path(run_dir) / "work").is_dir()
         detail = "started, no attempt has ended" if started else "not started"
-        return RunStatus("missing_logs", detail=detail, summary=summary)
+        return RunStatus(Status.MISSING.in_track_b, detail=detail, summary=summary)
     evaluations = table.drop_nulls(RECALL)
     if evaluations.is_empty():
-        return RunStatus("no_eval", detail=f"no {RECALL}", summary=summary)
+        return RunStatus(Status.UNSCORED.in_track_b, detail=f"no {RECALL}", summary=summary)
     scores = {
         "best_recall": evaluations[RECALL].max(),
         "final_ndcg": evaluations[NDCG][-1],
@@ -68,8 +84,10 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     }
     last = table["step"][-1]
     if last != num_steps:
-        return RunStatus("incomplete", detail=f"step {last} of {num_steps}", **scores)
-    return RunStatus("success", **scores)
+        return RunStatus(
+            Status.INTERRUPTED.in_track_b, detail=f"step {last} of {num_steps}", **scores
+        )
+    return RunStatus(Status.OK.in_track_b, **scores)
 
 
 def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
