@@ -58,6 +58,7 @@ rule compare_zero_init:
     resources:
         gpu=CONFIG.resources.gpus_per_evaluation,
     params:
+        surgery=lambda wildcards: surgery_evaluation(wildcards).name,
         evaluation=CONFIG.evaluation.to_dict(),
         load=LOAD,
         numerics=NUMERICS_VERSION,

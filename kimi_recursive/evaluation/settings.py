@@ -1,8 +1,8 @@
-"""The section `evaluation` of the workflow's config; its schema limits the values."""
+"""What an evaluation measures: the section `evaluation` of the workflow's config, and a spec."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,3 +32,21 @@ class EvaluationSettings:
     def to_dict(self) -> dict[str, Any]:
         """As the config and the results file have them."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """One evaluation.
+
+    Attributes:
+        stage: Names what is evaluated, such as `baseline`.
+        split: `train`, `validation` or `test`.
+        depths: Numbers of inner steps to score beside 0..K; they do not count in the throughput.
+        upstream: What made base and tokens, recorded with the results.
+    """
+
+    stage: str
+    settings: EvaluationSettings
+    split: str = "test"
+    depths: Sequence[int] = ()
+    upstream: Mapping[str, Any] | None = None

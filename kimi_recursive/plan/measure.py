@@ -22,6 +22,8 @@ from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM
 
 from kimi_recursive.evaluation.scores import evaluate_stage
+from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
+from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.plan.estimate import base_shape
 from kimi_recursive.training.phases import train_phase
@@ -101,11 +103,11 @@ def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _evaluate(config: Mapping[str, Any], folder: Path) -> dict[str, float]:
-    settings = {**config["evaluation"], "prompts": [], "max_windows_per_document": 1}
-    outputs = folder / "results.json", folder / "documents.parquet"
-    results = evaluate_stage(
-        "after_surgery", folder / "surgery", folder / "tokens", settings, *outputs
-    )
+    few = {"prompts": [], "max_windows_per_document": 1}
+    settings = EvaluationSettings.from_mapping({**config["evaluation"], **few})
+    files = EvaluationFiles(folder, "after_surgery")
+    spec = EvaluationSpec(files.name, settings)
+    results = evaluate_stage(spec, folder / "surgery", folder / "tokens", files)
     rate = results["throughput"]["evaluated_tokens_per_second"]
     return {"tokens_per_second": rate, "resident_bytes": _resident()}
 
