@@ -157,7 +157,7 @@ def _check_recursive(values: Mapping[str, Any]) -> list[str]:
     allowed = RecursiveConfig().to_dict()
     if unknown := [key for key in values if key not in allowed]:
         return [unknown_key_message(key, allowed, "recursive") for key in unknown]
-    config = RecursiveConfig(**{**values, "recursive_enabled": True})
+    config = RecursiveConfig.from_dict({**values, "recursive_enabled": True})
     if fixed := [key for key in STAGE_KEYS if key in values]:
         return [f"recursive: {key} is set by the stage, leave it out" for key in fixed]
     return [f"recursive: {error}" for error in config.validate()]
@@ -183,7 +183,7 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (unknown_key_message(key, TRAINING_KEYS, where) for key in unknown)
         else:
             merged = {**config["recursive"], **changed, "recursive_enabled": True}
-            yield from (f"{where}: {e}" for e in RecursiveConfig(**merged).validate())
+            yield from (f"{where}: {e}" for e in RecursiveConfig.from_dict(merged).validate())
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
         if settings["batch_size"] % resources.num_processes:

@@ -17,6 +17,7 @@ from pathlib import Path
 import polars as pl
 
 from kimi_recursive.files import write_json
+from kimi_recursive.layout import StudentFolder
 from kimi_recursive.track_b.status import SCORED, read_logs, write_logs
 from kimi_recursive.track_b.summary import Result, run_id
 
@@ -55,7 +56,7 @@ def collect_experiment(
         write_logs(run_dir, logs)
     seeds = {str(seed): run.summary for seed, run in result.runs.items()}
     facts = {"run_id": run_id(result), "status": result.status, "seeds": seeds}
-    write_json(run_dir / "logs/train_summary.json", facts)
+    write_json(StudentFolder(run_dir).summary, facts)
     for seed, path in run_logs.items():
         target = run_dir / f"logs/sweep_seed{seed}.log"
         if path.is_file() and path != target:

@@ -22,6 +22,7 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.files import write_parquet, write_text
+from kimi_recursive.layout import StudentFolder
 from kimi_recursive.status import Status
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 
@@ -60,8 +61,8 @@ class RunStatus:
 
 def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     """Read a run: its log as parquet, else as JSON lines."""
-    logs = Path(run_dir) / "logs"
-    summary = _read_summary(logs / "train_summary.json")
+    folder = StudentFolder(Path(run_dir))
+    summary = _read_summary(folder.summary)
     if summary.get("status") == Status.FAILED.in_experiment:
         return RunStatus(
             Status.FAILED.in_track_b, detail=str(summary.get("error")), summary=summary
@@ -71,7 +72,7 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     except ValueError as error:
         return RunStatus(Status.DAMAGED.in_track_b, detail=str(error), summary=summary)
     if table is None:
-        started = (Path(run_dir) / "work").is_dir()
+        started = folder.work.folder.is_dir()
         detail = "started, no attempt has ended" if started else "not started"
         return RunStatus(Status.MISSING.in_track_b, detail=detail, summary=summary)
     evaluations = table.drop_nulls(RECALL)
@@ -92,9 +93,9 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
 
 def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
     """Write `logs/train_logs.parquet` and `.jsonl`."""
-    write_parquet(run_dir / "logs" / "train_logs.parquet", logs)
+    write_parquet(StudentFolder(run_dir).logs, logs)
     lines = (json.dumps({k: v for k, v in row.items() if v is not None}) for row in logs.to_dicts())
-    write_text(run_dir / "logs" / "train_logs.jsonl", "\n".join(lines) + "\n")
+    write_text(StudentFolder(run_dir).log_lines, "\n".join(lines) + "\n")
 
 
 def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
@@ -103,15 +104,13 @@ def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
     Raises:
         ValueError: none that is there can be read; what is wrong with each.
     """
-    errors = []
-    readers = {"train_logs.parquet": pl.read_parquet, "train_logs.jsonl": _read_json_lines}
-    for name, read in readers.items():
-        path = Path(run_dir) / "logs" / name
+    errors, folder = [], StudentFolder(Path(run_dir))
+    for path, read in {folder.logs: pl.read_parquet, folder.log_lines: _read_json_lines}.items():
         if path.is_file():
             try:
                 return _checked(read(path))
             except (ValueError, OSError, pl.exceptions.PolarsError) as error:
-                errors.append(f"{name}: {(str(error).splitlines() or ['unreadable'])[0]}")
+                errors.append(f"{path.name}: {(str(error).splitlines() or ['unreadable'])[0]}")
     if errors:
         raise ValueError("; ".join(errors))
     return None

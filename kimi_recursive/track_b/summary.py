@@ -13,6 +13,7 @@ import polars as pl
 
 from kimi_recursive.evaluation.bootstrap import Difference, paired_bootstrap
 from kimi_recursive.files import read_parquet, write_csv, write_text
+from kimi_recursive.layout import StudentFolder
 from kimi_recursive.text import fit, label
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
 from kimi_recursive.track_b.sheet import Experiment
@@ -89,7 +90,7 @@ def read_results(
         result = Result(e.name, e.settings["dim"], e, runs)
         for f in done:
             try:
-                result.tables.append(read_parquet(f / "evaluation.parquet", SCORES))
+                result.tables.append(read_parquet(StudentFolder(f).scores, SCORES))
             except ValueError as error:
                 result.problems.append(str(error))
         results.append(result)
