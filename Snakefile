@@ -1,5 +1,5 @@
 # Give a pretrained decoder a recursive refinement loop and measure what it does.
-# Targets: all (default), track_b (the embedding students alone); from what is there, without
+# Targets: all (default), track_b (the embedding students alone); from what exists, without
 # training: summarize, summarize_track_b, report.
 
 
@@ -36,7 +36,7 @@ rule all:
     default_target: True
     input:
         # Every artefact, so that one that was deleted is made again.
-        matrix_artefacts(),
+        MATRIX_ARTEFACTS,
         rules.summarize.output,
         rules.plot_perplexity_by_step.output,
         track_b_results(),

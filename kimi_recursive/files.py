@@ -1,4 +1,4 @@
-"""Outputs appear complete or not at all; JSON results say which versions made them."""
+"""Reading and writing files: an output appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
     from torch import Tensor
 
-# Raised by hand when a change of code changes numbers: all that was computed before runs again.
+# Raised by hand when a change of code changes numbers: then every result is computed again.
 NUMERICS_VERSION = 1
 
 
@@ -65,7 +65,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write the named columns of these rows; what a row lacks, or is None, is an empty cell."""
+    """Write the named columns of these rows; a value that is absent or None is an empty cell."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -79,7 +79,7 @@ def write_parquet(path: str | Path, table: pl.DataFrame) -> None:
 
 
 def read_parquet(path: str | Path, columns: Iterable[str] = ()) -> pl.DataFrame:
-    """A table that has these columns.
+    """Read a table that has these columns.
 
     Raises:
         ValueError: the file is missing or damaged, or lacks a column.
@@ -101,7 +101,7 @@ def read_parquet(path: str | Path, columns: Iterable[str] = ()) -> pl.DataFrame:
 def read_safetensors(
     path: str | Path, weights: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (none without `weights`) and metadata of a safetensors file.
+    """Read tensors and metadata of a safetensors file; with `weights` False no tensors.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -120,7 +120,7 @@ def read_safetensors(
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide numbers."""
+    """Versions of the packages that decide numbers."""
     packages = (
         "kimi-recursive",
         "torch",
@@ -164,10 +164,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
-    """Read one YAML mapping; an empty file is an empty one.
+    """Read one YAML mapping; an empty file is an empty mapping.
 
     Raises:
-        ValueError: the file cannot be read, does not parse, or is no mapping.
+        ValueError: the file cannot be read, does not parse, or is not a mapping.
     """
     import yaml
 
@@ -186,7 +186,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     """Read one JSON object.
 
     Raises:
-        ValueError: the file is missing, does not parse (with line and column), or is no object.
+        ValueError: the file is missing, does not parse (with line and column), or is not an object.
     """
     path = Path(path)
     try:

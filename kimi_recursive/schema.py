@@ -10,7 +10,7 @@ from jsonschema.exceptions import ValidationError
 
 from kimi_recursive.text import unknown_key_message
 
-# JSON Schema takes 16.0 for an integer; Python's range does not.
+# JSON Schema accepts 16.0 as an integer; Python's range does not.
 _Validator = validators.extend(
     Draft202012Validator,
     type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
@@ -30,7 +30,7 @@ def _where(error: ValidationError) -> str:
 
 
 def _other_types(schema: Mapping[str, Any]) -> str:
-    """What may be in place of a text."""
+    """The types allowed beside a text."""
     names = {"array": "list", "object": "mapping"}
     return " or ".join(names.get(kind, kind) for kind in schema["type"] if kind != "string")
 

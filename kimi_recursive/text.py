@@ -1,4 +1,4 @@
-"""Wording that several rooms share: errors in one line, names beside numbers, lines that fit."""
+"""Text that several rooms format alike: one-line errors, names in a first column, line width."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME_WIDTH = 29
 
 
 def fit(lines: Iterable[str]) -> str:
-    """A text of lines of at most 100 columns; the rest of a longer one is indented below it."""
+    """Join lines, wrapped at 100 columns; continuation lines are indented."""
     whole = (
         textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False) or [""]
         for text in lines
@@ -30,9 +30,10 @@ def fit(lines: Iterable[str]) -> str:
 
 
 def label(name: str, width: int = NAME_WIDTH) -> str:
-    """A name as the first column of a table; one that is too long has a line to itself."""
+    """A name as the first column of a table; a name that is too long gets its own line."""
     return f"{name:<{width}}" if len(name) < width else f"{name}\n{'':<{width}}"
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message; without a message, the error's type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,16 +2,16 @@ rule prepare_corpus:
     input:
         CORPUS_FILES,
     output:
-        train="results/corpus/train.parquet",
-        validation="results/corpus/validation.parquet",
-        test="results/corpus/test.parquet",
-        facts="results/corpus/corpus.json",
+        train=LAYOUT.corpus.split("train"),
+        validation=LAYOUT.corpus.split("validation"),
+        test=LAYOUT.corpus.split("test"),
+        facts=LAYOUT.corpus.facts,
     log:
-        "results/logs/prepare_corpus.log",
+        LAYOUT.log("prepare_corpus"),
     conda:
         "../environment.yml"
     params:
-        corpus=config["corpus"],
+        corpus=expected.params_prepare_corpus(CONFIG),
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/prepare_corpus.py"
@@ -20,18 +20,18 @@ rule prepare_corpus:
 rule tokenize_corpus:
     input:
         corpus=rules.prepare_corpus.output,
-        tokenizer=TOKENIZER,
+        tokenizer=artefacts.tokenizer_of(CONFIG, LAYOUT),
     output:
-        train="results/tokens/train.parquet",
-        validation="results/tokens/validation.parquet",
-        test="results/tokens/test.parquet",
-        facts="results/tokens/tokens.json",
+        train=LAYOUT.tokens.split("train"),
+        validation=LAYOUT.tokens.split("validation"),
+        test=LAYOUT.tokens.split("test"),
+        facts=LAYOUT.tokens.facts,
     log:
-        "results/logs/tokenize_corpus.log",
+        LAYOUT.log("tokenize_corpus"),
     conda:
         "../environment.yml"
     params:
-        trust_remote_code=config["base"]["trust_remote_code"],
+        trust_remote_code=CONFIG.base.trust_remote_code,
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/tokenize_corpus.py"
@@ -43,13 +43,13 @@ if SCRATCH:
         input:
             corpus=rules.prepare_corpus.output,
         output:
-            tokenizer=directory("results/tokenizer"),
+            tokenizer=directory(LAYOUT.tokenizer),
         log:
-            "results/logs/train_tokenizer.log",
+            LAYOUT.log("train_tokenizer"),
         conda:
             "../environment.yml"
         params:
-            vocab_size=config["tokenizer"]["vocab_size"],
+            vocab_size=CONFIG.tokenizer.vocab_size,
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/train_tokenizer.py"
@@ -59,16 +59,16 @@ if SCRATCH:
             tokens=rules.tokenize_corpus.output,
             tokenizer=rules.train_tokenizer.output.tokenizer,
         output:
-            model=directory("results/base/model"),
-            logs="results/base/train_logs.parquet",
+            model=directory(LAYOUT.base.model),
+            logs=LAYOUT.base.logs,
         log:
-            "results/logs/train_base.log",
+            LAYOUT.log("train_base"),
         conda:
             "../environment.yml"
         resources:
             gpu=1,
         params:
-            base={k: config["base"][k] for k in ("seed", "architecture", "training")},
+            base=expected.params_train_base(CONFIG),
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/train_base.py"
@@ -79,30 +79,30 @@ else:
         input:
             LOCAL_BASE,
         output:
-            model=directory("results/base/model"),
+            model=directory(LAYOUT.base.model),
         log:
-            "results/logs/fetch_base.log",
-        localrule: True  # in need of a network, which nodes of a cluster may not have
+            LAYOUT.log("fetch_base"),
+        localrule: True  # needs a network, which the nodes of a cluster may not have
         conda:
             "../environment.yml"
         params:
-            base={k: config["base"][k] for k in ("path", "hub_id", "revision", "trust_remote_code")},
+            base=expected.params_fetch_base(CONFIG),
         script:
             "../workflow/scripts/fetch_base.py"
 
 
 rule insert_cells:
     input:
-        model="results/base/model",
+        model=LAYOUT.base.model,
     output:
-        sidecar=directory("results/surgery/s{seed}"),
+        sidecar=directory(LAYOUT.surgery("{seed}")),
     log:
-        "results/logs/insert_cells/s{seed}.log",
+        LAYOUT.log("insert_cells", "s{seed}"),
     conda:
         "../environment.yml"
     params:
-        recursive=recursive_subset(config, MODEL_KEYS),
-        load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
+        recursive=expected.params_insert_cells(CONFIG),
+        load=LOAD,
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/insert_cells.py"

@@ -1,30 +1,32 @@
 rule evaluate:
     input:
         tokens=rules.tokenize_corpus.output,
-        base="results/base/model",
-        model=evaluated_model,
+        base=LAYOUT.base.model,
+        model=lambda wildcards: artefacts.model_of(evaluation(wildcards), LAYOUT),
     output:
         results=report(
-            "results/eval/{name}_results.json",
+            LAYOUT.evaluation("{name}").results,
             caption="../workflow/report/evaluation.rst",
             category="Evaluations",
-            subcategory=lambda wildcards: evaluation_labels(wildcards)["stage"],
-            labels=evaluation_labels,
+            subcategory=lambda wildcards: runs.evaluation_labels(CONFIG, evaluation(wildcards))[
+                "stage"
+            ],
+            labels=lambda wildcards: runs.evaluation_labels(CONFIG, evaluation(wildcards)),
         ),
-        documents="results/eval/{name}_documents.parquet",
+        documents=LAYOUT.evaluation("{name}").documents,
     log:
-        "results/logs/evaluate/{name}.log",
+        LAYOUT.log("evaluate", "{name}"),
     conda:
         "../environment.yml"
     resources:
-        gpu=GPUS,
+        gpu=CONFIG.resources.gpus_per_evaluation,
     params:
-        stage=lambda wildcards: EVALUATIONS[wildcards.name].stage,
-        evaluation=config["evaluation"],
-        recursive=evaluated_config,
-        depths=evaluated_depths,
-        upstream=upstream_settings(config),
-        load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
+        stage=lambda wildcards: evaluation(wildcards).stage,
+        evaluation=CONFIG.evaluation.to_dict(),
+        recursive=lambda wildcards: expected.params_evaluate(CONFIG, evaluation(wildcards)),
+        depths=lambda wildcards: expected.evaluated_depths(CONFIG, evaluation(wildcards)),
+        upstream=expected.upstream(CONFIG),
+        load=LOAD,
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/evaluate.py"
@@ -33,19 +35,15 @@ rule evaluate:
 rule compare_zero_init:
     input:
         tokens=rules.tokenize_corpus.output,
-        base="results/base/model",
-        surgery=lambda wildcards: f"results/surgery/s{ZERO_INIT[wildcards.proof]}",
-        baseline_results="results/eval/baseline_results.json",
-        baseline_documents="results/eval/baseline_documents.parquet",
-        surgery_results=lambda wildcards: (
-            f"results/eval/{surgery_name(ZERO_INIT[wildcards.proof])}_results.json"
-        ),
-        surgery_documents=lambda wildcards: (
-            f"results/eval/{surgery_name(ZERO_INIT[wildcards.proof])}_documents.parquet"
-        ),
+        base=LAYOUT.base.model,
+        surgery=lambda wildcards: LAYOUT.surgery(ZERO_INIT[wildcards.proof]),
+        baseline_results=LAYOUT.evaluation("baseline").results,
+        baseline_documents=LAYOUT.evaluation("baseline").documents,
+        surgery_results=lambda wildcards: surgery_evaluation(wildcards).results,
+        surgery_documents=lambda wildcards: surgery_evaluation(wildcards).documents,
     output:
         proof=report(
-            "results/compare/{proof}.json",
+            LAYOUT.proof("{proof}"),
             caption="../workflow/report/zero_init.rst",
             category="Proofs",
             labels=lambda wildcards: {
@@ -54,43 +52,43 @@ rule compare_zero_init:
             },
         ),
     log:
-        "results/logs/compare_zero_init/{proof}.log",
+        LAYOUT.log("compare_zero_init", "{proof}"),
     conda:
         "../environment.yml"
     resources:
-        gpu=GPUS,
+        gpu=CONFIG.resources.gpus_per_evaluation,
     params:
-        evaluation=config["evaluation"],
-        load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
+        surgery=lambda wildcards: surgery_evaluation(wildcards).name,
+        evaluation=CONFIG.evaluation.to_dict(),
+        load=LOAD,
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/compare_zero_init.py"
 
 
-if REPEATED:
+if CONFIG.repeat:
+    REPEATED, REPEAT = runs.trainings(CONFIG)[0], runs.repeated(CONFIG)
 
     rule compare_repeat:
         input:
-            sidecars=expand("results/runs/{key}/sidecar", key=[REPEATED_OF.key, REPEATED.key]),
-            logs=expand(
-                "results/runs/{key}/train_logs.parquet", key=[REPEATED_OF.key, REPEATED.key]
-            ),
-            documents=expand(
-                "results/eval/{name}_documents.parquet",
-                name=[REPEATED_OF.stage, REPEATED_EVALUATION.name],
-            ),
+            sidecars=[LAYOUT.run(run.key).sidecar for run in (REPEATED, REPEAT)],
+            logs=[LAYOUT.run(run.key).logs for run in (REPEATED, REPEAT)],
+            documents=[
+                LAYOUT.evaluation(name).documents
+                for name in (REPEATED.stage, runs.repeated_evaluation(CONFIG).name)
+            ],
         output:
             comparison=report(
-                "results/compare/repeat.json",
+                LAYOUT.repeat,
                 caption="../workflow/report/repeat.rst",
                 category="Proofs",
-                labels={"what": "a run and its repeat", "seed": str(REPEATED_OF.seed)},
+                labels={"what": "a run and its repeat", "seed": str(REPEATED.seed)},
             ),
         log:
-            "results/logs/compare_repeat.log",
+            LAYOUT.log("compare_repeat"),
         conda:
             "../environment.yml"
         params:
-            key=REPEATED_OF.key,
+            key=REPEATED.key,
         script:
             "../workflow/scripts/compare_repeat.py"

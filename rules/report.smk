@@ -1,48 +1,48 @@
 rule summarize:
     input:
-        summarized,
+        needs("summarize", *MATRIX_RESULTS),
     output:
         table=report(
-            "results/summary.csv",
+            LAYOUT.table,
             caption="../workflow/report/table.rst",
             category="Answers",
             labels={"what": "every evaluation, as a table"},
         ),
         text=report(
-            "results/summary.txt",
+            LAYOUT.text,
             caption="../workflow/report/summary.rst",
             category="Answers",
             labels={"what": "summary"},
         ),
         verdicts=report(
-            "results/verdicts.json",
+            LAYOUT.verdicts,
             caption="../workflow/report/verdicts.rst",
             category="Answers",
             labels={"what": "verdicts with their intervals"},
         ),
     log:
-        "results/logs/summarize.log",
+        LAYOUT.log("summarize"),
     conda:
         "../environment.yml"
     params:
         config=config,
-        state=existing("summarize", "eval/*.*", "compare/*.*", "runs/*/*.*", "logs/*/*.log"),
+        state=existing("summarize", LAYOUT.read_by_summary),
     script:
         "../workflow/scripts/summarize.py"
 
 
 rule plot_perplexity_by_step:
     input:
-        expand("results/eval/{name}_results.json", name=MATRIX),
+        [LAYOUT.evaluation(run.name).results for run in runs.evaluations(CONFIG)],
     output:
         figure=report(
-            "results/figures/perplexity_by_step.png",
+            LAYOUT.perplexity_by_step,
             caption="../workflow/report/perplexity_by_step.rst",
             category="Figures",
             labels={"what": "perplexity by inner step"},
         ),
     log:
-        "results/logs/plot_perplexity_by_step.log",
+        LAYOUT.log("plot_perplexity_by_step"),
     conda:
         "../environment.yml"
     script:
@@ -51,31 +51,20 @@ rule plot_perplexity_by_step:
 
 rule report:
     input:
-        reported,
+        needs("report", *MATRIX_ARTEFACTS, *TRACK_B_ARTEFACTS),
     output:
         page=report(
-            "results/report.html",
+            LAYOUT.report,
             caption="../workflow/report/report.rst",
             category="Answers",
             labels={"what": "the report"},
         ),
     log:
-        "results/logs/report.log",
+        LAYOUT.log("report"),
     conda:
         "../environment.yml"
     params:
         config=config,
-        state=existing(
-            "report",
-            "base/train_logs.parquet",
-            "eval/*.*",
-            "compare/*.*",
-            "runs/*/*.*",
-            "runs/*/work/metrics",
-            "track_b/references.parquet",
-            "track_b/students/*/*.parquet",
-            "track_b/students/*/logs/*",
-            "logs/**/*.log",
-        ),
+        state=existing("report", LAYOUT.read_by_report),
     script:
         "../workflow/scripts/report.py"

@@ -1,17 +1,17 @@
-if config["track_b"]["teacher"]["kind"] == "vectors":
+if CONFIG.track_b["teacher"]["kind"] == "vectors":
 
     rule import_vectors:
         input:
-            config["track_b"]["teacher"]["path"],
+            CONFIG.track_b["teacher"]["path"],
         output:
-            teacher=directory("results/track_b/teacher"),
+            teacher=directory(LAYOUT.track_b.teacher),
         log:
-            "results/logs/import_vectors.log",
+            LAYOUT.log("import_vectors"),
         conda:
             "../environment.yml"
         params:
-            teacher=config["track_b"]["teacher"],
-            split={k: config["track_b"][k] for k in SENTENCE_KEYS},
+            teacher=CONFIG.track_b["teacher"],
+            split=expected.params_sentences(CONFIG),
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/import_vectors.py"
@@ -22,14 +22,14 @@ else:
         input:
             CORPUS_FILES,
         output:
-            sentences="results/track_b/sentences.parquet",
+            sentences=LAYOUT.track_b.sentences,
         log:
-            "results/logs/prepare_sentences.log",
+            LAYOUT.log("prepare_sentences"),
         conda:
             "../environment.yml"
         params:
-            corpus={k: config["corpus"][k] for k in ("source", "text_field")},
-            split={k: config["track_b"][k] for k in SENTENCE_KEYS},
+            corpus={"source": CONFIG.corpus.source, "text_field": CONFIG.corpus.text_field},
+            split=expected.params_sentences(CONFIG),
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/prepare_sentences.py"
@@ -38,16 +38,16 @@ else:
         input:
             sentences=rules.prepare_sentences.output.sentences,
         output:
-            teacher=directory("results/track_b/teacher"),
+            teacher=directory(LAYOUT.track_b.teacher),
         log:
-            "results/logs/encode_sentences.log",
+            LAYOUT.log("encode_sentences"),
         priority: 20  # everything else of Track-B waits for it
         conda:
             "../environment.yml"
         resources:
             gpu=1,
         params:
-            teacher=config["track_b"]["teacher"],
+            teacher=CONFIG.track_b["teacher"],
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/encode_sentences.py"
@@ -55,16 +55,16 @@ else:
 
 rule find_neighbours:
     input:
-        teacher="results/track_b/teacher",
+        teacher=LAYOUT.track_b.teacher,
     output:
-        neighbours="results/track_b/neighbours.npz",
+        neighbours=LAYOUT.track_b.neighbours,
     log:
-        "results/logs/find_neighbours.log",
+        LAYOUT.log("find_neighbours"),
     priority: 20
     conda:
         "../environment.yml"
     params:
-        settings=NEIGHBOUR_SETTINGS,
+        settings=neighbour_settings(TRACK_B),
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/find_neighbours.py"
@@ -72,12 +72,12 @@ rule find_neighbours:
 
 rule check_sanity:
     input:
-        teacher="results/track_b/teacher",
+        teacher=LAYOUT.track_b.teacher,
         neighbours=rules.find_neighbours.output.neighbours,
     output:
-        checks="results/track_b/sanity.json",
+        checks=LAYOUT.track_b.sanity,
     log:
-        "results/logs/check_sanity.log",
+        LAYOUT.log("check_sanity"),
     priority: 20
     conda:
         "../environment.yml"
@@ -89,16 +89,16 @@ rule check_sanity:
 
 rule evaluate_references:
     input:
-        teacher="results/track_b/teacher",
+        teacher=LAYOUT.track_b.teacher,
         neighbours=rules.find_neighbours.output.neighbours,
     output:
-        table="results/track_b/references.parquet",
+        table=LAYOUT.track_b.references,
     log:
-        "results/logs/evaluate_references.log",
+        LAYOUT.log("evaluate_references"),
     conda:
         "../environment.yml"
     params:
-        dims=REFERENCE_DIMS,
+        dims=sorted({e.settings["dim"] for e in TRACK_B}),
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/evaluate_references.py"
@@ -106,15 +106,15 @@ rule evaluate_references:
 
 rule train_student:
     input:
-        teacher="results/track_b/teacher",
+        teacher=LAYOUT.track_b.teacher,
         neighbours=rules.find_neighbours.output.neighbours,
         checks=rules.check_sanity.output.checks,
     output:
-        logs="results/track_b/students/{student}/logs/train_logs.parquet",
-        best="results/track_b/students/{student}/checkpoints/student_best.safetensors",
-        scores="results/track_b/students/{student}/evaluation.parquet",
+        logs=LAYOUT.track_b.student("{student}").logs,
+        best=LAYOUT.track_b.student("{student}").best,
+        scores=LAYOUT.track_b.student("{student}").scores,
     log:
-        "results/logs/train_student/{student}.log",
+        LAYOUT.log("train_student", "{student}"),
     priority: 10
     conda:
         "../environment.yml"
@@ -129,36 +129,39 @@ rule train_student:
         "../workflow/scripts/train_student.py"
 
 
+TRACK_B_SUMMARY = LAYOUT.track_b_summary(CONFIG.track_b["quick"])
+
+
 rule summarize_track_b:
     input:
-        summarized_students,
+        needs("summarize_track_b", *TRACK_B_ARTEFACTS),
     output:
-        table=f"{TRACK_B_DIR}/summary.csv",
+        table=TRACK_B_SUMMARY.table,
         text=report(
-            f"{TRACK_B_DIR}/summary.txt",
+            TRACK_B_SUMMARY.text,
             caption="../workflow/report/track_b.rst",
             category="Track-B",
             labels={"what": "summary"},
         ),
         comparison=report(
-            f"{TRACK_B_DIR}/comparison.csv",
+            TRACK_B_SUMMARY.comparison,
             caption="../workflow/report/track_b_comparison.rst",
             category="Track-B",
             labels={"what": "students and references, as a table"},
         ),
-        runs=directory(f"{TRACK_B_DIR}/runs"),
+        runs=directory(TRACK_B_SUMMARY.runs),
         figure=report(
-            f"{TRACK_B_DIR}/recall_by_step.png",
+            TRACK_B_SUMMARY.figure,
             caption="../workflow/report/track_b_figure.rst",
             category="Track-B",
             labels={"what": "recall by step"},
         ),
     log:
-        "results/logs/summarize_track_b.log",
+        LAYOUT.log("summarize_track_b"),
     conda:
         "../environment.yml"
     params:
-        track_b=config["track_b"],
-        state=existing("summarize_track_b", "track_b/students/*/logs/*", "logs/train_student/*.log"),
+        track_b=CONFIG.track_b,
+        state=existing("summarize_track_b", LAYOUT.read_by_track_b),
     script:
         "../workflow/scripts/summarize_track_b.py"

@@ -1,34 +1,34 @@
 rule train_phase:
     input:
         tokens=rules.tokenize_corpus.output,
-        base="results/base/model",
-        parent=parent_sidecar,
-        proof=zero_init_proof,
+        base=LAYOUT.base.model,
+        parent=lambda wildcards: artefacts.parent_of(training(wildcards), LAYOUT),
+        proof=lambda wildcards: LAYOUT.proof(runs.zero_init_name(CONFIG, training(wildcards).seed)),
     output:
-        sidecar=directory("results/runs/{key}/sidecar"),
-        logs="results/runs/{key}/train_logs.parquet",
+        sidecar=directory(LAYOUT.run("{key}").sidecar),
+        logs=LAYOUT.run("{key}").logs,
         summary=report(
-            "results/runs/{key}/train_summary.json",
+            LAYOUT.run("{key}").summary,
             caption="../workflow/report/training.rst",
             category="Trainings",
-            subcategory=lambda wildcards: f"phase {TRAININGS[wildcards.key].phase}",
-            labels=training_labels,
+            subcategory=lambda wildcards: f"phase {training(wildcards).phase}",
+            labels=lambda wildcards: runs.training_labels(training(wildcards)),
         ),
     log:
-        "results/logs/train_phase/{key}.log",
+        LAYOUT.log("train_phase", "{key}"),
     priority: 10  # the long jobs first, so that the short ones fill the gaps
     conda:
         "../environment.yml"
     resources:
-        gpu=config["resources"]["gpus_per_run"],
+        gpu=CONFIG.resources.gpus_per_run,
     params:
-        arm=lambda wildcards: TRAININGS[wildcards.key].arm,
-        phase=lambda wildcards: TRAININGS[wildcards.key].phase,
-        seed=lambda wildcards: TRAININGS[wildcards.key].seed,
-        settings=lambda wildcards: config["training"][TRAININGS[wildcards.key].phase],
-        recursive=lambda wildcards: phase_overrides(config, TRAININGS[wildcards.key].phase),
+        arm=lambda wildcards: training(wildcards).arm,
+        phase=lambda wildcards: training(wildcards).phase,
+        seed=lambda wildcards: training(wildcards).seed,
+        settings=lambda wildcards: expected.params_train_phase(CONFIG, training(wildcards)),
+        recursive=lambda wildcards: CONFIG.phase_overrides(training(wildcards).phase),
         key=lambda wildcards: wildcards.key,
-        load={k: config["base"][k] for k in ("dtype", "trust_remote_code")},
+        load=LOAD,
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/train_phase.py"

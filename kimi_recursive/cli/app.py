@@ -19,7 +19,9 @@ from kimi_recursive.cli.plan import plan
 from kimi_recursive.cli.track_b import app as track_b
 from kimi_recursive.cli.upload import upload
 from kimi_recursive.doors import missing_extra
+from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.files import read_json_object
+from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.matrix.runs import STAGES
 from kimi_recursive.model.config import (
     RecursiveConfig,
@@ -135,25 +137,23 @@ def evaluate(
         config = get_baseline_config()
     elif config is None and not has_sidecar:
         config = get_after_surgery_config()
-    settings = {
-        "context_length": context_length,
-        "batch_size": batch_size,
-        "max_windows_per_document": max_windows,
-        "prompts": prompt or list(DEFAULT_PROMPTS),
-        "max_new_tokens": max_new_tokens,
-    }
+    settings = EvaluationSettings(
+        context_length=context_length,
+        batch_size=batch_size,
+        max_windows_per_document=max_windows,
+        prompts=prompt or list(DEFAULT_PROMPTS),
+        max_new_tokens=max_new_tokens,
+    )
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     of_tokens = {**options, "revision": of_base}
+    files = EvaluationFiles(output_dir, stage)
     with _tokens(tokens_dir, corpus or ["sotu"], fetched, **of_tokens) as tokens:
         results = evaluate_stage(
-            stage,
+            EvaluationSpec(stage, settings, split),
             model_path,
             tokens,
-            settings,
-            output_dir / f"{stage}_results.json",
-            output_dir / f"{stage}_documents.parquet",
+            files,
             config=config,
-            split=split,
             dtype=dtype,
             device=device,
             device_map=device_map,
@@ -164,7 +164,7 @@ def evaluate(
             f"step {row['step']}: perplexity {row['perplexity']:.4f}, "
             f"token accuracy {100 * row['token_accuracy']:.2f} %"
         )
-    typer.echo(f"wrote {output_dir}/{stage}_results.json")
+    typer.echo(f"wrote {files.results}")
 
 
 @app.command("run-experiment")

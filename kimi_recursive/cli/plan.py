@@ -50,7 +50,7 @@ def plan(
 
     quiet_libraries()
     paths = [Path("config/config.yaml"), *([config] if config else [])]
-    settings = read_config(paths, Path("workflow/schemas/config.schema.yaml"))
+    settings = read_config(paths)
     from kimi_recursive.plan.estimate import plan
 
     found = plan(settings)

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from kimi_recursive.layout import Layout
 from kimi_recursive.processes.logs import USER_ERROR_EXIT_CODE, logged_error, quiet_libraries
+from kimi_recursive.status import Status
 
 app = typer.Typer(
     add_completion=False,
@@ -20,8 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil an embedding teacher into students of 128 dimensions, and compare them.",
 )
-RESULTS = Path("results/track_b")
-STUDENTS = RESULTS / "students"
+LAYOUT = Layout()
 JOB_FAILED = 1  # Snakemake's exit code
 
 
@@ -62,13 +63,15 @@ def drive(
     configs += [Path("config/quick.yaml")] if quick else []
     track_b = _track_b_config(configs)
     states = _states(track_b)
-    missing = [key for key, (status, _) in states.items() if force or status != "success"]
+    missing = [
+        key for key, (status, _) in states.items() if force or status != Status.OK.in_track_b
+    ]
     for key, (status, detail) in states.items():
         what = "run" if key in missing else "skip"
         typer.echo(f"{what:<5}{key}  {status}{', ' if detail else ''}{detail}", err=True)
     snakemake = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going"]
     snakemake += ["--configfile", *map(str, configs[1:])] if configs[1:] else []
-    again = [str(STUDENTS / key / "logs/train_logs.parquet") for key in missing]
+    again = [str(LAYOUT.track_b.student(key).logs) for key in missing]
     command = [*snakemake, "--forcerun", *again, "summarize_track_b", "--", "track_b"]
     if dry_run:
         raise SystemExit(_call([*command[:3], "--dry-run", "--quiet", "rules", *command[3:]]))
@@ -85,8 +88,8 @@ def drive(
         raise SystemExit(USER_ERROR_EXIT_CODE if users_alone else code)
     if aside:
         shutil.rmtree(aside)
-    folder = RESULTS.with_name("track_b_quick") if track_b["quick"] else RESULTS
-    typer.echo((folder / "summary.txt").read_text(encoding="utf-8"), nl=False)
+    summary = LAYOUT.track_b_summary(track_b["quick"])
+    typer.echo(summary.text.read_text(encoding="utf-8"), nl=False)
 
 
 def _call(command: list[str]) -> int:
@@ -107,7 +110,7 @@ def _failures(since: float) -> tuple[list[str], int]:
     def recent(pattern: str) -> list[Path]:
         return [p for p in sorted(Path().glob(pattern)) if p.stat().st_mtime >= since]
 
-    found = [logged_error(path) for path in recent("results/logs/**/*.log")]
+    found = [logged_error(path) for path in recent(f"{LAYOUT.logs}/**/*.log")]
     errors = [error for error, is_users in found if is_users]
     logs = [path.read_text(encoding="utf-8") for path in recent(".snakemake/log/*.log")]
     num_failed = sum(log.count("\nError in rule ") for log in logs)
@@ -116,18 +119,18 @@ def _failures(since: float) -> tuple[list[str], int]:
 
 def _set_aside(keys: Iterable[str]) -> Path:
     """Move students to a folder of their own, so that they are trained from the start."""
-    aside = RESULTS / time.strftime("students_before_%Y%m%d_%H%M%S")
+    aside = LAYOUT.track_b.folder / time.strftime("students_before_%Y%m%d_%H%M%S")
     aside.mkdir(parents=True)
     for key in keys:
-        if (STUDENTS / key).is_dir():
-            (STUDENTS / key).rename(aside / key)
+        if (folder := LAYOUT.track_b.student(key).folder).is_dir():
+            folder.rename(aside / key)
     return aside
 
 
 def _track_b_config(paths: list[Path]) -> dict[str, Any]:
     from kimi_recursive.matrix.settings import read_config
 
-    track_b = read_config(paths, Path("workflow/schemas/config.schema.yaml"))["track_b"]
+    track_b = read_config(paths)["track_b"]
     if not track_b["enabled"]:
         raise ValueError("track_b.enabled is false in the config")
     return track_b
@@ -140,7 +143,7 @@ def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
     found = {}
     for key, (settings, _) in runs_of(select_experiments(track_b)).items():
-        status = read_status(STUDENTS / key, settings["steps"])
+        status = read_status(LAYOUT.track_b.student(key).folder, settings["steps"])
         found[key] = (status.status, status.detail)
     return found
 
@@ -194,7 +197,7 @@ def run(
     sheet: Annotated[Path, typer.Option(help="Experiments.")] = Path("config/track_b.tsv"),
     teacher_dir: Annotated[
         Path, typer.Option(help="The teacher's vectors; made by `track-b` or `make all`.")
-    ] = RESULTS / "teacher",
+    ] = LAYOUT.track_b.teacher,
     output_dir: Annotated[Path, typer.Option(help="Where runs by hand are.")] = Path("runs"),
 ) -> None:
     """Train one experiment by hand, into OUTPUT_DIR/RUN_ID.

@@ -1,6 +1,6 @@
-"""Text corpora and token streams: read, split by document, tokenize, sample, cut into windows.
+"""Text corpora: read documents, and split them into train, validation and test.
 
-User errors are a `ValueError` of one line; importing this loads neither torch nor transformers.
+A user error is a `ValueError` of one line. Importing this loads neither torch nor transformers.
 """
 
 import glob
@@ -26,7 +26,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @contextmanager
 def located(place: str) -> Iterator[None]:
-    """Turns what a library raises into a `ValueError` of one line that starts with the place."""
+    """Turn an error of a library into a `ValueError` of one line that starts with the place."""
     try:
         yield
     except (ValueError, OSError, KeyError, ImportError, RecursionError, pa.ArrowException) as error:
@@ -34,13 +34,14 @@ def located(place: str) -> Iterator[None]:
 
 
 def integer(name: str, value: Any, low: int) -> int:
+    """The value, when it is an integer of at least `low`; else ValueError naming `name`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
         raise ValueError(f"{name}: must be an integer of at least {low}, not {value!r}")
     return int(value)
 
 
 def _expand(source: Any) -> list[str]:
-    """The files that paths, directories and patterns stand for, each once, in order."""
+    """The files that paths, directories and patterns name, each once, in order."""
     files: list[str] = []
     for entry in source if isinstance(source, list | tuple) else [source]:
         if not isinstance(entry, str | os.PathLike) or not str(entry):
@@ -62,7 +63,14 @@ def base_files(path: str) -> list[str]:
 
 
 def source_files(corpus: Mapping[str, Any]) -> list[str]:
-    """The local files of a corpus, none for a package or a `datasets` name. Raises ValueError."""
+    """The local files of a corpus; none for a package or a `datasets` name.
+
+    Args:
+        corpus: As in `read_documents`.
+
+    Raises:
+        ValueError: a path without files, or a file of an unknown kind.
+    """
     source = corpus["source"]
     return [] if source == "sotu" or str(source).startswith("datasets:") else _expand(source)
 
@@ -108,7 +116,7 @@ def _load(corpus: Mapping[str, Any]) -> tuple[pl.DataFrame, dict[str, int]]:
             raise ValueError(f"{place}: no string in field {field!r} (text_field): {row!r:.200}")
         key = str(next((row[k] for k in ("document_id", "id") if row.get(k) is not None), place))
         if key in places:
-            raise ValueError(f"{place}: id {key!r} is already that of {places[key]}")
+            raise ValueError(f"{place}: id {key!r} is taken by {places[key]}")
         places[key] = place
         if text.strip() and text not in texts:
             texts[text] = key
@@ -122,10 +130,13 @@ def _load(corpus: Mapping[str, Any]) -> tuple[pl.DataFrame, dict[str, int]]:
 def read_documents(corpus: Mapping[str, Any]) -> pl.DataFrame:
     """Read a corpus: columns `document_id` and `text`, both str and unique, in source order.
 
-    `source` is `sotu`, `datasets:NAME` (of its `split`), or a path, directory, pattern or a list
-    of them: `.txt` is one document, `.jsonl` and `.parquet` hold one per record, its text in
-    `text_field` and its id in `document_id` or `id`, else `path:number` from 1. Blank texts and
-    repeats of a text are left out. Raises ValueError for a file, record or id that is unusable.
+    `source` is `sotu`, `datasets:NAME` (with its `split`), or a path, directory or pattern, or a
+    list of these. A `.txt` file is one document; `.jsonl` and `.parquet` files hold one document a
+    record, with the text in `text_field` and the id in `document_id` or `id`, else `path:number`
+    from 1. Blank texts and repeated texts are left out.
+
+    Raises:
+        ValueError: a file, record or id that cannot be used.
     """
     return _load(corpus)[0]
 
@@ -135,8 +146,10 @@ def split_documents(
 ) -> dict[str, list[str]]:
     """Ids of `train`, `validation` and `test`, in the order of a hash of seed and id.
 
-    It depends on the set of ids only, and a new document moves few others, at the borders. Raises
-    ValueError for a share out of range, or a split that would be empty.
+    The split depends on the set of ids alone. A new document moves few others, at the borders.
+
+    Raises:
+        ValueError: a share out of range, or a split that would be empty.
     """
     shares = (validation, test)
     if not all(isinstance(share, float) and share > 0 for share in shares) or sum(shares) >= 1:
@@ -152,10 +165,18 @@ def split_documents(
 
 
 def prepare_corpus(corpus: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Read, split and write a corpus, all or nothing; returns what `corpus.json` holds.
+    """Read, split and write a corpus, all or nothing.
 
-    `corpus` is that of `read_documents`, with `validation` and `test` (0.1) and `seed` (0). Writes
-    `{train,validation,test}.parquet`: document_id, text, num_characters int64. Raises ValueError.
+    Writes `{train,validation,test}.parquet` (document_id, text, num_characters int64) and
+    `corpus.json`.
+
+    Args:
+        corpus: As in `read_documents`, with `validation` and `test` (0.1 each) and `seed` (0).
+
+    Returns: what `corpus.json` holds.
+
+    Raises:
+        ValueError: as in `read_documents` and `split_documents`.
     """
     documents, dropped = _load(corpus)
     options = {k: corpus.get(k, v) for k, v in {"validation": 0.1, "test": 0.1, "seed": 0}.items()}

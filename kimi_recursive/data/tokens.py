@@ -23,7 +23,9 @@ _TOKENS_SCHEMA = pa.schema(
 
 
 def _batches(corpus_dir: Path, split: str) -> Iterator[pl.DataFrame]:
-    """The documents of a split, about `BATCH_CHARACTERS` at a time; a bad file fails at once."""
+    """The documents of a split, about `BATCH_CHARACTERS` at a time.
+
+    A bad file raises before the first batch."""
     with located(f"{corpus_dir}/{split}.parquet: not readable"):
         path = Path(corpus_dir, f"{split}.parquet")
         table = pq.ParquetFile(path).read().select(["document_id", "text", "num_characters"])
@@ -34,8 +36,12 @@ def _batches(corpus_dir: Path, split: str) -> Iterator[pl.DataFrame]:
 def train_tokenizer(corpus_dir: Path, output_dir: Path, vocab_size: int) -> dict[str, Any]:
     """Train byte-level BPE on the train split, for `AutoTokenizer.from_pretrained(output_dir)`.
 
-    Any text round-trips exactly. Returns the special tokens and the `vocab_size` reached.
-    Raises ValueError without a train split, or if `vocab_size` is below 256 bytes + special tokens.
+    Any text round-trips exactly.
+
+    Returns: the special tokens and the `vocab_size` that was reached.
+
+    Raises:
+        ValueError: no train split, or a `vocab_size` below 256 bytes and the special tokens.
     """
     wanted = integer("vocab_size", vocab_size, 256 + len(SPECIAL_TOKENS))
     texts = (part["text"].to_list() for part in _batches(corpus_dir, "train"))
@@ -58,9 +64,13 @@ def tokenize_corpus(
     """Encode each document as `[bos] + ids` (eos where there is no bos), all or nothing.
 
     Writes `{train,validation,test}.parquet` (document_id, tokens list<int32>, num_tokens) and
-    `tokens.json`, returned: vocab_size, bos_token_id, counts per split (characters_per_token leaves
-    out bos). Special tokens spelled out in a text stay text. Raises ValueError for a missing split,
-    no tokenizer, or one with neither bos nor eos.
+    `tokens.json`. Special tokens spelled out in a text stay text.
+
+    Returns: what `tokens.json` holds: vocab_size, bos_token_id, and counts by split, where
+        characters_per_token does not count bos.
+
+    Raises:
+        ValueError: a missing split, no tokenizer, or a tokenizer with neither bos nor eos.
     """
     batches = {name: _batches(corpus_dir, name) for name in SPLITS}
     from transformers import AutoTokenizer
@@ -111,7 +121,7 @@ class TokenSplit:
 
 
 def load_tokens(tokens_dir: Path, split: str) -> TokenSplit:
-    """Load a split that `tokenize_corpus` wrote; ValueError if it is missing or something else."""
+    """Load a split that `tokenize_corpus` wrote; ValueError when the file is missing or another."""
     with located(f"{tokens_dir}/{split}.parquet: not readable"):
         table = pq.ParquetFile(Path(tokens_dir, f"{split}.parquet")).read().cast(_TOKENS_SCHEMA)
     tokens = np.concatenate([chunk.flatten().to_numpy() for chunk in table["tokens"].chunks])

@@ -1,4 +1,4 @@
-"""Windows of tokens: random ones for training, all of a document for evaluation."""
+"""Windows of tokens: random windows for training, consecutive ones for evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,10 @@ from kimi_recursive.data.tokens import TokenSplit, load_tokens
 
 
 def validation_windows(tokens_dir: Path, context_length: int, num_windows: int) -> list["Window"]:
-    """The first windows of the validation split that are whole: at most two of a document.
+    """The first whole windows of the validation split, at most two of a document.
 
-    Raises ValueError if no document is long enough.
+    Raises:
+        ValueError: no document is long enough.
     """
     windows = document_windows(load_tokens(tokens_dir, "validation"), context_length, 2)
     whole = [window for window in windows if len(window.inputs) == context_length]
@@ -25,7 +26,11 @@ def validation_windows(tokens_dir: Path, context_length: int, num_windows: int) 
 
 
 class WindowSampler:
-    """Random windows inside documents, each start as likely; ValueError if all are too short."""
+    """Random windows inside documents, every start equally likely.
+
+    Raises:
+        ValueError: every document is shorter than a window.
+    """
 
     def __init__(self, split: TokenSplit, window: int, batch_size: int, seed: int) -> None:
         self.split, self.window = split, integer("window", window, 1)
@@ -63,8 +68,11 @@ def document_windows(
 ) -> list[Window]:
     """Cut each document from its start, so that each token but the first is a target once.
 
-    Windows of `context_length` inputs (the last: what remains) in document order, at most
-    `max_windows` per document (None: all). Raises ValueError if either is below 1.
+    A window has `context_length` inputs; the last window of a document has the rest. Windows come
+    in document order, at most `max_windows` of a document (None: all).
+
+    Raises:
+        ValueError: `context_length` or `max_windows` is below 1.
     """
     size = integer("context_length", context_length, 1)
     limit = None if max_windows is None else integer("max_windows", max_windows, 1)

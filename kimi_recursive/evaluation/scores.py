@@ -20,7 +20,9 @@ from tqdm import tqdm
 from kimi_recursive.data.tokens import TokenSplit, load_tokens
 from kimi_recursive.data.windows import Window, document_windows
 from kimi_recursive.evaluation.flops import forward_flops_per_token
+from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.files import git_state, versions, write_json, write_parquet
+from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.generation import plain_generation
 from kimi_recursive.model.loading import check_context, load_model_with_config
@@ -207,14 +209,12 @@ def evaluate_model(
     wrapper: ChunkRefineWrapper,
     tokenizer,
     split: TokenSplit,
-    settings: Mapping[str, Any],
+    settings: EvaluationSettings,
     depths: Sequence[int] = (),
 ) -> tuple[dict[str, Any], pl.DataFrame]:
     """Evaluate one model on held-out documents.
 
     Args:
-        settings: The `evaluation` subtree of the workflow config: context_length, batch_size,
-            max_windows_per_document, prompts, max_new_tokens.
         depths: Numbers of inner steps to score beside 0..K; they do not count in the throughput.
 
     Returns:
@@ -226,29 +226,27 @@ def evaluate_model(
     """
     check_context(
         wrapper.base,
-        max(settings["context_length"], settings["max_new_tokens"]),
+        max(settings.context_length, settings.max_new_tokens),
         "evaluation.context_length, evaluation.max_new_tokens",
     )
-    if tokenizer is None and settings["prompts"]:
+    if tokenizer is None and settings.prompts:
         raise ValueError("evaluation.prompts need a tokenizer, and the model has none")
-    windows = document_windows(
-        split, settings["context_length"], settings["max_windows_per_document"]
-    )
+    windows = document_windows(split, settings.context_length, settings.max_windows_per_document)
     if not windows:
         raise ValueError("the evaluation split has no document of at least two tokens")
     last = wrapper.resolve_steps(None)
     deepest = max([last, *depths]) if wrapper.active else 0
-    scores = score_windows(wrapper, windows, settings["batch_size"], deepest, progress=True)
+    scores = score_windows(wrapper, windows, settings.batch_size, deepest, progress=True)
     within = scores.filter(pl.col("step") <= last)
     scores = scores.filter((pl.col("step") <= last) | pl.col("step").is_in(list(depths)))
     documents = document_scores(scores, split)
     by_step = summarize_scores(documents)
     at_last = next(row for row in by_step if row["step"] == last)
-    first = next(batches(windows, settings["batch_size"]))
+    first = next(batches(windows, settings.batch_size))
     input_ids = torch.from_numpy(first[0].inputs)[None].to(wrapper.device)
     num_tokens = sum(len(w.targets) for w in windows)
     samples, generation = generate_samples(
-        wrapper, tokenizer, settings["prompts"], settings["max_new_tokens"]
+        wrapper, tokenizer, settings.prompts, settings.max_new_tokens
     )
     results = {
         "perplexity": {
@@ -272,26 +270,20 @@ def evaluate_model(
 
 
 def evaluate_stage(
-    stage: str,
+    spec: EvaluationSpec,
     model_path: str | Path,
     tokens_dir: str | Path,
-    settings: Mapping[str, Any],
-    results_path: str | Path,
-    documents_path: str | Path,
+    files: EvaluationFiles,
     config: RecursiveConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
-    depths: Sequence[int] = (),
-    upstream: Mapping[str, Any] | None = None,
-    split: str = "test",
     **load_options: Any,
 ) -> dict[str, Any]:
-    """Load a model, evaluate it, write `<stage>_results.json` and `<stage>_documents.parquet`.
+    """Load a model, evaluate it, write results and scores by document.
 
     Args:
+        files: What to write.
         config: By default the sidecar's own, or recursion disabled for a base.
         overrides: Parameters to change in that config.
-        depths: As in `evaluate_model`.
-        upstream: What made base and tokens, recorded with the results.
         load_options: Passed on to `load_model_with_config`; the device is training's by default.
 
     Raises:
@@ -301,14 +293,14 @@ def evaluate_stage(
         model_path, config=config, overrides=overrides, **placed(load_options)
     )
     results, documents = evaluate_model(
-        wrapper, tokenizer, load_tokens(Path(tokens_dir), split), settings, depths
+        wrapper, tokenizer, load_tokens(Path(tokens_dir), spec.split), spec.settings, spec.depths
     )
     adapter = wrapper.adapter
     lora = [p.numel() for p in adapter.lora_parameters().values()] if adapter else []
     results = {
-        "stage": stage,
+        "stage": spec.stage,
         "model_path": str(model_path),
-        "split": split,
+        "split": spec.split,
         **results,
         "num_parameters": {
             "base": sum(p.numel() for p in wrapper.base.parameters()) - sum(lora),
@@ -316,13 +308,13 @@ def evaluate_stage(
             "lora": sum(lora),
         },
         "config": config.to_dict(),
-        "evaluation": {**settings, "depths": list(depths)},
+        "evaluation": {**spec.settings.to_dict(), "depths": list(spec.depths)},
         "dtype": str(wrapper.base.dtype).removeprefix("torch."),
-        "upstream": upstream,
+        "upstream": spec.upstream,
         "versions": versions(),
         **git_state(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_parquet(documents_path, documents)
-    write_json(results_path, results)
+    write_parquet(files.documents, documents)
+    write_json(files.results, results)
     return results

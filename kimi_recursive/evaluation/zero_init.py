@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import torch
 from kimi_recursive.data.tokens import TokenSplit, load_tokens
 from kimi_recursive.data.windows import Window, document_windows
 from kimi_recursive.evaluation.scores import batches, prompt_ids
+from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, write_json
+from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.placement import placed
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
@@ -75,13 +76,11 @@ def perturbed_difference(wrapper: ChunkRefineWrapper, windows: list[Window]) -> 
 
 
 def compare_zero_init(
-    baseline_results: str | Path,
-    surgery_results: str | Path,
-    baseline_documents: str | Path,
-    surgery_documents: str | Path,
+    baseline: EvaluationFiles,
+    surgery: EvaluationFiles,
     surgery_dir: str | Path,
     tokens_dir: str | Path,
-    settings: Mapping[str, Any],
+    settings: EvaluationSettings,
     output_path: str | Path,
     **load_options: Any,
 ) -> dict[str, Any]:
@@ -94,11 +93,13 @@ def compare_zero_init(
     and, with noise on any one cell, logits that do change.
 
     Args:
-        settings: The `evaluation` subtree; its first windows are used for the logits.
+        baseline, surgery: The evaluations to compare.
+        surgery_dir: The untrained sidecar.
+        settings: Of both evaluations; the first windows are used for the logits.
 
     Returns: what is written to `output_path`: `passed`, `checks`, the numbers.
     """
-    before, after = read_json_object(baseline_results), read_json_object(surgery_results)
+    before, after = read_json_object(baseline.results), read_json_object(surgery.results)
     wrapper, tokenizer, _ = load_model_with_config(surgery_dir, **placed(load_options))
     windows = _windows(load_tokens(Path(tokens_dir), "test"), settings)
     logits = logit_differences(wrapper, windows)
@@ -107,7 +108,7 @@ def compare_zero_init(
     accuracy = percent(
         before["perplexity"]["token_accuracy"], after["perplexity"]["token_accuracy"]
     )
-    document_loss = _document_difference(baseline_documents, surgery_documents)
+    document_loss = _document_difference(baseline.documents, surgery.documents)
     tokens = [[s["token_ids"] for s in results["generations"]] for results in (before, after)]
     precision = torch.finfo(wrapper.base.dtype).eps
     # Below float32, decoding by token and by chunk round apart: compare like with like.
@@ -142,13 +143,11 @@ def compare_zero_init(
 
 
 def _chunked_base_generation(
-    wrapper: ChunkRefineWrapper, ids: list[int], settings: Mapping[str, Any]
+    wrapper: ChunkRefineWrapper, ids: list[int], settings: EvaluationSettings
 ) -> list[int]:
     """What the loop generates with no inner step: the base through the same passes."""
     input_ids = torch.tensor([ids], device=wrapper.device)
-    output = wrapper.generate_chunks(
-        input_ids, max_new_tokens=settings["max_new_tokens"], num_steps=0
-    )
+    output = wrapper.generate_chunks(input_ids, max_new_tokens=settings.max_new_tokens, num_steps=0)
     return output[0, len(ids) :].tolist()
 
 
@@ -172,9 +171,9 @@ def _check(name: str, value: float, relation: str, limit: float) -> dict[str, An
     return {"name": name, "value": value, "limit": f"{relation} {limit:g}", "passed": passed}
 
 
-def _windows(split: TokenSplit, settings: Mapping[str, Any]) -> list[Window]:
-    windows = document_windows(split, settings["context_length"], 1)
-    return next(batches(windows, settings["batch_size"]))
+def _windows(split: TokenSplit, settings: EvaluationSettings) -> list[Window]:
+    windows = document_windows(split, settings.context_length, 1)
+    return next(batches(windows, settings.batch_size))
 
 
 def _document_difference(baseline: str | Path, surgery: str | Path) -> float:

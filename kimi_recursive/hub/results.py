@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.files import read_json_object, read_safetensors
+from kimi_recursive.layout import RESULTS_SUFFIX, EvaluationFiles, Layout, RunFolder
 from kimi_recursive.model.sidecar import SIDECAR_NAME
 
 LOSS_PREFIX = "validation_loss_step_"
@@ -39,9 +40,8 @@ class Scores:
 
 def workflow_results(directory: Path) -> Path | None:
     """The results folder that an experiment directory of the workflow lies in, or None."""
-    work = directory.resolve()
-    inside = work.name == "work" and work.parent.parent.name == "runs"
-    return work.parents[2] if inside else None
+    layout = Layout.of_work(directory)
+    return layout and layout.root
 
 
 def read_scores(
@@ -68,7 +68,7 @@ def read_scores(
             rows = scores["by_step"]
             found.append(
                 Scores(
-                    path.name.removesuffix("_results.json"),
+                    path.name.removesuffix(RESULTS_SUFFIX),
                     values["stage"],
                     _corpus(upstream.get("corpus", {}).get("source"), metadata),
                     values["split"],
@@ -90,11 +90,11 @@ def _evaluations(
     """Those of the experiment's model, wherever it was read from."""
     if results_dir is None:
         return
-    of_ours = [model_dir, directory / "sidecar", directory.parent / "sidecar"]
+    by_hand, of_workflow = RunFolder(directory), RunFolder(directory.parent)
+    of_ours = [model_dir, by_hand.sidecar, of_workflow.sidecar]
     ours = {path.resolve() for path in of_ours}
-    for path in sorted(
-        [*results_dir.glob("eval/*_results.json"), *results_dir.glob("*_results.json")]
-    ):
+    found = [*Layout(results_dir).evaluations(), *EvaluationFiles.all_in(results_dir)]
+    for path in sorted(files.results for files in found):
         values = read_json_object(path)
         named = Path(values.get("model_path", ""))  # relative to where the evaluation was started
         places = [p for p in (named.resolve(), (results_dir.resolve().parent / named).resolve())]
@@ -157,9 +157,10 @@ def read_verdicts(
         ValueError: a damaged file, or verdicts made from other evaluations than those that are
             there.
     """
-    path = results_dir and results_dir / "verdicts.json"
-    table = results_dir and results_dir / "summary.csv"
-    if path is None or not path.is_file() or not table.is_file():
+    if results_dir is None:
+        return []
+    path, table = Layout(results_dir).verdicts, Layout(results_dir).table
+    if not path.is_file() or not table.is_file():
         return []
     try:
         verdicts = json.loads(path.read_text(encoding="utf-8"))
@@ -172,7 +173,7 @@ def read_verdicts(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}, {table}: cannot be read ({error})") from error
     for row in rows:
-        file = results_dir / "eval" / f"{row['name']}_results.json"
+        file = Layout(results_dir).evaluation(row["name"]).results
         if read_json_object(file)["perplexity"]["perplexity"] != float(row["perplexity"]):
             raise ValueError(
                 f"{path}: was made from another evaluation than {file}; "

@@ -1,4 +1,4 @@
-"""What every script of the workflow does around its one call: threads, log, errors."""
+"""What every script of the workflow does around its one call: limit threads, log, report errors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kimi_recursive.processes.logs import USER_ERROR_EXIT_CODE, logging_to, quie
 def job(snakemake) -> Iterator[None]:
     """Run the body of a workflow script.
 
-    Caps BLAS threads at the rule's threads (set before torch is imported), copies output to the
-    rule's log, and turns a user error (ValueError), or a file that cannot be read or written
-    (OSError), into one line and exit code 2.
+    Limits BLAS to the rule's threads (the limit is set before torch is imported) and copies output
+    to the rule's log. A user error (ValueError), or a file that cannot be read or written
+    (OSError), becomes one line and exit code 2.
 
-    Snakemake repeats a failed job whatever it failed of. Where a resource `tries` says which
-    attempt it is, as in profiles/slurm, a user error is kept in `.error` beside the log, and
-    further attempts end with it at once.
+    Snakemake repeats every failed job, whatever the cause. Where a resource `tries` holds the
+    number of the attempt, as in profiles/slurm, a user error is kept in an `.error` file beside the
+    log, and later attempts end with the same error at once.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(snakemake.threads)
@@ -34,7 +34,8 @@ def job(snakemake) -> Iterator[None]:
         if attempt == 1:
             kept.unlink(missing_ok=True)
         elif attempt and kept.is_file():
-            print(f"attempt {attempt} of what cannot work: nothing is tried", file=sys.stderr)
+            message = "Not retrying: the previous attempt failed on invalid input."
+            print(message, file=sys.stderr)
             print(f"error: {kept.read_text(encoding='utf-8')}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
         try:

@@ -1,23 +1,27 @@
-"""The run sheet: which trainings and evaluations the config asks for, and where each one lives.
+"""The run sheet: which trainings and evaluations the config asks for, and their names.
 
 A training is keyed by what it computes (arm, phase, seed); two evaluations that need the same
-training share it. Everything here is derived from the config, so that the DAG and the summary
-expect the same runs.
+training share it. The DAG and the summary both take their runs from here, so they expect the same
+runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from kimi_recursive.matrix.settings import Config
 from kimi_recursive.training.arms import ARMS, PHASES
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training run; `parent` is the key of the run it starts from, None for fresh cells.
-    A `repeat` computes the same as the run without it, to see whether the numbers are the same."""
+    """One training run.
+
+    Attributes:
+        parent: Key of the run that this one starts from; None for untrained cells.
+        repeat: Whether this is the second training of a run, which shows whether both end in the
+            same numbers.
+    """
 
     arm: str
     phase: str
@@ -40,8 +44,7 @@ class Evaluation:
     """One evaluation.
 
     Attributes:
-        name: File stem in `results/eval`; the stage, with `_s<seed>` behind it for every seed but
-            the first of the list.
+        name: The stage, with `_s<seed>` behind it for every seed but the first of the list.
         stage: `baseline`, `after_surgery`, or that of the training.
         seed: Of the cells and the training; None for the baseline.
         training: Key of the training evaluated, None before training.
@@ -57,12 +60,12 @@ TRAINED_STAGES = [Training(arm, phase, 0, None) for phase in PHASES for arm in A
 STAGES = ("baseline", "after_surgery", *(training.stage for training in TRAINED_STAGES))
 
 
-def trainings(config: Mapping[str, Any]) -> list[Training]:
+def trainings(config: Config) -> list[Training]:
     """All training runs of the matrix, parents first, without the repeat."""
     runs = []
-    for phase in config["phases"]:
+    for phase in config.phases:
         for arm in ARMS:
-            for seed in config["seeds"]:
+            for seed in config.seeds:
                 before = None
                 if phase != PHASES[0]:
                     before = Training(arm, PHASES[PHASES.index(phase) - 1], seed, None).key
@@ -70,30 +73,70 @@ def trainings(config: Mapping[str, Any]) -> list[Training]:
     return runs
 
 
-def repeated(config: Mapping[str, Any]) -> Training | None:
+def repeated(config: Config) -> Training | None:
     """The run that is trained a second time: the first recursive one. None when not asked for."""
-    return replace(trainings(config)[0], repeat=True) if config["repeat"] else None
+    return replace(trainings(config)[0], repeat=True) if config.repeat else None
 
 
-def evaluations(config: Mapping[str, Any]) -> list[Evaluation]:
+def all_trainings(config: Config) -> dict[str, Training]:
+    """Every training by key, the repeat among them."""
+    repeat = repeated(config)
+    return {run.key: run for run in [*trainings(config), *([repeat] if repeat else [])]}
+
+
+def chain(config: Config, key: str | None) -> list[Training]:
+    """A training, and before it those that it starts from; empty for None."""
+    runs, found = all_trainings(config), []
+    while key:
+        found.insert(0, runs[key])
+        key = runs[key].parent
+    return found
+
+
+def evaluations(config: Config) -> list[Evaluation]:
     """All evaluations of the matrix, in the order of the summary, without the repeat."""
-    seeds = config["seeds"]
 
     def name(stage: str, seed: int) -> str:
-        return stage if seed == seeds[0] else f"{stage}_s{seed}"
+        return stage if seed == config.seeds[0] else f"{stage}_s{seed}"
 
     rows = [Evaluation("baseline", "baseline", None, None)]
-    rows += [Evaluation(name("after_surgery", s), "after_surgery", s, None) for s in seeds]
+    rows += [Evaluation(name("after_surgery", s), "after_surgery", s, None) for s in config.seeds]
     rows += [Evaluation(name(t.stage, t.seed), t.stage, t.seed, t.key) for t in trainings(config)]
     return rows
 
 
-def repeated_evaluation(config: Mapping[str, Any]) -> Evaluation | None:
+def repeated_evaluation(config: Config) -> Evaluation | None:
     """The evaluation of the repeated run."""
     run = repeated(config)
     return run and Evaluation(f"{run.stage}_repeat", run.stage, run.seed, run.key)
 
 
-def zero_init_name(config: Mapping[str, Any], seed: int) -> str:
-    """File stem in `results/compare` of a seed's zero-init proof."""
-    return "zero_init" if seed == config["seeds"][0] else f"zero_init_s{seed}"
+def all_evaluations(config: Config) -> dict[str, Evaluation]:
+    """Every evaluation by name, the repeat's among them."""
+    repeat = repeated_evaluation(config)
+    return {run.name: run for run in [*evaluations(config), *([repeat] if repeat else [])]}
+
+
+def surgery_name(config: Config, seed: int) -> str:
+    """The name of the evaluation of a seed's untrained cells."""
+    runs = evaluations(config)
+    return next(run.name for run in runs if run.stage == "after_surgery" and run.seed == seed)
+
+
+def zero_init_name(config: Config, seed: int) -> str:
+    """The name of a seed's zero-init proof."""
+    return "zero_init" if seed == config.seeds[0] else f"zero_init_s{seed}"
+
+
+def training_labels(run: Training) -> dict[str, str]:
+    """What Snakemake's own report calls a training."""
+    repeat = " (repeat)" if run.repeat else ""
+    return {"arm": f"{run.arm}{repeat}", "phase": run.phase, "seed": str(run.seed)}
+
+
+def evaluation_labels(config: Config, run: Evaluation) -> dict[str, str]:
+    """What Snakemake's own report calls an evaluation."""
+    if run.training:
+        labels = training_labels(all_trainings(config)[run.training])
+        return {"stage": labels.pop("arm"), **labels}
+    return {"stage": run.stage, "phase": "-", "seed": "-" if run.seed is None else str(run.seed)}

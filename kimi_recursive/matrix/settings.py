@@ -1,21 +1,27 @@
-"""The workflow's config: checked against its schema before any job starts."""
+"""The workflow's config: checked against its schema before any job starts, then typed."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kimi_recursive.data.settings import CorpusSettings, TokenizerSettings
+from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, read_yaml_mapping
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.schema import schema_errors
 from kimi_recursive.text import unknown_key_message
+from kimi_recursive.training.settings import BaseSettings, PhaseSettings
 
-# Which part of the `recursive` subtree decides what; a rule is given only the part it reads.
+# Which part of `recursive` decides what; a rule depends only on the part that it reads.
 MODEL_KEYS = (
     "chunk_width", "max_inner_steps", "layers_to_refine", "use_latent_token", "d_state",
     "gate_hidden", "max_chunk_len",
@@ -29,15 +35,95 @@ TRAINING_KEYS = tuple(
 )
 
 
-def validate_settings(config: Mapping[str, Any], schema_path: str | Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Resources:
+    """What one run may take.
+
+    Attributes:
+        gpus_per_run: GPUs of one training, with a process each (without GPUs, processes).
+        device_map: Spreads the base over several devices, in one process.
+    """
+
+    gpus_per_run: int
+    device_map: str | dict[str, str | int] | None
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of one training: one for each GPU, or one that spreads the base over all."""
+        return self.gpus_per_run if self.device_map is None else 1
+
+    @property
+    def gpus_per_evaluation(self) -> int:
+        """GPUs of one evaluation: those that the base is spread over, or one."""
+        return 1 if self.device_map is None else self.gpus_per_run
+
+
+@dataclass(frozen=True)
+class Config:
+    """The workflow's config, section by section; `config/README.md` explains every key.
+
+    Attributes:
+        recursive: The parameters of the loop, with defaults for those that the config leaves out.
+        training: Settings by phase.
+        track_b: The section `track_b`, as `track_b.sheet.select_experiments` reads it.
+    """
+
+    corpus: CorpusSettings
+    tokenizer: TokenizerSettings
+    base: BaseSettings
+    recursive: RecursiveConfig
+    evaluation: EvaluationSettings
+    phases: tuple[str, ...]
+    training: Mapping[str, PhaseSettings]
+    seeds: tuple[int, ...]
+    repeat: bool
+    resources: Resources
+    track_b: Mapping[str, Any]
+
+    @classmethod
+    def from_mapping(cls, config: Mapping[str, Any]) -> Config:
+        """From a config that `validate_settings` found valid."""
+        return cls(
+            corpus=CorpusSettings.from_mapping(config["corpus"]),
+            tokenizer=TokenizerSettings.from_mapping(config["tokenizer"]),
+            base=BaseSettings.from_mapping(config["base"]),
+            recursive=RecursiveConfig.from_dict(config["recursive"]),
+            evaluation=EvaluationSettings.from_mapping(config["evaluation"]),
+            phases=tuple(config["phases"]),
+            training={k: PhaseSettings.from_mapping(v) for k, v in config["training"].items()},
+            seeds=tuple(config["seeds"]),
+            repeat=config["repeat"],
+            resources=Resources(**config["resources"]),
+            track_b=config["track_b"],
+        )
+
+    def recursive_part(self, *groups: tuple[str, ...]) -> dict[str, Any]:
+        """The parameters of `recursive` in these groups."""
+        full = self.recursive.to_dict()
+        return {key: full[key] for group in groups for key in group}
+
+    def phase_overrides(self, phase: str) -> dict[str, Any]:
+        """The parameters of `recursive` that a phase trains with: those that training reads, and
+        on top what `training.<phase>.recursive` changes."""
+        shared = self.recursive_part(TRAINING_KEYS, ("commit", "max_inner_steps"))
+        return shared | dict(self.training[phase].recursive or {})
+
+
+@functools.cache
+def read_schema() -> dict[str, Any]:
+    """JSON Schema of the config: what is allowed."""
+    text = files(__package__).joinpath("schemas/config.schema.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
+
+
+def validate_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config, when it is valid.
 
     Raises:
         ValueError: one line for each error: the key, what it holds, what is allowed; for an
             unknown key the nearest valid one.
     """
-    schema = yaml.safe_load(Path(schema_path).read_text(encoding="utf-8"))
-    errors = schema_errors(config, schema)
+    errors = schema_errors(config, read_schema())
     errors += [f"{where}: must be finite, got {x}" for where, x in _not_finite(config)]
     errors = errors or _check_recursive(config["recursive"])
     errors = errors or list(_check_together(config))
@@ -46,8 +132,8 @@ def validate_settings(config: Mapping[str, Any], schema_path: str | Path) -> dic
     return dict(config)
 
 
-def read_config(paths: Sequence[str | Path], schema_path: str | Path) -> dict[str, Any]:
-    """The config that Snakemake would have from these files, the later ones on top, when valid.
+def read_config(paths: Sequence[str | Path]) -> dict[str, Any]:
+    """The config that Snakemake would read from these files, the later ones on top, when valid.
 
     Raises:
         ValueError: a file does not parse, or as in `validate_settings`.
@@ -57,7 +143,7 @@ def read_config(paths: Sequence[str | Path], schema_path: str | Path) -> dict[st
     config: dict[str, Any] = {}
     for path in paths:
         update_config(config, read_yaml_mapping(path))
-    return validate_settings(config, schema_path)
+    return validate_settings(config)
 
 
 def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:
@@ -67,55 +153,25 @@ def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:
         yield from _not_finite(child, f"{where}.{key}" if where else str(key))
 
 
-def recursive_subset(config: Mapping[str, Any], *groups: tuple[str, ...]) -> dict[str, Any]:
-    """The keys of `recursive:` in the given groups, with their defaults filled in."""
-    full = RecursiveConfig.from_dict(config["recursive"]).to_dict()
-    return {key: full[key] for group in groups for key in group}
-
-
-def phase_overrides(config: Mapping[str, Any], phase: str) -> dict[str, Any]:
-    """Parameters of `RecursiveConfig` that a phase trains with: those of `recursive:` that training
-    reads, and what `training.<phase>.recursive` changes."""
-    shared = recursive_subset(config, TRAINING_KEYS, ("commit", "max_inner_steps"))
-    return shared | config["training"][phase]["recursive"]
-
-
-def num_processes(config: Mapping[str, Any]) -> int:
-    """Processes of one training: one for each GPU, or one that spreads the base over all."""
-    resources = config["resources"]
-    return resources["gpus_per_run"] if resources["device_map"] is None else 1
-
-
-def upstream_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the config that decide base and tokens, and with them every result."""
-    base, scratch = config["base"], config["base"]["kind"] == "scratch"
-    made_by = ("seed", "architecture", "training") if scratch else ("path", "hub_id", "revision")
-    return {
-        "corpus": dict(config["corpus"]),
-        "tokenizer": dict(config["tokenizer"]) if scratch else None,
-        "base": {key: base[key] for key in ("kind", "dtype", *made_by)},
-    }
-
-
 def _check_recursive(values: Mapping[str, Any]) -> list[str]:
     allowed = RecursiveConfig().to_dict()
     if unknown := [key for key in values if key not in allowed]:
         return [unknown_key_message(key, allowed, "recursive") for key in unknown]
-    config = RecursiveConfig(**{**values, "recursive_enabled": True})
+    config = RecursiveConfig.from_dict({**values, "recursive_enabled": True})
     if fixed := [key for key in STAGE_KEYS if key in values]:
         return [f"recursive: {key} is set by the stage, leave it out" for key in fixed]
     return [f"recursive: {error}" for error in config.validate()]
 
 
 def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
-    base, width = config["base"], config["recursive"].get("chunk_width", 128)
+    base, recursive = config["base"], RecursiveConfig.from_dict(config["recursive"])
+    resources, width = Resources(**config["resources"]), recursive.chunk_width
     if base["kind"] == "pretrained":
         yield from _check_pretrained(base, "base")
     elif base["kind"] == "scratch":
         architecture = base["architecture"]
         if architecture["num_experts_per_token"] > architecture["num_experts"]:
             yield "base.architecture: num_experts_per_token must be at most num_experts"
-        recursive = RecursiveConfig.from_dict(config["recursive"])
         try:
             recursive.layer_indices(architecture["num_hidden_layers"])
         except ValueError as error:
@@ -127,13 +183,13 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (unknown_key_message(key, TRAINING_KEYS, where) for key in unknown)
         else:
             merged = {**config["recursive"], **changed, "recursive_enabled": True}
-            yield from (f"{where}: {e}" for e in RecursiveConfig(**merged).validate())
+            yield from (f"{where}: {e}" for e in RecursiveConfig.from_dict(merged).validate())
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
-        if settings["batch_size"] % num_processes(config):
+        if settings["batch_size"] % resources.num_processes:
             yield (
                 f"training.{phase}.batch_size: must be a multiple of resources.gpus_per_run "
-                f"({num_processes(config)}), got {settings['batch_size']}"
+                f"({resources.num_processes}), got {settings['batch_size']}"
             )
         if settings["context_length"] % width:
             yield (

@@ -24,7 +24,7 @@ from transformers.integrations import moe
 
 from kimi_recursive.evaluation.flops import count_flops, flop_counter
 from kimi_recursive.kimi import kda
-from kimi_recursive.matrix.settings import MODEL_KEYS, phase_overrides, recursive_subset
+from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.arms import ARMS
@@ -88,8 +88,8 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
     base_config, dtype = base_shape(config)
     runs = {}
     with _fake(dtype):
-        model = recursive_subset(config, MODEL_KEYS)
-        overrides = {**model, "recursive_enabled": True}
+        settings = Config.from_mapping(config)
+        overrides = {**settings.recursive_part(MODEL_KEYS), "recursive_enabled": True}
         wrapper = _wrapper(base_config, dtype, overrides)
         sizes = {
             "base": sum(p.numel() for p in wrapper.base.parameters()),
@@ -99,7 +99,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
         runs["evaluation"] = _evaluation(wrapper, config["evaluation"])
         for phase in config["phases"]:
             print(f"planning phase {phase}", file=sys.stderr)
-            changed = phase_overrides(config, phase) | ARMS["recursive"]
+            changed = settings.phase_overrides(phase) | ARMS["recursive"]
             wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
             settings = PhaseSettings.from_mapping(config["training"][phase])
             runs[phase] = _training(wrapper, phase, settings)

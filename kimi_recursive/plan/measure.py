@@ -22,7 +22,9 @@ from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM
 
 from kimi_recursive.evaluation.scores import evaluate_stage
-from kimi_recursive.matrix.settings import MODEL_KEYS, phase_overrides, recursive_subset
+from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
+from kimi_recursive.layout import EvaluationFiles
+from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.plan.estimate import base_shape
 from kimi_recursive.training.phases import train_phase
 from kimi_recursive.training.settings import PhaseSettings
@@ -77,7 +79,8 @@ def _make_inputs(config: Mapping[str, Any], folder: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(base_config, dtype=dtype)
     base.save_pretrained(folder / "base")
-    insert_cells(folder / "base", recursive_subset(config, MODEL_KEYS), 0, folder / "surgery")
+    recursive = Config.from_mapping(config).recursive_part(MODEL_KEYS)
+    insert_cells(folder / "base", recursive, 0, folder / "surgery")
     lengths = [run["context_length"] for run in _settings(config)]
     windows = [run.get("num_validation_windows", 0) for run in _settings(config)]
     scored = 6 * config["evaluation"]["batch_size"]
@@ -102,11 +105,11 @@ def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _evaluate(config: Mapping[str, Any], folder: Path) -> dict[str, float]:
-    settings = {**config["evaluation"], "prompts": [], "max_windows_per_document": 1}
-    outputs = folder / "results.json", folder / "documents.parquet"
-    results = evaluate_stage(
-        "after_surgery", folder / "surgery", folder / "tokens", settings, *outputs
-    )
+    few = {"prompts": [], "max_windows_per_document": 1}
+    settings = EvaluationSettings.from_mapping({**config["evaluation"], **few})
+    files = EvaluationFiles(folder, "after_surgery")
+    spec = EvaluationSpec(files.name, settings)
+    results = evaluate_stage(spec, folder / "surgery", folder / "tokens", files)
     rate = results["throughput"]["evaluated_tokens_per_second"]
     return {"tokens_per_second": rate, "resident_bytes": _resident()}
 
@@ -121,7 +124,7 @@ def _train(config: Mapping[str, Any], folder: Path, phase: str) -> dict[str, flo
             phase,
             PhaseSettings.from_mapping({**settings, **few}),
             seed=0,
-            overrides=phase_overrides(config, phase),
+            overrides=Config.from_mapping(config).phase_overrides(phase),
         ),
         RunFiles(
             parent=folder / parent,

@@ -1,4 +1,4 @@
-"""Processes: several on one training, signals, what they print."""
+"""Processes: several on one training, signals to stop, logs."""
 
 from kimi_recursive.doors import offer
 

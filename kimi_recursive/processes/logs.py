@@ -1,4 +1,4 @@
-"""What a process prints: into a log as well, and without the advice of libraries."""
+"""What a process prints: copied to a log, without the advice of libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class _Tee:
-    """Writes to the terminal, and whole lines (not redrawn progress bars) to the log as well."""
+    """Writes to the terminal, and copies whole lines, but no progress bars, to the log."""
 
     def __init__(self, terminal: TextIO, log: TextIO):
         self.terminal, self.log = terminal, log
@@ -33,8 +33,8 @@ class _Tee:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' advice on kernels and its loading bars out of the way, unless the user has
-    set these variables. Call it before transformers is imported."""
+    """Silence transformers' advice on kernels and its loading bars, unless the user has set these
+    variables. Call this before transformers is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,7 +42,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def logging_to(path: str | Path, append: bool = False) -> Iterator[None]:
-    """Copy what is printed to a file as well."""
+    """Copy everything that is printed to a file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a" if append else "w", encoding="utf-8") as log:
         tee = _Tee(sys.stderr, log)
@@ -51,8 +51,10 @@ def logging_to(path: str | Path, append: bool = False) -> Iterator[None]:
 
 
 def logged_error(path: str | Path) -> tuple[str, bool]:
-    """The last error in the log of a job ("" when there is none, or no log), and whether it is the
-    user's."""
+    """The error that a job's log ends in, and whether it is a user error.
+
+    A job prints an error as its last line, `error: ...`; an error of the program comes after a
+    traceback. Without an error, or without a log: "" and False."""
     path = Path(path)
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     errors = [line for line in text.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and how it says that it did."""
+"""Signals that ask a run to stop, and the exit code of a run that stopped to be resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RESUMABLE_EXIT_CODE = 75  # EX_TEMPFAIL: run again to continue
 
 
 class Interrupted(SystemExit):
-    """A signal to stop arrived; a checkpoint is written and a further run continues from it."""
+    """A signal to stop arrived; a checkpoint is written, and the next run resumes from there."""
 
     def __init__(self, step: int):
         super().__init__(RESUMABLE_EXIT_CODE)
@@ -23,8 +23,10 @@ _arrived: list[int] | None = None
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGUSR1 in a list instead of dying of them. An inner block shares
-    the list of the outer one, so that what comes while a model loads is not lost."""
+    """Collect SIGINT, SIGTERM and SIGUSR1 in a list; without this block they end the process.
+
+    An inner block shares the list of the outer block, so that a signal that arrives while a model
+    loads is not lost."""
     global _arrived
     if _arrived is not None:
         yield _arrived
@@ -34,7 +36,7 @@ def stop_signals() -> Iterator[list[int]]:
     def note(number: int, _frame) -> None:
         arrived.append(number)
         name = signal.Signals(number).name
-        print(f"{name}: stopping behind the next step", file=sys.stderr, flush=True)
+        print(f"{name}: stopping after the next step", file=sys.stderr, flush=True)
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {s: signal.signal(s, note) for s in signals}

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.files import read_json_object
+from kimi_recursive.layout import RESULTS_SUFFIX, Layout, WorkFolder
 from kimi_recursive.model.config import CONFIG_NAME
 from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.records.kinds import number, parse_time
 from kimi_recursive.records.log import append_records
+from kimi_recursive.status import Status
 from kimi_recursive.training.experiment import METADATA_NAME
 
 BASELINES_PATH = Path("baselines.jsonl")
 TRAINING_LOG_PATH = Path("experiments/training_log.jsonl")
-ENDED = ("completed", "failed")
+ENDED = (Status.OK.in_experiment, Status.FAILED.in_experiment)
 
 
 def record_runs(
@@ -33,10 +35,10 @@ def record_runs(
 
     What cannot be read or written is said, and stops nothing: the results are complete without.
     """
-    results_dir = Path(results_dir)
+    layout = Layout(Path(results_dir))
     found = {
-        training_log: [*_trainings(results_dir), *_failed_trainings(results_dir)],
-        baselines: [*_evaluations(results_dir), *_failed_evaluations(results_dir)],
+        training_log: [*_trainings(layout), *_failed_trainings(layout)],
+        baselines: [*_evaluations(layout), *_failed_evaluations(layout)],
     }
     for path, records in found.items():
         records.sort(key=lambda record: record["timestamp"])
@@ -103,14 +105,14 @@ def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
 
 
 def record_of_evaluation(path: str | Path) -> dict[str, Any]:
-    """The baseline record of a `<name>_results.json`.
+    """The baseline record of an evaluation's results file.
 
     Raises:
         ValueError: it cannot be read, or lacks what every evaluation has.
     """
     path, found = Path(path), read_json_object(path)
     try:
-        name, time = path.name.removesuffix("_results.json"), parse_time(found["created"])
+        name, time = path.name.removesuffix(RESULTS_SUFFIX), parse_time(found["created"])
         scores = found["perplexity"]
         metrics = {k: scores[k] for k in ("loss", "perplexity", "token_accuracy")}
         metrics |= {
@@ -148,16 +150,15 @@ def record_of_evaluation(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _trainings(results: Path) -> Iterator[dict[str, Any]]:
-    for pattern in ("base/work", "runs/*/work", "track_b/students/*/work"):
-        for path in sorted(results.glob(f"{pattern}/{METADATA_NAME}")):
-            if record := _or_warn(record_of_experiment, path.parent):
-                yield record
+def _trainings(layout: Layout) -> Iterator[dict[str, Any]]:
+    for work in layout.works():
+        if work.metadata.is_file() and (record := _or_warn(record_of_experiment, work.folder)):
+            yield record
 
 
-def _evaluations(results: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(results.glob("eval/*_results.json")):
-        if record := _or_warn(record_of_evaluation, path):
+def _evaluations(layout: Layout) -> Iterator[dict[str, Any]]:
+    for files in layout.evaluations():
+        if record := _or_warn(record_of_evaluation, files.results):
             yield record
 
 
@@ -169,12 +170,12 @@ def _or_warn(read: Any, path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _failed_trainings(results: Path) -> Iterator[dict[str, Any]]:
+def _failed_trainings(layout: Layout) -> Iterator[dict[str, Any]]:
     """Jobs that ended in an error before the run began, or after its own record ended."""
-    places = [(results / "logs/train_base.log", results / "base/work")]
-    for rule, runs in (("train_phase", "runs"), ("train_student", "track_b/students")):
-        logs = sorted((results / "logs" / rule).glob("*.log"))
-        places += [(log, results / runs / log.stem / "work") for log in logs]
+    places = [(layout.log("train_base"), layout.base.work)]
+    places += [(log, layout.run(log.stem).work) for log in layout.logs_of("train_phase")]
+    students = layout.logs_of("train_student")
+    places += [(log, layout.track_b.student(log.stem).work) for log in students]
     for log, work in places:
         error, time = logged_error(log)[0], _modified(log)
         if not error or _status(work) == "failed":
@@ -193,8 +194,8 @@ def _failed_trainings(results: Path) -> Iterator[dict[str, Any]]:
         yield {"timestamp": time.isoformat(), "run_data": data}
 
 
-def _failed_evaluations(results: Path) -> Iterator[dict[str, Any]]:
-    for log in sorted((results / "logs/evaluate").glob("*.log")):
+def _failed_evaluations(layout: Layout) -> Iterator[dict[str, Any]]:
+    for log in layout.logs_of("evaluate"):
         if error := logged_error(log)[0]:
             time = _modified(log)
             yield {
@@ -215,9 +216,9 @@ def _modified(path: Path) -> datetime:
     return datetime.fromtimestamp(path.stat().st_mtime if path.is_file() else 0, UTC)
 
 
-def _status(work: Path) -> str | None:
+def _status(work: WorkFolder) -> str | None:
     try:
-        return read_json_object(work / METADATA_NAME).get("status")
+        return read_json_object(work.metadata).get("status")
     except ValueError:
         return None
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.evaluation.bootstrap import compare_documents
+from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.runs import Training
+from kimi_recursive.status import Status
 from kimi_recursive.training.arms import ARMS, PHASES
 
 
@@ -22,7 +24,7 @@ def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, An
     """
     by_stage: dict[str, dict[Any, dict[str, Any]]] = {}
     for row in rows:
-        if row["status"] == "ok":
+        if row["status"] == Status.OK:
             by_stage.setdefault(row["stage"], {})[row["seed"]] = row
     found = []
     for phase in PHASES:
@@ -101,5 +103,5 @@ def _compare(
 
 
 def documents_path(results: Path, row: Mapping[str, Any]) -> Path:
-    """Where the scores by document of a row of the summary are."""
-    return results / "eval" / f"{row['name']}_documents.parquet"
+    """The scores by document of a row of the summary."""
+    return Layout(results).evaluation(row["name"]).documents

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.files import read_json_object
-from kimi_recursive.matrix.runs import repeated, trainings
+from kimi_recursive.layout import Layout
+from kimi_recursive.matrix.runs import all_trainings
+from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report.summary import Matrix
 from kimi_recursive.report.tables import NAME, NOTHING, TEXT, Table
 from kimi_recursive.track_b.summary import Result
@@ -31,17 +33,16 @@ class Shared:
 
 
 def read_facts(
-    config: Mapping[str, Any], results: Path, matrix: Matrix, students: Sequence[Result]
+    config: Config, layout: Layout, matrix: Matrix, students: Sequence[Result]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """The record of every run that is there, by kind and name; what is damaged is left out."""
-    runs = [run.key for run in (*trainings(config), repeated(config)) if run]
     records = {
-        "The base": {"base": (results / "base/work/experiment_metadata.json", BASE_FACTS)},
+        "The base": {"base": (layout.base.work.metadata, BASE_FACTS)},
         "Trainings": {
-            key: (results / f"runs/{key}/train_summary.json", TRAINING_FACTS) for key in runs
+            key: (layout.run(key).summary, TRAINING_FACTS) for key in all_trainings(config)
         },
         "Evaluations": {
-            row["name"]: (results / f"eval/{row['name']}_results.json", RESULT_FACTS)
+            row["name"]: (layout.evaluation(row["name"]).results, RESULT_FACTS)
             for row in matrix.done
         },
     }

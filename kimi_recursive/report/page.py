@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from kimi_recursive.drawing import to_svg
 from kimi_recursive.evaluation.bootstrap import DOCUMENT_COLUMNS
 from kimi_recursive.files import read_parquet, write_text
+from kimi_recursive.layout import Layout
+from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report import figures, tables
 from kimi_recursive.report.comparisons import documents_path
 from kimi_recursive.report.curves import Curve, read_curves
@@ -66,18 +68,18 @@ def render(page: Mapping[str, Any]) -> str:
 
 def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
     """What the template shows."""
-    matrix = read_matrix(config, results)
-    track_b = config["track_b"]
+    settings, layout = Config.from_mapping(config), Layout(results)
+    matrix, track_b = read_matrix(settings, layout), settings.track_b
     students = read_track_b(track_b, results) if track_b["enabled"] else []
     damaged: dict[str, str] = {}
-    curves, unreadable = read_curves(config, results)
+    curves, unreadable = read_curves(settings, layout)
     damaged |= {f"log of {key}": problem for key, problem in unreadable.items()}
     damaged |= _damaged_documents(matrix, results)
     base_figure = _base_drawing(results, damaged)
     students_shown = _track_b(track_b, results, students, damaged) if students else None
     counts, without_counts = tables.inner_step_counts(matrix)
-    facts = read_facts(config, results, matrix, students)
-    problems = find_problems(config, results, matrix, students, damaged)
+    facts = read_facts(settings, layout, matrix, students)
+    problems = find_problems(settings, layout, matrix, students, damaged)
     return {
         "num_done": len(matrix.done),
         "num_expected": len(matrix.rows),
@@ -162,7 +164,7 @@ def _training_drawing(curves: Sequence[Curve]) -> Drawing | None:
 
 
 def _base_drawing(results: Path, damaged: dict[str, str]) -> Drawing | None:
-    path = results / "base/train_logs.parquet"
+    path = Layout(results).base.logs
     if not path.is_file():
         return None
     try:
@@ -189,13 +191,13 @@ def _inner_step_drawing(counts: Sequence[Mapping[str, Any]]) -> Drawing | None:
 def _track_b(
     track_b: Mapping[str, Any], results: Path, students: Sequence[Result], damaged: dict[str, str]
 ) -> dict[str, Any]:
-    references = results / "track_b/references.parquet"
+    references = Layout(results).track_b.references
     if references.is_file():
         try:
             read_parquet(references, (*SCORES, "dim"))
         except ValueError as error:
             damaged["Track-B references"] = str(error)
-    curves: dict[str, pl.DataFrame] = seed_logs(students, results / "track_b/students")
+    curves: dict[str, pl.DataFrame] = seed_logs(students, Layout(results).track_b.students)
     drawing = None
     if curves:
         caption = (

@@ -6,11 +6,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.runs import repeated_evaluation, zero_init_name
+from kimi_recursive.matrix.settings import Config
+from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.report.summary import Matrix
 from kimi_recursive.report.tables import NAME, NOTHING, TEXT, VERDICT, Table
+from kimi_recursive.status import Status
 from kimi_recursive.track_b.summary import Result
 
 NUM_LINES = 20
@@ -37,8 +40,8 @@ class Problem:
 
 
 def find_problems(
-    config: Mapping[str, Any],
-    results: Path,
+    config: Config,
+    layout: Layout,
     matrix: Matrix,
     students: Sequence[Result],
     damaged: Mapping[str, str],
@@ -50,19 +53,18 @@ def find_problems(
         students: Of Track-B; empty when it is not asked for.
         damaged: Other files that cannot be read: what they belong to, and what is wrong.
     """
-    found = [*_matrix_problems(config, results, matrix), *_student_problems(results, students)]
-    found += [Problem(name, "damaged", detail, []) for name, detail in damaged.items()]
+    found = [*_matrix_problems(config, layout, matrix), *_student_problems(layout, students)]
+    found += [Problem(name, Status.DAMAGED, detail, []) for name, detail in damaged.items()]
     for pair in matrix.comparisons:
         if pair["verdict"] is None and pair["problem"] not in damaged.values():
             name = f"{pair['arm']} against {pair['reference']}"
-            found.append(Problem(name, "damaged", pair["problem"], []))
+            found.append(Problem(name, Status.DAMAGED, pair["problem"], []))
     shown = {log.path for problem in found for log in problem.logs}
-    for path in sorted((results / "logs").rglob("*.log")):
-        log = read_log(path)
-        if log and path not in shown and log.lines and log.lines[-1].startswith("error: "):
-            name = str(path.relative_to(results / "logs").with_suffix(""))
-            detail = log.lines[-1].removeprefix("error: ")
-            found.append(Problem(name, "failed", detail, [log]))
+    for path in sorted(layout.logs.rglob("*.log")):
+        error = logged_error(path)[0]
+        if error and path not in shown:
+            name = str(path.relative_to(layout.logs).with_suffix(""))
+            found.append(Problem(name, Status.FAILED, error, _logs(path)))
     return found
 
 
@@ -73,42 +75,44 @@ def problem_table(problems: Sequence[Problem]) -> Table:
     return Table("What is not there, or not as it should be", columns, rows)
 
 
-def _matrix_problems(config: Mapping[str, Any], results: Path, matrix: Matrix) -> list[Problem]:
+def _matrix_problems(config: Config, layout: Layout, matrix: Matrix) -> list[Problem]:
     found = []
     for seed, (proof, detail) in matrix.proofs.items():
         name = zero_init_name(config, seed)
         if proof is None or not proof["passed"]:
-            status = "damaged" if detail else "missing" if proof is None else "failed"
-            log = results / f"logs/compare_zero_init/{name}.log"
+            status = (
+                Status.DAMAGED if detail else Status.MISSING if proof is None else Status.FAILED
+            )
+            log = layout.log("compare_zero_init", name)
             found.append(Problem(name, status, detail, _logs(log)))
     for row in matrix.rows:
-        if row["status"] != "ok":
-            logs = [results / f"logs/evaluate/{row['name']}.log"]
+        if row["status"] != Status.OK:
+            logs = [layout.log("evaluate", row["name"])]
             if row["training"]:
-                logs.insert(0, results / f"logs/train_phase/{row['training']}.log")
+                logs.insert(0, layout.log("train_phase", row["training"]))
             found.append(Problem(row["name"], row["status"], row["detail"], _logs(*logs)))
     if matrix.repeat and matrix.repeat[0] is None:
         run = repeated_evaluation(config)
         logs = [
-            results / f"logs/train_phase/{run.training}.log",
-            results / f"logs/evaluate/{run.name}.log",
-            results / "logs/compare_repeat.log",
+            layout.log("train_phase", run.training),
+            layout.log("evaluate", run.name),
+            layout.log("compare_repeat"),
         ]
-        status = "failed" if matrix.repeat[1] else "missing"
+        status = Status.FAILED if matrix.repeat[1] else Status.MISSING
         found.append(Problem(run.name, status, matrix.repeat[1], _logs(*logs)))
     return found
 
 
-def _student_problems(results: Path, students: Sequence[Result]) -> list[Problem]:
+def _student_problems(layout: Layout, students: Sequence[Result]) -> list[Problem]:
     found = []
     for result in students:
         for seed, run in result.runs.items():
-            if run.status != "success":
+            if run.status != Status.OK.in_track_b:
                 name = f"Track-B {result.name}, seed {seed}"
-                log = results / f"logs/train_student/{result.experiment.keys[seed]}.log"
+                log = layout.log("train_student", result.experiment.keys[seed])
                 found.append(Problem(name, run.status, run.detail, _logs(log)))
         for detail in result.problems:
-            found.append(Problem(f"Track-B {result.name}", "damaged", detail, []))
+            found.append(Problem(f"Track-B {result.name}", Status.DAMAGED, detail, []))
     return found
 
 

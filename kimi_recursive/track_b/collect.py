@@ -17,7 +17,8 @@ from pathlib import Path
 import polars as pl
 
 from kimi_recursive.files import write_json
-from kimi_recursive.track_b.status import read_logs, write_logs
+from kimi_recursive.layout import StudentFolder
+from kimi_recursive.track_b.status import SCORED, read_logs, write_logs
 from kimi_recursive.track_b.summary import Result, run_id
 
 
@@ -30,7 +31,7 @@ def seed_logs(results: Sequence[Result], students_dir: Path) -> dict[str, pl.Dat
                 0, pl.lit(seed).alias("seed")
             )
             for seed, run in result.runs.items()
-            if run.status in ("success", "incomplete")
+            if run.status in SCORED
         ]
         if tables:
             logs[result.name] = pl.concat(tables, how="diagonal_relaxed")
@@ -55,7 +56,7 @@ def collect_experiment(
         write_logs(run_dir, logs)
     seeds = {str(seed): run.summary for seed, run in result.runs.items()}
     facts = {"run_id": run_id(result), "status": result.status, "seeds": seeds}
-    write_json(run_dir / "logs/train_summary.json", facts)
+    write_json(StudentFolder(run_dir).summary, facts)
     for seed, path in run_logs.items():
         target = run_dir / f"logs/sweep_seed{seed}.log"
         if path.is_file() and path != target:

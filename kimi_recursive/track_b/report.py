@@ -8,6 +8,7 @@ from typing import Any
 
 from kimi_recursive.drawing import save_png
 from kimi_recursive.files import publishing, read_json_object
+from kimi_recursive.layout import Layout
 from kimi_recursive.track_b.collect import collect_experiment, seed_logs
 from kimi_recursive.track_b.figure import draw_recall_by_step
 from kimi_recursive.track_b.sheet import select_experiments
@@ -31,30 +32,32 @@ def summarize_track_b(
         track_b: That subtree of the workflow config.
         table, text, comparison, runs, figure: What to write.
     """
-    students = results_dir / "track_b/students"
+    layout = Layout(results_dir)
     results = read_track_b(track_b, results_dir)
     summarize(results, heading(track_b, results_dir), table, text, comparison)
     with publishing(runs) as folder:
         for result in results:
             if result.experiment is not None:
                 keys = result.experiment.keys.items()
-                logs = {s: results_dir / f"logs/train_student/{key}.log" for s, key in keys}
+                logs = {s: layout.log("train_student", key) for s, key in keys}
                 # The temporary folder is a sibling: links from it hold in its final place.
                 run_dir = folder / result.experiment.run_id
-                collect_experiment(result, students, logs, run_dir)
-    save_png(draw_recall_by_step(results, seed_logs(results, students)), Path(figure))
+                collect_experiment(result, layout.track_b.students, logs, run_dir)
+    save_png(
+        draw_recall_by_step(results, seed_logs(results, layout.track_b.students)), Path(figure)
+    )
 
 
 def read_track_b(track_b: Mapping[str, Any], results_dir: Path) -> list[Result]:
     """Whatever is in `results/track_b`, of the experiments that the config asks for."""
-    folder = results_dir / "track_b"
+    place = Layout(results_dir).track_b
     experiments = select_experiments(track_b)
-    return read_results(experiments, folder / "students", folder / "references.parquet")
+    return read_results(experiments, place.students, place.references)
 
 
 def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
     """What the numbers were made on."""
-    path = results_dir / "track_b/teacher/teacher.json"
+    path = Layout(results_dir).track_b.teacher_facts
     if not path.is_file():
         return "Track-B: the teacher's vectors are not there yet"
     try:

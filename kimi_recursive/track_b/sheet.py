@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import yaml
 from kimi_recursive.schema import schema_errors
 from kimi_recursive.text import unknown_key_message
 
-SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow/schemas/track_b.schema.yaml"
 MINILM_DIM = 384
 SCALED_KEYS = ("steps", "warmup", "save_every", "eval_every")
 QUICK = {"steps": 10, "warmup": 2, "save_every": 5, "eval_every": 5}
@@ -104,7 +104,8 @@ def select_experiments(track_b: Mapping[str, Any]) -> list[Experiment]:
 @functools.cache
 def read_schema() -> dict[str, Any]:
     """JSON Schema of a row."""
-    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    text = files(__package__).joinpath("schemas/track_b.schema.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
 
 
 def read_sheet(path: str | Path) -> list[Experiment]:

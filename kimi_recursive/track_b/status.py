@@ -22,10 +22,25 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.files import write_parquet, write_text
+from kimi_recursive.layout import StudentFolder
+from kimi_recursive.status import Status
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 
 # From worst to best: an experiment has the worst status of its seeds.
-STATUSES = ("failed", "parse_error", "missing_logs", "no_eval", "incomplete", "success")
+STATUSES = tuple(
+    status.in_track_b
+    for status in (
+        Status.FAILED,
+        Status.DAMAGED,
+        Status.MISSING,
+        Status.UNSCORED,
+        Status.INTERRUPTED,
+        Status.OK,
+    )
+)
+
+SUCCESS = Status.OK.in_track_b
+SCORED = (SUCCESS, Status.INTERRUPTED.in_track_b)
 
 
 @dataclass(frozen=True)
@@ -46,21 +61,23 @@ class RunStatus:
 
 def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     """Read a run: its log as parquet, else as JSON lines."""
-    logs = Path(run_dir) / "logs"
-    summary = _read_summary(logs / "train_summary.json")
-    if summary.get("status") == "failed":
-        return RunStatus("failed", detail=str(summary.get("error")), summary=summary)
+    folder = StudentFolder(Path(run_dir))
+    summary = _read_summary(folder.summary)
+    if summary.get("status") == Status.FAILED.in_experiment:
+        return RunStatus(
+            Status.FAILED.in_track_b, detail=str(summary.get("error")), summary=summary
+        )
     try:
         table = read_logs(run_dir)
     except ValueError as error:
-        return RunStatus("parse_error", detail=str(error), summary=summary)
+        return RunStatus(Status.DAMAGED.in_track_b, detail=str(error), summary=summary)
     if table is None:
-        started = (Path(run_dir) / "work").is_dir()
+        started = folder.work.folder.is_dir()
         detail = "started, no attempt has ended" if started else "not started"
-        return RunStatus("missing_logs", detail=detail, summary=summary)
+        return RunStatus(Status.MISSING.in_track_b, detail=detail, summary=summary)
     evaluations = table.drop_nulls(RECALL)
     if evaluations.is_empty():
-        return RunStatus("no_eval", detail=f"no {RECALL}", summary=summary)
+        return RunStatus(Status.UNSCORED.in_track_b, detail=f"no {RECALL}", summary=summary)
     scores = {
         "best_recall": evaluations[RECALL].max(),
         "final_ndcg": evaluations[NDCG][-1],
@@ -68,15 +85,17 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     }
     last = table["step"][-1]
     if last != num_steps:
-        return RunStatus("incomplete", detail=f"step {last} of {num_steps}", **scores)
-    return RunStatus("success", **scores)
+        return RunStatus(
+            Status.INTERRUPTED.in_track_b, detail=f"step {last} of {num_steps}", **scores
+        )
+    return RunStatus(Status.OK.in_track_b, **scores)
 
 
 def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
     """Write `logs/train_logs.parquet` and `.jsonl`."""
-    write_parquet(run_dir / "logs" / "train_logs.parquet", logs)
+    write_parquet(StudentFolder(run_dir).logs, logs)
     lines = (json.dumps({k: v for k, v in row.items() if v is not None}) for row in logs.to_dicts())
-    write_text(run_dir / "logs" / "train_logs.jsonl", "\n".join(lines) + "\n")
+    write_text(StudentFolder(run_dir).log_lines, "\n".join(lines) + "\n")
 
 
 def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
@@ -85,15 +104,13 @@ def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
     Raises:
         ValueError: none that is there can be read; what is wrong with each.
     """
-    errors = []
-    readers = {"train_logs.parquet": pl.read_parquet, "train_logs.jsonl": _read_json_lines}
-    for name, read in readers.items():
-        path = Path(run_dir) / "logs" / name
+    errors, folder = [], StudentFolder(Path(run_dir))
+    for path, read in {folder.logs: pl.read_parquet, folder.log_lines: _read_json_lines}.items():
         if path.is_file():
             try:
                 return _checked(read(path))
             except (ValueError, OSError, pl.exceptions.PolarsError) as error:
-                errors.append(f"{name}: {(str(error).splitlines() or ['unreadable'])[0]}")
+                errors.append(f"{path.name}: {(str(error).splitlines() or ['unreadable'])[0]}")
     if errors:
         raise ValueError("; ".join(errors))
     return None

@@ -13,10 +13,11 @@ import polars as pl
 
 from kimi_recursive.evaluation.bootstrap import Difference, paired_bootstrap
 from kimi_recursive.files import read_parquet, write_csv, write_text
+from kimi_recursive.layout import StudentFolder
 from kimi_recursive.text import fit, label
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
 from kimi_recursive.track_b.sheet import Experiment
-from kimi_recursive.track_b.status import STATUSES, RunStatus, read_status
+from kimi_recursive.track_b.status import STATUSES, SUCCESS, RunStatus, read_status
 
 COLUMNS = (
     "timestamp", "run_id", "experiment", "steps", "seeds", "lr", "warmup", "tau", "k", "neg_m",
@@ -53,19 +54,19 @@ class Result:
     @property
     def status(self) -> str:
         found = [run.status for run in self.runs.values()]
-        return min(found, key=STATUSES.index, default="success")
+        return min(found, key=STATUSES.index, default=SUCCESS)
 
     @property
     def recall(self) -> float | None:
         """Best on the validation queries; mean over seeds, when all are there."""
-        if self.status != "success":
+        if self.status != SUCCESS:
             return None
         return _mean([run.best_recall for run in self.runs.values()] or self.scores("validation"))
 
     @property
     def ndcg(self) -> float | None:
         """The last of a run on the validation queries; mean over seeds, when all are there."""
-        if self.status != "success":
+        if self.status != SUCCESS:
             return None
         found = [run.final_ndcg for run in self.runs.values()]
         return _mean(found or self.scores("validation", metric="ndcg@10"))
@@ -85,11 +86,11 @@ def read_results(
     for e in experiments:
         folders = {seed: students_dir / key for seed, key in e.keys.items()}
         runs = {seed: read_status(f, e.settings["steps"]) for seed, f in folders.items()}
-        done = [f for seed, f in folders.items() if runs[seed].status == "success"]
+        done = [f for seed, f in folders.items() if runs[seed].status == SUCCESS]
         result = Result(e.name, e.settings["dim"], e, runs)
         for f in done:
             try:
-                result.tables.append(read_parquet(f / "evaluation.parquet", SCORES))
+                result.tables.append(read_parquet(StudentFolder(f).scores, SCORES))
             except ValueError as error:
                 result.problems.append(str(error))
         results.append(result)
@@ -243,7 +244,7 @@ def _text(
         f"  {label(r.name, 28)}seed {seed}: {run.status}, {run.detail}"
         for r in results
         for seed, run in r.runs.items()
-        if run.status != "success"
+        if run.status != SUCCESS
     ]
     problems += [f"  {label(r.name, 28)}{problem}" for r in results for problem in r.problems]
     lines += problems or ["  (none)"]

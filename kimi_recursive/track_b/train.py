@@ -24,6 +24,7 @@ from kimi_recursive.files import (
     write_json,
     write_parquet,
 )
+from kimi_recursive.layout import StudentFolder
 from kimi_recursive.processes.signals import stop_signals
 from kimi_recursive.track_b.evaluate import score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL, score_vectors
@@ -87,7 +88,7 @@ def train_student(
     paths = {"teacher": teacher_dir, "neighbours": neighbours_path}
     facts = {"seed": seed, "hyperparameters": dict(settings), "versions": versions()}
     with (
-        WorkDirectory(run_dir / "work", fingerprint) as work,
+        WorkDirectory(StudentFolder(run_dir).work.folder, fingerprint) as work,
         _ended(run_dir, facts, work) as summary,
         ExperimentTracker(
             work.path, name, None, None, {"seed": seed, **settings}, paths
@@ -97,9 +98,9 @@ def train_student(
         start = partial(StudentTask, settings, seed, vectors, truth, run_dir, work.checkpoints)
         task, result = _fit(start, work, tracker, name)
         student = task.student
-        student.save(run_dir / "checkpoints" / "student_best.safetensors")
+        student.save(StudentFolder(run_dir).best)
         scores = score_all("student", student.encode(vectors["all"]), truth)
-        write_parquet(run_dir / "evaluation.parquet", scores)
+        write_parquet(StudentFolder(run_dir).scores, scores)
         write_logs(run_dir, result.logs)
         last = result.logs.row(-1, named=True)
         results = {"best_step": result.best_step, f"best_{RECALL}": result.best_metric}
@@ -153,7 +154,7 @@ def _ended(
             write_logs(run_dir, checkpoint.logs)
         raise
     finally:
-        write_json(run_dir / "logs" / "train_summary.json", summary)
+        write_json(StudentFolder(run_dir).summary, summary)
 
 
 class StudentTask(Task):
@@ -228,7 +229,7 @@ class StudentTask(Task):
         step, settings = self.step, self.settings
         self.student.save(folder / STUDENT_NAME)
         if step and (step % settings["save_every"] == 0 or step == settings["steps"]):
-            self.student.save(self.run_dir / "checkpoints" / f"student_step_{step}.safetensors")
+            self.student.save(StudentFolder(self.run_dir).checkpoint(step))
         state = self.objective.state_dict()
         queue = {name: x for name, x in state.items() if not name.startswith("student.")}
         save_file(queue, folder / QUEUE_NAME)

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +25,16 @@ from kimi_recursive.evaluation.scores import (
     halting_scores,
     score_windows,
 )
+from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.evaluation.zero_init import compare_zero_init, require_zero_init
+from kimi_recursive.layout import Layout
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.sidecar import SIDECAR_NAME, save_sidecar
 from kimi_recursive.training.surgery import insert_cells
 
-SETTINGS = {
-    "context_length": 16,
-    "batch_size": 4,
-    "max_windows_per_document": 2,
-    "prompts": [],
-    "max_new_tokens": 6,
-}
+SETTINGS = EvaluationSettings(
+    context_length=16, batch_size=4, max_windows_per_document=2, prompts=[], max_new_tokens=6
+)
 
 
 def make_split(lengths=(40, 16, 21, 2, 1)) -> TokenSplit:
@@ -113,7 +112,7 @@ def test_halting_stops_at_the_first_step_above_the_threshold():
 def test_prompts_need_a_tokenizer_and_documents_need_two_tokens():
     wrapper = make_wrapper(make_base("llama"))
     with pytest.raises(ValueError, match="need a tokenizer"):
-        evaluate_model(wrapper, None, make_split(), {**SETTINGS, "prompts": ["x"]})
+        evaluate_model(wrapper, None, make_split(), replace(SETTINGS, prompts=["x"]))
     with pytest.raises(ValueError, match="no document of at least two tokens"):
         evaluate_model(wrapper, None, make_split((1, 1)), SETTINGS)
 
@@ -156,28 +155,21 @@ def word_tokenizer(words):
 def evaluate(
     root: Path, stage: str, model: Path, name: str | None = None, settings=None, **overrides
 ) -> dict:
-    return evaluate_stage(
-        stage,
-        model,
-        root / "tokens",
-        {**SETTINGS, "prompts": ["w1 w2", "w5"], **(settings or {})},
-        root / f"eval/{name or stage}_results.json",
-        root / f"eval/{name or stage}_documents.parquet",
-        overrides=overrides,
-    )
+    changed = {"prompts": ["w1 w2", "w5"], **(settings or {})}
+    spec = EvaluationSpec(stage, replace(SETTINGS, **changed))
+    files = Layout(root).evaluation(name or stage)
+    return evaluate_stage(spec, model, root / "tokens", files, overrides=overrides)
 
 
 def proof(
     root: Path, surgery: str = "after_surgery", model: Path | None = None, settings=None
 ) -> dict:
     result = compare_zero_init(
-        root / "eval/baseline_results.json",
-        root / f"eval/{surgery}_results.json",
-        root / "eval/baseline_documents.parquet",
-        root / f"eval/{surgery}_documents.parquet",
+        Layout(root).evaluation("baseline"),
+        Layout(root).evaluation(surgery),
         model or root / "surgery",
         root / "tokens",
-        {**SETTINGS, **(settings or {})},
+        replace(SETTINGS, **(settings or {})),
         root / "zero_init.json",
     )
     assert result == json.loads((root / "zero_init.json").read_text())
@@ -313,7 +305,7 @@ def test_a_repetition_penalty_in_the_generation_config_does_not_make_another_bas
 def test_a_context_beyond_the_positions_of_the_base_is_refused():
     wrapper = make_wrapper(make_base("gpt2"))
     with pytest.raises(ValueError, match="500 tokens are more than the base's 128 positions"):
-        evaluate_model(wrapper, None, make_split(), {**SETTINGS, "context_length": 500})
+        evaluate_model(wrapper, None, make_split(), replace(SETTINGS, context_length=500))
 
 
 def test_insert_cells_refuses_layers_that_the_base_does_not_have(stages, tmp_path):

@@ -20,9 +20,11 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kimi_recursive.evaluation.scores import evaluate_stage
+from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.evaluation.zero_init import compare_zero_init
 from kimi_recursive.files import write_json
 from kimi_recursive.kimi.kda import install_fast_kda, uninstall_fast_kda
+from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.model import placement
 from kimi_recursive.model.loading import load_base
 from kimi_recursive.model.placement import execution_device, is_offloaded
@@ -141,7 +143,7 @@ def test_evaluation_surgery_proof_and_phase_a_run_spread(tmp_path, model_dir):
 
     prepare_corpus(corpus, tmp_path / "corpus")
     tokenize_corpus(tmp_path / "corpus", model_dir / "base", tmp_path / "tokens")
-    settings = {**TINY["evaluation"], "context_length": 16}
+    settings = EvaluationSettings(**{**TINY["evaluation"], "context_length": 16})
     recursive = {"chunk_width": 8, "max_inner_steps": 2, "d_state": 8, "gate_hidden": 16,
                  "max_chunk_len": 8}  # fmt: skip
     results = {}
@@ -150,15 +152,12 @@ def test_evaluation_surgery_proof_and_phase_a_run_spread(tmp_path, model_dir):
         insert_cells(model_dir / "base", recursive, 0, folder / "surgery", **options)
         for stage, model in (("baseline", model_dir / "base"), ("surgery", folder / "surgery")):
             evaluate_stage(
-                stage, model, tmp_path / "tokens", settings,
-                folder / f"{stage}.json", folder / f"{stage}.parquet",
-                overrides={"chunk_width": 8}, **options,
+                EvaluationSpec(stage, settings), model, tmp_path / "tokens",
+                EvaluationFiles(folder, stage), overrides={"chunk_width": 8}, **options,
             )  # fmt: skip
         proof = compare_zero_init(
-            baseline_results=folder / "baseline.json",
-            surgery_results=folder / "surgery.json",
-            baseline_documents=folder / "baseline.parquet",
-            surgery_documents=folder / "surgery.parquet",
+            baseline=EvaluationFiles(folder, "baseline"),
+            surgery=EvaluationFiles(folder, "surgery"),
             surgery_dir=folder / "surgery",
             tokens_dir=tmp_path / "tokens",
             settings=settings,
@@ -168,7 +167,7 @@ def test_evaluation_surgery_proof_and_phase_a_run_spread(tmp_path, model_dir):
         assert proof["passed"], proof
         run = folder / "run"
         train_into(run, "a", PHASE, folder / "surgery", tmp_path / "tokens", LoadOptions(**options))
-        results[name] = pl.read_parquet(folder / "surgery.parquet")
+        results[name] = pl.read_parquet(EvaluationFiles(folder, "surgery").documents)
     assert results["plain"].equals(results["spread"])
     sidecars = [(tmp_path / n / "surgery/sidecar.safetensors").read_bytes() for n in results]
     assert sidecars[0] == sidecars[1]
@@ -318,5 +317,7 @@ def test_a_model_goes_where_training_would_put_it(model_dir, monkeypatch, capsys
             assert call(monkeypatch, *command, *option) == 0
             assert missing not in capsys.readouterr().err
     with pytest.raises(ValueError, match="device cuda:9"):
-        write_json(model_dir / "results.json", {})
-        compare_zero_init(*[model_dir / "results.json"] * 4, model_dir / "sidecar", ".", {}, "out")
+        files = EvaluationFiles(model_dir, "any")
+        write_json(files.results, {})
+        settings = EvaluationSettings(**TINY["evaluation"])
+        compare_zero_init(files, files, model_dir / "sidecar", ".", settings, "out")

@@ -15,12 +15,7 @@ from project import ROOT, TINY
 from kimi_recursive.cli.plan import plan_text
 from kimi_recursive.evaluation.flops import forward_flops_per_token
 from kimi_recursive.kimi.kda import install_fast_kda
-from kimi_recursive.matrix.settings import (
-    MODEL_KEYS,
-    phase_overrides,
-    read_config,
-    recursive_subset,
-)
+from kimi_recursive.matrix.settings import MODEL_KEYS, Config, read_config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loading import build_wrapper
 from kimi_recursive.plan import estimate as plan_module
@@ -32,15 +27,13 @@ from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import build_objective
 from kimi_recursive.training.settings import PhaseSettings
 
-SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "tiny.yaml"
     (path.parent / "docs").mkdir()
     path.write_text(yaml.safe_dump({**TINY, "phases": ["a", "b", "c"]}))
-    return read_config([ROOT / "config/config.yaml", path], SCHEMA)
+    return read_config([ROOT / "config/config.yaml", path])
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +47,9 @@ def real_wrapper(config, phase="a"):
     torch.manual_seed(0)
     base = type(make_base("kimi"))(base_config).eval()
     install_fast_kda(base)
-    settings = recursive_subset(config, MODEL_KEYS)
-    changed = {**settings, **phase_overrides(config, phase), "recursive_enabled": True}
+    settings = Config.from_mapping(config)
+    changed = {**settings.recursive_part(MODEL_KEYS), **settings.phase_overrides(phase)}
+    changed |= {"recursive_enabled": True}
     return build_wrapper(base, RecursiveConfig.from_dict(changed))
 
 
@@ -189,7 +183,7 @@ def test_a_wrong_plan_is_one_line(tmp_path, monkeypatch, capsys, arguments, expe
 
 def test_the_released_config_is_read_as_it_is():
     """1-indexed lists of layers, `auto_map` to code that is not run: transformers' own class."""
-    settings = read_config([ROOT / "config/config.yaml", ROOT / "config/kimi48b.yaml"], SCHEMA)
+    settings = read_config([ROOT / "config/config.yaml", ROOT / "config/kimi48b.yaml"])
     base = {**settings["base"], "config_json": str(ROOT / settings["base"]["config_json"])}
     found, dtype = base_shape({**settings, "base": base})
     assert type(found) is type(CONFIGS["kimi"]()) and dtype == torch.bfloat16

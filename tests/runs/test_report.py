@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from records import make_results, make_track_b, shipped_config, write_json
 
 from kimi_recursive.drawing import to_svg
+from kimi_recursive.layout import Layout
+from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report.curves import read_curves
 from kimi_recursive.report.page import write_report
 from kimi_recursive.report.summary import read_matrix, summarize
@@ -103,7 +105,7 @@ def problems(page: Page) -> dict[str, tuple[str, str]]:
 
 
 def test_verdicts_come_first_with_interval_and_word(whole, made):
-    matrix = read_matrix(CONFIG, made)
+    matrix = read_matrix(Config.from_mapping(CONFIG), Layout(made))
     assert len(matrix.comparisons) == 14
     for stage in ("finetuned_recursive", "finetuned_recursive_b", "finetuned_recursive_c"):
         pairs = [pair for pair in matrix.comparisons if pair["arm"] == stage]
@@ -123,7 +125,7 @@ def test_verdicts_come_first_with_interval_and_word(whole, made):
 
 def test_every_stage_has_its_interval_against_the_baseline(whole, made):
     rows = whole.rows("Every stage against the baseline")
-    matrix = read_matrix(CONFIG, made)
+    matrix = read_matrix(Config.from_mapping(CONFIG), Layout(made))
     assert [row[0] for row in rows] == [row["name"] for row in matrix.rows]
     assert rows[0][3:6] == ["–", "–", "–"]
     pairs = {pair["arm"]: pair for pair in matrix.comparisons if pair["reference"] == "baseline"}
@@ -304,7 +306,7 @@ def test_an_unfinished_run_has_a_curve_and_one_of_other_settings_has_none(result
     other = results / "runs/vanilla_a_s0/train_summary.json"
     facts["settings"]["lr"] = 1.0
     other.write_text(json.dumps(facts))
-    curves, unreadable = read_curves(SMALL, results)
+    curves, unreadable = read_curves(Config.from_mapping(SMALL), Layout(results))
     assert not unreadable and [c.run.key for c in curves if not c.finished] == ["recursive_a_s0"]
     assert next(c.logs for c in curves if not c.finished)["step"].to_list() == [0, 10, 20]
     assert "vanilla_a_s0" not in [c.run.key for c in curves] and len(curves) == 2
@@ -365,10 +367,10 @@ def test_the_summary_fits_100_columns_with_long_names_and_problems(tmp_path, div
     log.parent.mkdir(parents=True)
     log.write_text("error: " + "a rather long message " * 20 + "\n")
     (results / "eval/finetuned_vanilla_b_results.json").unlink()
-    paths = [tmp_path / name for name in ("s.csv", "s.txt", "v.json")]
-    summarize(config, results, *paths)
-    assert max(columns(paths[1])) <= 100
-    text = paths[1].read_text()
+    layout = Layout(results)
+    summarize(Config.from_mapping(config), layout)
+    assert max(columns(layout.text)) <= 100
+    text = layout.text.read_text()
     assert "finetuned_vanilla_flops_c_s2147483646\n" in text, "the name is whole"
     assert "message" in text and "finetuned_vanilla_documents.parquet" in text
 

@@ -15,6 +15,7 @@ from kimi_recursive.evaluation import bootstrap as verdict
 from kimi_recursive.evaluation.bootstrap import compare_documents, paired_bootstrap
 from kimi_recursive.evaluation.flops import count_flops, forward_flops_per_token
 from kimi_recursive.evaluation.repeat import compare_repeat
+from kimi_recursive.layout import Layout
 from kimi_recursive.model.cells import RefineCell
 from kimi_recursive.report.figures import plot_perplexity_by_step
 from kimi_recursive.report.summary import _read_repeat
@@ -280,7 +281,7 @@ def repeated(tmp_path):
 
 def reproducible(folder, status="ok") -> str:
     rows = [{"training": "recursive_a_s0", "status": status}]
-    return "\n".join(repeat_lines(_read_repeat(folder, rows)))
+    return "\n".join(repeat_lines(_read_repeat(Layout(folder), rows)))
 
 
 def test_a_repeat_is_identical_only_when_all_of_it_is(repeated, tmp_path):
@@ -308,10 +309,12 @@ def test_a_repeat_of_another_run_is_not_shown_as_one_of_this(repeated, tmp_path)
     _, compare = repeated
     assert reproducible(tmp_path) == "Repeated run: missing"
     compare()
-    assert reproducible(tmp_path, "missing") == "Repeated run: there for another run"
+    assert (
+        reproducible(tmp_path, "missing") == "Repeated run: the comparison was made of another run"
+    )
     (tmp_path / "compare/repeat.json").write_text("{}")
     assert "repeat.json: has no 'run'" in reproducible(tmp_path)
     compare()
     save_file({"w": torch.zeros(3)}, tmp_path / "runs/recursive_a_s0/sidecar/sidecar.safetensors")
-    assert reproducible(tmp_path) == "Repeated run: there for another run"
+    assert reproducible(tmp_path) == "Repeated run: the comparison was made of another run"
     assert repeat_lines(None) == ["(not asked for: repeat is false)"]

@@ -10,15 +10,9 @@ from project import ROOT
 
 from kimi_recursive.evaluation.scores import summarize_scores
 from kimi_recursive.files import file_digest
+from kimi_recursive.matrix.expected import upstream
 from kimi_recursive.matrix.runs import evaluations, repeated, trainings, zero_init_name
-from kimi_recursive.matrix.settings import (
-    GENERATION_KEYS,
-    MODEL_KEYS,
-    TRAINING_KEYS,
-    phase_overrides,
-    recursive_subset,
-    upstream_settings,
-)
+from kimi_recursive.matrix.settings import GENERATION_KEYS, MODEL_KEYS, TRAINING_KEYS, Config
 from kimi_recursive.track_b.evaluate import PRECISIONS
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 from kimi_recursive.track_b.sheet import select_experiments
@@ -47,9 +41,9 @@ def write_parquet(path: Path, table: dict) -> None:
 
 def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
     """Everything that the report reads of a matrix that is done."""
-    rng = np.random.default_rng(0)
-    by_key = {run.key: run for run in trainings(config)}
-    for run in evaluations(config):
+    rng, settings = np.random.default_rng(0), Config.from_mapping(config)
+    by_key = {run.key: run for run in trainings(settings)}
+    for run in evaluations(settings):
         arm = by_key[run.training].arm if run.training else None
         last = 0 if run.seed is None else 1 if arm and arm.startswith("vanilla") else 2
         depths = [0, 1, 2, 4] if run.stage == "finetuned_recursive" else list(range(last + 1))
@@ -59,11 +53,10 @@ def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
         documents.write_parquet(results / f"eval/{run.name}_documents.parquet")
         scores = summarize_scores(documents)
         at_last = next(row for row in scores if row["step"] == last)
-        have = {} if run.seed is None else recursive_subset(
-            config, (*MODEL_KEYS, *GENERATION_KEYS, *TRAINING_KEYS)
-        )  # fmt: skip
+        groups = (MODEL_KEYS, GENERATION_KEYS, TRAINING_KEYS)
+        have = {} if run.seed is None else settings.recursive_part(*groups)
         if arm:
-            have |= phase_overrides(config, by_key[run.training].phase) | ARMS[arm]
+            have |= settings.phase_overrides(by_key[run.training].phase) | ARMS[arm]
         halting = {"mean_inner_steps": 1.25, "perplexity": 50.0, "num_chunks_by_step": [30, 10]}
         halting["num_chunks_by_step"] = halting["num_chunks_by_step"][:last]
         write_json(results / f"eval/{run.name}_results.json", {
@@ -77,20 +70,20 @@ def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
             "num_parameters": {"base": 1_600_000, "sidecar": 800_000, "lora": 0},
             "config": {"chunk_width": config["recursive"]["chunk_width"], **have},
             "evaluation": config["evaluation"], "dtype": "float32",
-            "upstream": json.loads(json.dumps(upstream_settings(config))), "versions": VERSIONS,
+            "upstream": json.loads(json.dumps(upstream(settings))), "versions": VERSIONS,
             "created": "2026-11-20T08:26:17+00:00",
         })  # fmt: skip
-    for run in [*trainings(config), repeated(config)]:
+    for run in [*trainings(settings), repeated(settings)]:
         if run:
             make_training(results / f"runs/{run.key}", config, run, rng)
     for seed in config["seeds"]:
-        write_json(results / f"compare/{zero_init_name(config, seed)}.json", {
+        write_json(results / f"compare/{zero_init_name(settings, seed)}.json", {
             "passed": True, "perplexity_difference_percent": 0.0, "max_logit_difference": 0.0,
             "generations_identical": True, "inner_steps": 2,
             "checks": [{"name": "document_loss_difference", "value": 0.0, "limit": "<= 0",
                         "passed": True}],
         })  # fmt: skip
-    first = trainings(config)[0].key
+    first = trainings(settings)[0].key
     sidecar = results / f"runs/{first}/sidecar/sidecar.safetensors"
     sidecar.parent.mkdir()
     sidecar.write_bytes(b"weights")
@@ -124,8 +117,9 @@ def make_documents(rng, steps: list[int], after: float, num: int) -> pl.DataFram
 
 def make_training(folder: Path, config: dict, run, rng) -> None:
     steps = config["training"][run.phase]["num_steps"]
-    have = recursive_subset(config, (*MODEL_KEYS, *TRAINING_KEYS))
-    have |= phase_overrides(config, run.phase) | ARMS[run.arm]
+    settings = Config.from_mapping(config)
+    have = settings.recursive_part(MODEL_KEYS, TRAINING_KEYS)
+    have |= settings.phase_overrides(run.phase) | ARMS[run.arm]
     write_json(folder / "train_summary.json", {
         "arm": run.arm, "phase": run.phase, "seed": run.seed, "num_steps": steps,
         "training_flops": 2.7e12, "training_tokens": 1024 * steps,

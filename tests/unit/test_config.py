@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from kimi_recursive import RecursiveConfig
-from kimi_recursive.matrix.settings import recursive_subset, validate_settings
+from kimi_recursive.matrix.settings import Config, read_schema, validate_settings
 from kimi_recursive.model import config as config_module
+from kimi_recursive.track_b import sheet
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 
 SEED_TABLES = {
     "recursive_enabled": False, "chunk_width": 128, "max_inner_steps": 4,
@@ -132,12 +132,12 @@ def settings() -> dict:
 
 def errors_of(settings: dict) -> list[str]:
     with pytest.raises(ValueError) as error:
-        validate_settings(settings, SCHEMA)
+        validate_settings(settings)
     return str(error.value).splitlines()
 
 
 def test_the_default_config_is_valid(settings):
-    assert validate_settings(settings, SCHEMA) == settings
+    assert validate_settings(settings) == settings
 
 
 def test_every_error_of_the_workflow_config_is_a_line(settings):
@@ -225,7 +225,7 @@ def test_what_would_stop_phase_c_of_a_local_base_is_said_at_once(tmp_path, setti
     [line] = errors_of(settings)
     assert error in line
     settings["phases"] = ["a", "b"]
-    assert validate_settings(settings, SCHEMA) == settings
+    assert validate_settings(settings) == settings
 
 
 def test_the_groups_of_recursive_cover_every_parameter_once(settings):
@@ -238,11 +238,12 @@ def test_the_groups_of_recursive_cover_every_parameter_once(settings):
 
     keys = [*MODEL_KEYS, *GENERATION_KEYS, *TRAINING_KEYS, *STAGE_KEYS]
     assert sorted(keys) == sorted(RecursiveConfig().to_dict())
-    assert recursive_subset({"recursive": {}}, ("d_state",)) == {"d_state": 512}
+    left_out = Config.from_mapping({**settings, "recursive": {}})
+    assert left_out.recursive_part(("d_state",)) == {"d_state": 512}
 
 
 def test_the_schema_describes_every_key_and_the_readme_names_it(settings):
-    schema = yaml.safe_load(SCHEMA.read_text())
+    schema = read_schema()
     readme = (ROOT / "config/README.md").read_text()
 
     def walk(node: dict, path: str):
@@ -272,7 +273,7 @@ def test_the_schema_describes_every_key_and_the_readme_names_it(settings):
 
 
 def test_the_readme_shows_every_column_of_the_sheet_with_its_default():
-    schema = yaml.safe_load((ROOT / "workflow/schemas/track_b.schema.yaml").read_text())
+    schema = sheet.read_schema()
     readme = (ROOT / "config/README.md").read_text().partition("## The sheet")[2]
     rows = dict(re.findall(r"\| `(\w+)` \| (.+) \|", readme))
     assert list(rows) == list(schema["properties"])

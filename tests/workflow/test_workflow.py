@@ -189,7 +189,9 @@ def test_results_of_another_base_are_not_shown_as_those_of_this_config(copy):
     copy.write(changed)
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert {(r["status"], r["detail"]) for r in rows} == {("missing", "there with other base")}
+    assert {(r["status"], r["detail"]) for r in rows} == {
+        ("missing", "Results exist, but were made with a different base.seed.")
+    }
 
 
 def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
@@ -199,7 +201,8 @@ def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
     assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 6
-    assert rows[2]["detail"] == "there with other training.a.lr" and not rows[2]["perplexity"]
+    assert rows[2]["detail"] == "Results exist, but were made with a different training.a.lr."
+    assert not rows[2]["perplexity"]
     assert json.loads(copy.path("results/verdicts.json").read_text()) == []
 
 

@@ -4,17 +4,21 @@ from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     from kimi_recursive.evaluation.scores import evaluate_stage
+    from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
+    from kimi_recursive.layout import Layout
 
-    evaluate_stage(
+    spec = EvaluationSpec(
         snakemake.params.stage,
-        Path(snakemake.input.model),
-        tokens_dir=Path(snakemake.input.tokens[0]).parent,
-        settings=snakemake.params.evaluation,
-        results_path=Path(snakemake.output.results),
-        documents_path=Path(snakemake.output.documents),
-        overrides=snakemake.params.recursive,
+        EvaluationSettings.from_mapping(snakemake.params.evaluation),
         depths=snakemake.params.depths,
         upstream=snakemake.params.upstream,
+    )
+    evaluate_stage(
+        spec,
+        Path(snakemake.input.model),
+        tokens_dir=Path(snakemake.input.tokens[0]).parent,
+        files=Layout().evaluation(snakemake.wildcards.name),
+        overrides=snakemake.params.recursive,
         device_map=snakemake.config["resources"]["device_map"],
         **snakemake.params.load,
     )

@@ -1,10 +1,9 @@
-from pathlib import Path
-
 from kimi_recursive.matrix.job import job
 
 with job(snakemake):
+    from kimi_recursive.layout import Layout
     from kimi_recursive.records.runs import record_runs
     from kimi_recursive.track_b.report import summarize_track_b
 
-    summarize_track_b(snakemake.params.track_b, Path("results"), **snakemake.output)
-    record_runs("results")
+    summarize_track_b(snakemake.params.track_b, Layout().root, **snakemake.output)
+    record_runs(Layout().root)

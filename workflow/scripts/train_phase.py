@@ -4,19 +4,22 @@ from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     from kimi_recursive.evaluation.zero_init import require_zero_init
-    from kimi_recursive.matrix.settings import num_processes
+    from kimi_recursive.layout import RunFolder
+    from kimi_recursive.matrix.settings import Resources
     from kimi_recursive.processes.distributed import launch
     from kimi_recursive.training.phases import train_phase
     from kimi_recursive.training.settings import PhaseSettings
     from kimi_recursive.training.spec import LoadOptions, PhaseSpec, Record, RunFiles
 
+    phase, resources = snakemake.params.phase, Resources(**snakemake.config["resources"])
     require_zero_init(snakemake.input.proof)
     launch(
         train_phase,
-        num_processes(snakemake.config),
+        resources.num_processes,
         PhaseSpec(
-            phase=snakemake.params.phase,
-            settings=PhaseSettings.from_mapping(snakemake.params.settings),
+            phase=phase,
+            # Also the settings that redo nothing.
+            settings=PhaseSettings.from_mapping(snakemake.config["training"][phase]),
             seed=snakemake.params.seed,
             arm=snakemake.params.arm,
             overrides=snakemake.params.recursive,
@@ -27,10 +30,8 @@ with job(snakemake):
             sidecar=Path(snakemake.output.sidecar),
             logs=Path(snakemake.output.logs),
             summary=Path(snakemake.output.summary),
-            work=Path(snakemake.output.sidecar).parent / "work",
+            work=RunFolder(Path(snakemake.output.sidecar).parent).work.folder,
         ),
-        LoadOptions(
-            device_map=snakemake.config["resources"]["device_map"], **snakemake.params.load
-        ),
+        LoadOptions(device_map=resources.device_map, **snakemake.params.load),
         Record(name=snakemake.params.key),
     )

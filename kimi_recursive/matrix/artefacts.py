@@ -1,0 +1,91 @@
+"""Which files a job of the matrix reads, and which files the matrix ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from kimi_recursive.data.corpus import SPLITS
+from kimi_recursive.layout import Layout
+from kimi_recursive.matrix.runs import (
+    Evaluation,
+    Training,
+    all_evaluations,
+    all_trainings,
+    repeated,
+    zero_init_name,
+)
+from kimi_recursive.matrix.settings import Config
+
+
+def tokenizer_of(config: Config, layout: Layout) -> Path:
+    """The tokenizer: a trained one for a base from scratch, else the base's own."""
+    return layout.tokenizer if config.base.kind == "scratch" else layout.base.model
+
+
+def model_of(run: Evaluation, layout: Layout) -> Path:
+    """What an evaluation loads: the base, the untrained cells, or a trained sidecar."""
+    if run.training:
+        return layout.run(run.training).sidecar
+    return layout.base.model if run.seed is None else layout.surgery(run.seed)
+
+
+def parent_of(run: Training, layout: Layout) -> Path:
+    """What a training starts from: the untrained cells, or the sidecar of the phase before."""
+    return layout.run(run.parent).sidecar if run.parent else layout.surgery(run.seed)
+
+
+def text_files(layout: Layout) -> list[Path]:
+    """The corpus and its tokens."""
+    folders = (layout.corpus, layout.tokens)
+    return [p for folder in folders for p in (*map(folder.split, SPLITS), folder.facts)]
+
+
+def matrix_results(config: Config, layout: Layout) -> list[Path]:
+    """The results that the summary shows."""
+    return [
+        *(layout.evaluation(name).results for name in all_evaluations(config)),
+        *(layout.proof(zero_init_name(config, seed)) for seed in config.seeds),
+        *([layout.repeat] if repeated(config) else []),
+    ]
+
+
+def matrix_artefacts(config: Config, layout: Layout) -> list[Path]:
+    """Every file and folder that the matrix makes, but for the summaries."""
+    runs = [layout.run(key) for key in all_trainings(config)]
+    return [
+        *text_files(layout),
+        tokenizer_of(config, layout),
+        layout.base.model,
+        *([layout.base.logs] if config.base.kind == "scratch" else []),
+        *map(layout.surgery, config.seeds),
+        *(path for run in runs for path in (run.sidecar, run.logs, run.summary)),
+        *(layout.evaluation(name).documents for name in all_evaluations(config)),
+        *matrix_results(config, layout),
+    ]
+
+
+def track_b_artefacts(config: Config, layout: Layout, students: Iterable[str]) -> list[Path]:
+    """Every file and folder that Track-B makes, but for its summary.
+
+    Args:
+        students: Keys of the runs; none where Track-B is not part of the matrix.
+    """
+    folders, place = [layout.track_b.student(key) for key in students], layout.track_b
+    if not folders:
+        return []
+    vectors = config.track_b["teacher"]["kind"] == "vectors"
+    return [
+        *([] if vectors else [place.sentences]),
+        *(place.teacher, place.neighbours, place.sanity, place.references),
+        *(path for one in folders for path in (one.logs, one.best, one.scores)),
+    ]
+
+
+def state_of(paths: Iterable[Path], log: Path) -> list[str]:
+    """A rule's parameter that changes when one of these files appears or changes.
+
+    Args:
+        log: The rule's own log, which is left out.
+    """
+    return sorted({f"{path} {path.stat().st_mtime_ns}" for path in paths if path != log})

@@ -1,0 +1,173 @@
+"""What an artefact must have been made with: the settings of the config that decide its numbers.
+
+One authority for four questions: which settings a rule depends on (its `params`), whether a result
+belongs to the present config (summary, curves), and whether a training may go on (its fingerprint
+leaves out the same neutral keys). Settings that change no number, such as `log_interval`, are in
+none of them: editing one redoes nothing.
+
+A job's own settings are `params_*`; what its inputs were made with is the rules' business. A record
+also holds what its inputs were made with: `for_*` say what to expect there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kimi_recursive.matrix.runs import Evaluation, Training, chain
+from kimi_recursive.matrix.settings import (
+    GENERATION_KEYS,
+    MODEL_KEYS,
+    TRAINING_KEYS,
+    Config,
+)
+from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.training.arms import ARMS
+
+SENTENCE_KEYS = ("num_sentences", "num_validation_queries", "num_test_queries", "seed")
+
+
+# ---- what a rule depends on ----------------------------------------------------------------------
+
+
+def params_prepare_corpus(config: Config) -> dict[str, Any]:
+    return asdict(config.corpus)
+
+
+def params_train_base(config: Config) -> dict[str, Any]:
+    base = config.base
+    return {
+        "seed": base.seed,
+        "architecture": asdict(base.architecture),
+        "training": base.training.numeric(),
+    }
+
+
+def params_fetch_base(config: Config) -> dict[str, Any]:
+    base = config.base
+    return {
+        "path": base.path,
+        "hub_id": base.hub_id,
+        "revision": base.revision,
+        "trust_remote_code": base.trust_remote_code,
+    }
+
+
+def params_load(config: Config) -> dict[str, Any]:
+    """How every job loads the base."""
+    return {"dtype": config.base.dtype, "trust_remote_code": config.base.trust_remote_code}
+
+
+def params_insert_cells(config: Config) -> dict[str, Any]:
+    return config.recursive_part(MODEL_KEYS)
+
+
+def params_train_phase(config: Config, run: Training) -> dict[str, Any]:
+    return config.training[run.phase].numeric()
+
+
+def params_evaluate(config: Config, run: Evaluation) -> dict[str, Any]:
+    """Of `recursive` an evaluation reads the chunk grid; of a sidecar, how it generates."""
+    return config.recursive_part(("chunk_width",) if run.seed is None else GENERATION_KEYS)
+
+
+def evaluated_depths(config: Config, run: Evaluation) -> list[int]:
+    """Inner steps to score beyond the trained ones, for phase a of the recursive arm alone: does
+    the loop do anything with them?"""
+    if run.training is None or run.stage != "finetuned_recursive":
+        return []
+    return sorted({0, 1, 2, 4, 2 * config.recursive.max_inner_steps})
+
+
+def upstream(config: Config) -> dict[str, Any]:
+    """What decides the base and the tokens, and with them every result."""
+    base, scratch = config.base, config.base.kind == "scratch"
+    made_by = params_train_base(config) if scratch else params_fetch_base(config)
+    made_by.pop("trust_remote_code", None)
+    return {
+        "corpus": asdict(config.corpus),
+        "tokenizer": asdict(config.tokenizer) if scratch else None,
+        "base": {"kind": base.kind, "dtype": base.dtype, **made_by},
+    }
+
+
+def params_sentences(config: Config) -> dict[str, Any]:
+    """Which sentences Track-B takes."""
+    return {key: config.track_b[key] for key in SENTENCE_KEYS}
+
+
+# ---- what a record must hold ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Settings that one part of a record must hold.
+
+    Attributes:
+        where: The part's name in the config, for messages; empty at the top.
+        part: The part's key in the record.
+        want: The settings; a record may hold more.
+    """
+
+    where: str
+    part: str
+    want: Mapping[str, Any]
+
+
+def for_training(config: Config, run: Training) -> list[Expected]:
+    """What `train_summary.json` and `fingerprint.json` of a phase must hold."""
+    settings = config.training[run.phase].numeric()
+    settings.pop("recursive", None)  # `config` holds its effect
+    return [
+        Expected("recursive", "config", _recursive(config, run)),
+        Expected(f"training.{run.phase}", "settings", settings),
+    ]
+
+
+def for_evaluation(config: Config, run: Evaluation) -> list[Expected]:
+    """What `<name>_results.json` must hold."""
+    trained = chain(config, run.training)
+    want = config.recursive_part(("chunk_width",))
+    if run.seed is not None:
+        want = config.recursive_part(MODEL_KEYS, GENERATION_KEYS)
+    if trained:
+        want |= _recursive(config, trained[-1])
+    return [
+        Expected("recursive", "config", want),
+        Expected("", "upstream", upstream(config)),
+        Expected("evaluation", "evaluation", config.evaluation.to_dict()),
+    ]
+
+
+def _recursive(config: Config, run: Training) -> dict[str, Any]:
+    part = config.recursive_part(MODEL_KEYS, TRAINING_KEYS)
+    return part | config.phase_overrides(run.phase) | ARMS[run.arm]
+
+
+def differing(expected: Sequence[Expected], record: Mapping[str, Any]) -> list[str]:
+    """The settings, by their names in the config, that a record was made with differently.
+
+    A record from before `recursive` got a parameter was made with the parameter's default.
+    """
+    found: list[str] = []
+    for one in expected:
+        have = record.get(one.part) or {}
+        if one.part == "config":
+            have = {**RecursiveConfig().to_dict(), **have}
+        found += _differing(one.where, one.want, have)
+    return list(dict.fromkeys(found))
+
+
+def _differing(where: str, want: Any, have: Any) -> Iterator[str]:
+    if isinstance(want, Mapping) and isinstance(have, Mapping):
+        for key in want:
+            name = f"{where}.{key}" if where else key
+            yield from _differing(name, want[key], have.get(key))
+    elif want != have:
+        yield where
+
+
+def made_with_others(keys: Sequence[str]) -> str:
+    """The message where `differing` found something."""
+    return f"Results exist, but were made with a different {', '.join(keys)}."
