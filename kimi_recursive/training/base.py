@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def kimi_config(architecture: Architecture, tokenizer: Any) -> KimiLinearConfig:
     Args:
         tokenizer: Gives the size of the vocabulary and the special tokens.
     """
-    sizes = dataclasses.asdict(architecture)
+    sizes = architecture.to_mapping()
     num_layers = architecture.num_hidden_layers
     full = [i for i in range(1, num_layers + 1) if i % 4 == 0] or [num_layers]
     linear = {
@@ -152,7 +151,7 @@ def train_base(
     fingerprint = {
         "config": {
             "seed": settings.seed,
-            "architecture": dataclasses.asdict(settings.architecture),
+            "architecture": settings.architecture.to_mapping(),
             "training": training.numeric(),
         },
         "tokens": token_digests(tokens_dir),

@@ -1,6 +1,6 @@
 """The sections `base` and `training` of the workflow's config, and the loop's own settings.
 
-`config/config.schema.yaml` says which values are allowed; `config/config.yaml` holds the defaults.
+The config's schema says which values are allowed; `config/config.yaml` holds the defaults.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 NEUTRAL_KEYS = ("save_interval", "log_interval")  # They change no number.
 NUM_KEPT = 2  # checkpoints that are kept beside the best
@@ -39,16 +39,30 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
-class _Training:
-    """What `PhaseSettings` and `BaseTraining` have in common."""
+class _Section:
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> Self:
+        """The section as the config's schema allows it."""
+        return cls(**section)
 
     def to_mapping(self) -> dict[str, Any]:
         """The section as in the config, without the keys that are None."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
+
+@dataclass(frozen=True)
+class _Training(_Section):
     def numeric(self) -> dict[str, Any]:
         """The settings that decide numbers: all but `NEUTRAL_KEYS`."""
         return {k: v for k, v in self.to_mapping().items() if k not in NEUTRAL_KEYS}
+
+    def loop(self, num_steps: int | None = None) -> LoopSettings:
+        """Settings of the loop, over `num_steps` steps when they are not the section's own."""
+        names = {field.name for field in dataclasses.fields(LoopSettings)}
+        own = {k: v for k, v in self.to_mapping().items() if k in names}
+        if num_steps is not None:
+            own["num_steps"] = num_steps
+        return LoopSettings(**own)
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class PhaseSettings(_Training):
         lr, lr_heads, lr_lora, lr_layers: Peak learning rate of cells and latent path, boundary
             head, LoRA (phases b and c), unfrozen layers (c).
         lora: Phase b.
-        unfreeze_every: Phase c trains every so-manieth layer of the base.
+        unfreeze_every: Phase c: every so many layers of the base, one trains.
         l2_pull: Phase c: weight of half the squared distance to the pretrained weights.
         own_draft_share: Share of corrupted tokens that are the base's own prediction.
         scheduled_sampling: Phases b and c: share of draft tokens from the model's own draft by the
@@ -108,27 +122,15 @@ class PhaseSettings(_Training):
     recursive: Mapping[str, Any] | None = None
 
     @classmethod
-    def from_mapping(cls, section: Mapping[str, Any]) -> PhaseSettings:
+    def from_mapping(cls, section: Mapping[str, Any]) -> Self:
         values = dict(section)
         if values.get("lora") is not None:
             values["lora"] = LoraSettings(**values["lora"])
         return cls(**values)
 
-    def loop(self, num_steps: int) -> LoopSettings:
-        """Settings of a loop over `num_steps` steps, which an arm may have more of."""
-        return LoopSettings(
-            num_steps=num_steps,
-            warmup_steps=self.warmup_steps,
-            lr_schedule=self.lr_schedule,
-            max_grad_norm=self.max_grad_norm,
-            eval_interval=self.eval_interval,
-            save_interval=self.save_interval,
-            log_interval=self.log_interval,
-        )
-
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(_Section):
     """Section `base.architecture`: sizes under the names of `KimiLinearConfig`."""
 
     hidden_size: int
@@ -145,10 +147,6 @@ class Architecture:
     linear_head_dim: int
     linear_num_heads: int
     routed_scaling_factor: float
-
-    @classmethod
-    def from_mapping(cls, section: Mapping[str, Any]) -> Architecture:
-        return cls(**section)
 
 
 @dataclass(frozen=True)
@@ -176,22 +174,9 @@ class BaseTraining(_Training):
     log_interval: int
     num_validation_windows: int
 
-    @classmethod
-    def from_mapping(cls, section: Mapping[str, Any]) -> BaseTraining:
-        return cls(**section)
-
-    def loop(self) -> LoopSettings:
-        return LoopSettings(
-            num_steps=self.num_steps,
-            warmup_steps=self.warmup_steps,
-            eval_interval=self.eval_interval,
-            save_interval=self.save_interval,
-            log_interval=self.log_interval,
-        )
-
 
 @dataclass(frozen=True)
-class BaseSettings:
+class BaseSettings(_Section):
     """Section `base`: the model that gets the loop.
 
     Attributes:
@@ -213,7 +198,7 @@ class BaseSettings:
     training: BaseTraining
 
     @classmethod
-    def from_mapping(cls, section: Mapping[str, Any]) -> BaseSettings:
+    def from_mapping(cls, section: Mapping[str, Any]) -> Self:
         values = dict(section)
         values["architecture"] = Architecture.from_mapping(values["architecture"])
         values["training"] = BaseTraining.from_mapping(values["training"])
