@@ -163,7 +163,7 @@ class RecursiveConfig:
         Raises:
             ValueError: an index is not a layer of a base with `num_layers` layers.
         """
-        if self.layers_to_refine == "all":
+        if isinstance(self.layers_to_refine, str):  # "all"
             return list(range(num_layers))
         outside = [i for i in self.layers_to_refine if i >= num_layers]
         if outside:
@@ -198,7 +198,7 @@ class RecursiveConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> RecursiveConfig:
-        """Read from JSON. Values are not judged here; see `validate`.
+        """Read from JSON. `validate` judges the values.
 
         Raises:
             ValueError: missing file, JSON that does not parse, unknown keys.

@@ -122,7 +122,9 @@ class ChunkLoop(nn.Module):
         # transformers 5.24 renamed the argument for some models.
         self._cache_argument = "cache" if "cache" in self._accepted else "past_key_values"
         self.refined_layers: list[int] = []
-        self.refine_cells = self.latent = self.boundary = None
+        self.refine_cells: nn.ModuleList | None = None
+        self.latent: LatentToken | None = None
+        self.boundary: BoundaryHead | None = None
         self.adapter: Adapter | None = None
         self._active = config.recursive_enabled
         if not config.recursive_enabled:
@@ -133,7 +135,7 @@ class ChunkLoop(nn.Module):
             RefineCell(d_model, config.d_state) for _ in self.refined_layers
         )
         if config.use_latent_token:
-            width = base.get_input_embeddings().weight.shape[1]
+            width = cast("Any", base.get_input_embeddings()).weight.shape[1]
             if width != d_model:
                 raise ValueError(
                     f"use_latent_token needs embeddings as wide as the hidden states, {width} is "
@@ -203,21 +205,23 @@ class ChunkLoop(nn.Module):
         """
         captured: dict[str, Tensor] = {}
 
-        def refine(cell: RefineCell, index: int):
-            def hook(_layer, _args, output):
+        def refine(cell: RefineCell, index: int, states: dict[int, Tensor]):
+            def hook(_layer: nn.Module, _args: Any, output: Any) -> Any:
                 h = output[0] if isinstance(output, tuple) else output
                 h, states[index] = cell(h, states.get(index))
                 return (h, *output[1:]) if isinstance(output, tuple) else h
 
             return hook
 
-        def capture(_layer, _args, output):
+        def capture(_layer: nn.Module, _args: Any, output: Any) -> None:
             captured["h_top"] = output[0] if isinstance(output, tuple) else output
 
         handles = []
         try:
-            for index, cell in self._cell_of.items() if states is not None else ():
-                handles.append(self.layers[index].register_forward_hook(refine(cell, index)))
+            if states is not None:
+                for index, cell in self._cell_of.items():
+                    hook = refine(cell, index, states)
+                    handles.append(self.layers[index].register_forward_hook(hook))
             handles.append(self.layers[-1].register_forward_hook(capture))
             if mask is not None:
                 width = next(iter(inputs.values())).shape[1]

@@ -246,7 +246,9 @@ def _refine(
     if not num_steps:
         _, logits, one = _pass(run, rows.refined[0], mask, input_ids=inputs)
         return logits, [one]
-    states, passes = {}, []
+    states: dict[int, Tensor] = {}
+    passes: list[Pass] = []
+    logits = h_top
     for step, origin in enumerate(rows.refined, 1):
         embeds, states = loop.next_inputs(inputs, h_top), loop.next_states(states)
         wanted = 0 if step == num_steps else 1  # of logits: 0 is all
@@ -292,6 +294,7 @@ def _verify(
     if sampling is None:
         tokens = logits.argmax(-1)
         return tokens, (tokens == drafted).long().cumprod(1).sum(1)
+    assert proposals is not None
     target, num_read = sampling.probabilities(logits), drafted.shape[1]
     p, q = (x.gather(-1, drafted[..., None])[..., 0] for x in (target, proposals))
     agreed = (sampling.uniform(q) * q < p).long().cumprod(1).sum(1)
