@@ -1,8 +1,8 @@
 """Where the layers of a base are: on one device, or spread over several by accelerate.
 
-A `device_map` gives each module a device. accelerate's hooks then move what a module reads to the
-device it computes on, and fetch the weights of an offloaded module (on disk, or on the CPU beside a
-GPU) for the time of its forward pass; in between its parameters are on `meta`.
+A `device_map` gives each module a device. accelerate's hooks move the inputs of a module to its
+device. A module may be offloaded, to the disk or from a GPU to the CPU. Hooks then fetch its
+weights for each forward pass, and between passes its parameters are on `meta`.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def embedding_weight(base: PreTrainedModel) -> Tensor:
 
 
 class Refetching:
-    """Keeps offloaded weights out of autograd's graph: backward fetches them again.
+    """Keeps offloaded weights out of autograd's graph: the backward pass fetches them again.
 
-    Without it, a weight that gradients pass through stays in memory from its forward pass to the
-    backward one, once for each inner step.
+    Otherwise a weight that gradients flow through would stay in memory until the backward pass,
+    once for each inner step.
     """
 
     def __init__(self, base: PreTrainedModel):
