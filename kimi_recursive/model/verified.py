@@ -1,10 +1,10 @@
 """Verified decoding: the base drafts some tokens, the refined model confirms or corrects them.
 
 The base drafts tokens one at a time. Each inner step then reads the draft in one pass, after a
-cache that holds the chunk so far as this step saw it. The draft is committed as far as the refined model
-agrees, plus its first correction. So each token is the one that token-by-token decoding of the
-refined model gives (with sampling: it has that distribution), whatever was drafted, and the inner
-steps are paid once a draft.
+cache that holds the chunk so far as this step saw it. The draft is committed as far as the refined
+model agrees, plus its first correction. So each token is the one that token-by-token decoding of
+the refined model gives (with sampling: it has that distribution), whatever was drafted, and the
+inner steps are paid once a draft.
 
 Shapes: B rows still generating, L tokens drafted in a round, S positions in the caches, D hidden
 size, V vocabulary. Rows are right-aligned in the caches, as left-padded prompts are.
