@@ -1,4 +1,4 @@
-"""Kimi Delta Attention (KDA) on CPU: its definition, a fast chunked form, and how a model gets it.
+"""Kimi Delta Attention (KDA) on the CPU: definition, fast chunked form, installation in a model.
 
 Shapes: B batch, T time, H heads, K and V head dims of keys and values; time cut into N chunks of C
 tokens, M = N * B * H chunks side by side, L = log2(C) levels within a chunk.
@@ -12,7 +12,7 @@ import inspect
 import types
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def recurrent_kda(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition of KDA, one token after the other: slow, for tests.
+    """The definition of KDA, one token after the other. Slow; for tests.
 
     Per head, with state S ``[K, V]``, decays exp(g_t) ``[K]`` and a step size beta_t::
 
@@ -71,7 +71,7 @@ def chunk_kda(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """KDA over whole sequences, for transformers' ``chunk_kimi_delta_attention``.
 
@@ -84,13 +84,14 @@ def chunk_kda(
         initial_state: ``[B, H, K, V]``, or None for zeros.
         output_final_state: return the state after the last token too.
         use_qk_l2norm_in_kernel: divide q and k by sqrt(|x|^2 + 1e-6) first.
-        kwargs: ignored, as callers pass what fla's kernel takes; packed sequences are refused.
+        kwargs: ignored: callers pass all that fla's kernel takes.
 
     Returns: output ``[B, T, H, V]`` in query's dtype; final state ``[B, H, K, V]`` or None.
     Arithmetic and state are float32, also under autocast, or float64 for float64 queries.
     Differentiable once; the same inputs give the same bits.
 
-    Raises: ValueError for another chunk_size, and if cu_seqlens or seq_idx is given.
+    Raises:
+        ValueError: another chunk_size, or packed sequences (cu_seqlens, seq_idx).
 
     Source: Kimi Linear, arXiv 2510.26692, section 3 (chunkwise form); fla ``ops/kda/naive.py``.
     """
@@ -102,7 +103,8 @@ def chunk_kda(
     with torch.autocast(query.device.type, enabled=False):
         inputs = [x.to(work) for x in (query, key, value, g, beta[..., None])]
         state = None if initial_state is None else initial_state.to(work)
-        out, state = _chunked(*inputs, state, chunk_size, use_qk_l2norm_in_kernel)
+        q, k, v, g, beta = inputs
+        out, state = _chunked(q, k, v, g, beta, state, chunk_size, use_qk_l2norm_in_kernel)
     return out.to(query.dtype), state if output_final_state else None
 
 
@@ -131,12 +133,15 @@ def _chunked(
     decay_in, decay_out = ((s @ g).exp() for s in sums[-2:])  # [M, C, K]: exp(G_i), exp(G_C - G_i)
     kk, qk = _Scores.apply(q, k, g, sums[:-2], masks)
     solve = _UnitLowerInverse.apply(kk * beta, masks) * beta.mT  # [M, C, C]
-    state = q.new_zeros(b * h, kd, vd) if state is None else state.reshape(b * h, kd, vd)
+    before = q.new_zeros(b * h, kd, vd) if state is None else state.reshape(b * h, kd, vd)
     steps = (solve @ v, solve @ (k * decay_in), k * decay_out, decay_in[:, -1, :, None])
-    writes, states, state = _Scan.apply(*(x.unflatten(0, (n, b * h)) for x in steps), state)
+    writes, states, after = cast(
+        "tuple[Tensor, Tensor, Tensor]",
+        _Scan.apply(*(x.unflatten(0, (n, b * h)) for x in steps), before),
+    )
     out = torch.baddbmm((q * decay_in) @ states.flatten(0, 1), qk, writes.flatten(0, 1))
     out = out.view(n, b, h, c, vd).permute(1, 0, 3, 2, 4).reshape(b, n * c, h, vd)[:, :t]
-    return out.contiguous(), state.view(b, h, kd, vd)
+    return out.contiguous(), after.view(b, h, kd, vd)
 
 
 @cache
@@ -171,7 +176,7 @@ class _Scores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, g: Tensor, sums: Tensor, masks: Tensor):
+    def forward(ctx: Any, q: Tensor, k: Tensor, g: Tensor, sums: Tensor, masks: Tensor):
         ctx.save_for_backward(q, k, g, sums, masks)
         kk, qk = q.new_empty(2, *q.shape[:2], q.shape[1])
         for at in _Scores.blocks(q, masks):
@@ -183,7 +188,7 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_kk: Tensor, d_qk: Tensor):
+    def backward(ctx: Any, d_kk: Tensor, d_qk: Tensor):
         q, k, g, sums, masks = ctx.saved_tensors
         d_q, d_k, d_g = (torch.empty_like(x) for x in (q, k, g))
         d_kk = d_kk.tril(-1)
@@ -222,7 +227,7 @@ class _UnitLowerInverse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a: Tensor, masks: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, masks: Tensor) -> Tensor:
         inverse = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - a * masks[-1]
         for mask in masks[:-1].flip(0):
             inverse = torch.baddbmm(inverse, inverse @ (a * mask), inverse, alpha=-1)
@@ -231,7 +236,7 @@ class _UnitLowerInverse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         transposed = ctx.saved_tensors[0].mT
         return (transposed @ grad @ transposed).neg_(), None
 
@@ -244,18 +249,18 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u: Tensor, w: Tensor, k: Tensor, decay: Tensor, state: Tensor):
+    def forward(ctx: Any, u: Tensor, w: Tensor, k: Tensor, decay: Tensor, state: Tensor):
         writes, states = torch.empty_like(u), state.new_empty(len(u) + 1, *state.shape)
         states[0] = state
         for n in range(len(u)):
             torch.baddbmm(u[n], w[n], states[n], alpha=-1, out=writes[n])
             torch.mul(states[n], decay[n], out=states[n + 1]).baddbmm_(k[n].mT, writes[n])
         ctx.save_for_backward(w, k, decay, states, writes)
-        return writes, states[:-1], states[-1].clone()  # who keeps the last must not keep them all
+        return writes, states[:-1], states[-1].clone()  # a view would keep all states in memory
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, from_writes: Tensor, from_states: Tensor, from_last: Tensor):
+    def backward(ctx: Any, from_writes: Tensor, from_states: Tensor, from_last: Tensor):
         w, k, decay, states, writes = ctx.saved_tensors
         d_writes, d_states = torch.empty_like(writes), torch.empty_like(states)
         d_states[-1] = from_last
@@ -273,7 +278,7 @@ def causal_conv1d(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> Tensor:
     """Depthwise causal convolution, for transformers' ``causal_conv1d_fn``.
 
@@ -296,7 +301,7 @@ class _CausalConv(torch.autograd.Function):
     """x ``[B, T, D]``, weight ``[D, W]`` -> sum_j weight_{W-1-j} x_{t-j}, one row of B in cache."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         taps = weight.mT.flip(0).contiguous()  # [W, D]: tap j weighs x_{t-j}
         out = torch.empty_like(x)
@@ -308,7 +313,7 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         x, weight = ctx.saved_tensors
         taps = weight.mT.flip(0).contiguous()
         d_x, d_taps = torch.empty_like(x), torch.zeros_like(taps)
@@ -363,7 +368,9 @@ def _decorated_like(function: Any, innermost: types.FunctionType) -> types.Funct
     cells = (
         types.CellType(inner) if held else cell for cell, held in zip(closure, holds, strict=True)
     )
-    return functools.update_wrapper(_copy(function, function.__globals__, tuple(cells)), inner)
+    copy = _copy(function, function.__globals__, tuple(cells))
+    functools.update_wrapper(copy, inner)
+    return copy
 
 
 def _copy(
@@ -381,7 +388,7 @@ def _kda_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _slot(layer: nn.Module) -> str:
-    """Where a layer has its own forward: accelerate's hooks keep it beside theirs."""
+    """The attribute with a layer's own forward: accelerate's hooks replace `forward`."""
     return "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
 
 
@@ -390,16 +397,17 @@ def _is_fast(layer: nn.Module) -> bool:
 
 
 def install_fast_kda(model: nn.Module) -> int:
-    """Has the KDA layers of `model`, and no others, use chunk_kda and causal_conv1d on CPU tensors.
+    """Make the KDA layers of `model` use chunk_kda and causal_conv1d for tensors on the CPU.
 
-    Other devices and the decoding of single tokens stay transformers' own, and so does everything
-    where `fla` is installed. The switch is an attribute of each layer: copy.deepcopy keeps it,
-    state_dict and save_pretrained do not know it. accelerate's hooks may be there already.
+    Other devices and the decoding of single tokens keep transformers' functions. Nothing changes
+    when `fla` is installed. The switch is an attribute of each layer: copy.deepcopy copies it,
+    state_dict and save_pretrained leave it out. Layers may have accelerate's hooks already.
 
-    Returns: the number of KDA layers now switched.
+    Returns: the number of KDA layers that are switched.
 
-    Raises: AssertionError if transformers changed so that the switch would not take, or if a
-    layer's forward is overridden otherwise.
+    Raises:
+        AssertionError: transformers changed so that the switch would have no effect, or something
+            else overrides the forward of a layer.
     """
     if importlib.util.find_spec("fla") is not None:
         return 0
@@ -415,7 +423,10 @@ def install_fast_kda(model: nn.Module) -> int:
 
 
 def uninstall_fast_kda(model: nn.Module) -> int:
-    """Undoes :func:`install_fast_kda`. Returns: the number of layers restored."""
+    """Undo :func:`install_fast_kda`.
+
+    Returns: the number of layers restored.
+    """
     layers = [layer for layer in _kda_layers(model) if _is_fast(layer)]
     for layer in layers:
         setattr(layer, _slot(layer), types.MethodType(type(layer).forward, layer))

@@ -1,10 +1,11 @@
 """Short passes of a small KimiLinear on CPU, without the overhead of its modules.
 
-Over a few tokens of a small model operators cost more than their arithmetic. `ShortPasses` computes
-the same as transformers' modules with half of the operators and in a third of the time (one token
-of the embedded default), from weights that it lays side by side: what reads the same input is one
-product, all experts are two, those that make keys and values from latents are absorbed. It reads
-and writes transformers' own cache, and notes the states behind every token for `cache.rewind`.
+For a few tokens of a small model, calling an operator costs more than its arithmetic. `ShortPasses`
+computes what transformers' modules compute with half of the operators, in a third of the time (one
+token of the default model). It lays weights side by side: the products that read the same input
+become one, and those of all experts become two. The products that make keys and values from latents
+are absorbed. It reads and writes transformers' cache, and notes the states behind every token for
+`cache.rewind`.
 
 Shapes: B batch, T new tokens, S tokens with the cache, D hidden size, H heads, d head dim,
 R rank of the latent, E experts.
@@ -13,7 +14,7 @@ R rank of the latent, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,34 +25,39 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
 from kimi_recursive.kimi.kda import NORM_EPS
 
-MAX_TOKENS = 32  # of one pass, and the size of the model: beyond, the modules are as fast
-MAX_HIDDEN_SIZE = 512  # (docs/log.md)
-MAX_EXPERTS = 16  # all of them are computed; 8 were tried
+# Beyond these limits transformers' modules are as fast.
+MAX_TOKENS = 32  # of one pass
+MAX_HIDDEN_SIZE = 512
+MAX_EXPERTS = 16  # all of them are computed; measured with 8
 
 
 class ShortPasses:
     """Passes of up to `MAX_TOKENS` tokens behind a cache that is not empty.
 
-    Holds copies of weights: make one where the weights no longer change.
+    It holds copies of weights: make another when weights have changed.
     """
 
     def __init__(
         self, base: PreTrainedModel, cells: Mapping[int, nn.Module], run: Callable[..., Any]
     ):
-        """Args: the refinement cells by layer; what runs the passes that this does not serve, with
-        the arguments of `run`."""
+        """
+        Args:
+            base: A decoder that `serves` accepts.
+            cells: The refinement cells by layer.
+            run: Runs the passes that this class does not serve; called as the method `run` is.
+        """
         assert self.serves(base)
         self.cells, self.run_any = cells, run
-        model = base.model
+        model: Any = cast("Any", base).model
         self.embed = model.embed_tokens
         self.layers = [_Layer(layer) for layer in model.layers]
         self.norm = _Norm(model.norm)
-        self.head = _weight(base.lm_head)
+        self.head = _weight(cast("Any", base).lm_head)
 
     @staticmethod
     def serves(base: PreTrainedModel) -> bool:
         """Whether the base is of the kind that this module computes."""
-        config = base.config
+        config: Any = cast("Any", base.config)
         return (
             type(base) is kimi.KimiLinearForCausalLM
             and not base.training
@@ -73,13 +79,16 @@ class ShortPasses:
         logits_to_keep: int = 0,
         **inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `ChunkLoop.run_base`, which also takes the passes that this does not serve."""
-        x = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        """As `ChunkLoop.run_base`, which runs the passes that this class does not serve.
+
+        Args:
+            inputs: `input_ids` [B, T] or `inputs_embeds` [B, T, D].
+        """
+        (x,) = inputs.values()
         num_read = cache.get_seq_length()
         if not num_read or x.shape[1] > MAX_TOKENS:
-            inputs["logits_to_keep"] = logits_to_keep
-            return self.run_any(cache, mask, states, **inputs)
-        with torch.inference_mode():  # a sixth of the time is autograd's otherwise
+            return self.run_any(cache, mask, states, **inputs, logits_to_keep=logits_to_keep)
+        with torch.inference_mode():  # saves a sixth of the time, which autograd takes
             x = self.embed(x) if "input_ids" in inputs else x
             bias = _attention_bias(mask, num_read, x.shape[1])
             for index, layer in enumerate(self.layers):
@@ -90,7 +99,7 @@ class ShortPasses:
 
 
 def _attention_bias(mask: Tensor | None, num_read: int, num_new: int) -> Tensor | None:
-    """[B or 1, 1, T, S]: 0 where a new token may look, else -inf; None if it may everywhere."""
+    """[B or 1, 1, T, S]: 0 where a new token may attend, else -inf; None where all may."""
     if mask is None and num_new == 1:
         return None
     allowed = torch.ones(num_new, num_read + num_new, dtype=torch.bool).tril(num_read)[None, None]
@@ -99,8 +108,8 @@ def _attention_bias(mask: Tensor | None, num_read: int, num_new: int) -> Tensor 
     return torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """A copy of the weight that a linear layer, or an embedding, uses: with LoRA its sum."""
+def _weight(module: Any) -> Tensor:
+    """A copy of the weight of a linear layer, with that of LoRA added."""
     if not hasattr(module, "get_delta_weight"):
         return module.weight.detach().clone()
     weight = module.base_layer.weight.detach().clone()
@@ -111,9 +120,9 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 class _Norm:
-    def __init__(self, norm: nn.Module):
-        self.weight = norm.weight.detach()
-        self.eps = norm.variance_epsilon
+    def __init__(self, norm: Any):
+        self.weight: Tensor = norm.weight.detach()
+        self.eps: float = norm.variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -122,7 +131,7 @@ class _Norm:
 class _Layer:
     """A decoder layer: attention of one of the two kinds, then its feed-forward part."""
 
-    def __init__(self, layer: kimi.KimiLinearDecoderLayer):
+    def __init__(self, layer: Any):  # KimiLinearDecoderLayer
         linear = isinstance(layer.self_attn, kimi.KimiLinearDeltaAttention)
         self.attention = (_DeltaAttention if linear else _LatentAttention)(layer.self_attn)
         self.feed_forward = _FeedForward(layer.mlp)
@@ -136,7 +145,7 @@ class _Layer:
 class _DeltaAttention:
     """Kimi Delta Attention, token by token: see `kda.recurrent_kda`."""
 
-    def __init__(self, attention: kimi.KimiLinearDeltaAttention):
+    def __init__(self, attention: Any):  # KimiLinearDeltaAttention
         a, gate = attention, attention.forget_gate
         self.index, self.heads, self.dim = a.layer_idx, a.num_heads, a.head_dim
         inputs = (a.q_proj, a.k_proj, a.v_proj, gate.f_a_proj, a.g_a_proj, a.b_proj)
@@ -153,7 +162,7 @@ class _DeltaAttention:
     def __call__(self, x: Tensor, cache: Cache, _bias: Tensor | None) -> Tensor:
         (batch, num_new, _), heads, dim = x.shape, self.heads, self.dim
         qkv, forget, gate, beta = F.linear(x, self.inputs).split(self.sizes, dim=-1)
-        states = cache.layers[self.index]
+        states: Any = cast("Any", cache.layers[self.index])
         full = torch.cat([states.conv_states[0], qkv.mT], dim=-1)
         width = self.taps.shape[-1]
         qkv = F.silu((full[..., 1:].unfold(-1, width, 1) * self.taps).sum(-1)).mT
@@ -187,7 +196,7 @@ class _LatentAttention:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2). The products that
     make keys and values from latents are absorbed, so that the cache is read as it is."""
 
-    def __init__(self, attention: kimi.KimiLinearAttention):
+    def __init__(self, attention: Any):  # KimiLinearAttention
         a = attention
         self.index, self.scaling, self.heads = a.layer_idx, a.scaling, a.num_heads
         self.rank, self.rotary = a.kv_lora_rank, a.qk_rope_head_dim
@@ -217,11 +226,12 @@ class _LatentAttention:
 class _FeedForward:
     """Gated linear units of equal width, each with a weight: experts, or a dense layer."""
 
-    def __init__(self, mlp: kimi.KimiLinearMoE | kimi.KimiLinearMLP):
-        dense = mlp if isinstance(mlp, kimi.KimiLinearMLP) else mlp.shared_experts
+    def __init__(self, mlp: Any):  # KimiLinearMoE or KimiLinearMLP
+        dense = getattr(mlp, "shared_experts", mlp)
         gate, up = _weight(dense.gate_proj), _weight(dense.up_proj)
         down = _weight(dense.down_proj).mT
-        self.router, self.num_always, self.width = None, 1, len(gate)
+        self.router: Any = None
+        self.num_always, self.width = 1, len(gate)
         if dense is not mlp:
             experts, self.router = mlp.experts, mlp.gate
             gates, ups = experts.gate_up_proj.detach().chunk(2, dim=1)

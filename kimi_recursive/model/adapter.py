@@ -7,9 +7,10 @@ and `layers.safetensors`, the weights of the unfrozen layers under the names of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -50,7 +51,7 @@ class Adapter:
         ValueError: weights of the base are offloaded.
     """
 
-    def __init__(self, base: PreTrainedModel, layers: Sequence[nn.Module]):
+    def __init__(self, base: PreTrainedModel, layers: nn.ModuleList):
         if is_offloaded(base):
             raise ValueError(
                 "device_map: a model of phase b or c changes the weights of its base, so no part "
@@ -130,7 +131,7 @@ class Adapter:
             parameter.copy_(self.pretrained[name])
         for name, module in list(self.base.named_modules()):
             if isinstance(module, BaseTunerLayer):
-                self.base.set_submodule(name, module.base_layer)
+                self.base.set_submodule(name, cast("Any", module).base_layer)
         vars(self.base).pop("peft_config", None)
         self.lora, self.layers, self.pretrained = None, [], {}
 
@@ -139,8 +140,8 @@ class Adapter:
         if self.lora is not None:
             folder = directory / ADAPTER_DIR
             ordered = copy(self.lora)  # peft keeps a set, and equal adapters must be equal files
-            ordered.target_modules = sorted(self.lora.target_modules)
-            ordered.save_pretrained(folder)
+            ordered.target_modules = sorted(self.lora.target_modules or ())
+            ordered.save_pretrained(str(folder))
             state = get_peft_model_state_dict(self.base, adapter_name=NAME)
             _save({PEFT_PREFIX + name: t for name, t in state.items()}, folder / WEIGHTS_NAME)
         if self.layers:
@@ -171,7 +172,7 @@ class Adapter:
 
 def lora_config(
     base: PreTrainedModel,
-    layers: Sequence[nn.Module],
+    layers: nn.ModuleList,
     rank: int,
     alpha: float,
     targets: str | Sequence[str],
@@ -207,7 +208,7 @@ def lora_config(
         there = set(targets)
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast("Any", alpha),  # peft takes fractions too
         target_modules=sorted(name for name in linear if name.rsplit(".", 1)[-1] in there),
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
     )
@@ -228,7 +229,7 @@ def load_adapter(
     directory: Path,
     adapter: Adapter | None,
     base: PreTrainedModel,
-    layers: Sequence[nn.Module],
+    layers: nn.ModuleList,
     unfrozen: Sequence[int],
     lora: bool,
 ) -> Adapter:
@@ -251,7 +252,8 @@ def load_adapter(
         folder = directory / ADAPTER_DIR
         if lora:
             try:
-                adapter.add_lora(LoraConfig.from_pretrained(str(folder)), seed=0)
+                config = cast("LoraConfig", LoraConfig.from_pretrained(str(folder)))
+                adapter.add_lora(config, seed=0)
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
@@ -266,11 +268,11 @@ def load_adapter(
     return adapter
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
 
 
-def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def _read(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = read_weights(path)
     if problem := misfit(tensors, expected):
         raise ValueError(f"{path}: does not fit this base: {problem}")

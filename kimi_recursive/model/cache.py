@@ -1,12 +1,12 @@
-"""Functional use of transformers' caches: forks, taking tokens back, rows of unequal length.
+"""Caches as values: forks, taking tokens back, rows of unequal length.
 
 transformers' linear-attention layers copy new states *in place* into the cached tensors
 (`LinearAttentionLayer.update_recurrent_state`), which would corrupt a snapshot that shares them and
 break autograd through it. A forked layer assigns new tensors instead, so a fork shares memory with
 its origin until it is updated, and gradients flow through its states.
 
-Rows of unequal length lie as left-padded prompts do: they end together, and an attention mask says
-where each begins. What a cache holds before that is arbitrary.
+Rows of unequal length are right-aligned, as left-padded prompts are: an attention mask says where
+each begins. The states of a cache before that are arbitrary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,9 @@ class _OutOfPlace:
 
     trail: list[tuple[Tensor, Tensor]] | None = None
 
-    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
+    def update_conv_state(
+        self: Any, conv_states: Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
         if not self.is_conv_states_initialized[state_idx]:
             self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, **kwargs)
         width = self.conv_kernel_size[state_idx]
@@ -47,7 +50,9 @@ class _OutOfPlace:
         self.conv_states[state_idx] = full[..., -width:]
         return full
 
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs):
+    def update_recurrent_state(
+        self: Any, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
         if not self.is_recurrent_states_initialized[state_idx]:
             self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
         self.recurrent_states[state_idx] = recurrent_states
@@ -64,9 +69,9 @@ def _out_of_place(layer_class: type) -> type:
     return type(f"OutOfPlace{layer_class.__name__}", (_OutOfPlace, layer_class), {})
 
 
-def _fork_layer(layer):
-    if isinstance(layer, LinearAttentionLayer):
-        twin = object.__new__(_out_of_place(type(layer)))
+def _fork_layer(layer: Any) -> Any:
+    if _is_linear(layer):
+        twin: Any = object.__new__(cast("Any", _out_of_place(type(layer))))
         twin.__dict__.update(layer.__dict__)
         twin.trail = None
         # The one-token decode path writes into the conv state that it is handed, so that is cloned.
@@ -82,7 +87,7 @@ def _fork_layer(layer):
         ):
             setattr(twin, name, dict(getattr(layer, name)))
         return twin
-    if isinstance(layer, DynamicLayer):
+    if _is_attention(layer):
         return copy.copy(layer)  # its update assigns new keys and values: sharing is safe
     raise ValueError(
         f"cannot fork a cache layer of type {type(layer).__name__}; "
@@ -90,43 +95,59 @@ def _fork_layer(layer):
     )
 
 
+def _layers(cache: Cache) -> list[Any]:
+    """The layers of a cache, of many classes that share no type."""
+    return list(cache.layers)
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer has conv and recurrent states."""
+    return isinstance(layer, LinearAttentionLayer)
+
+
+def _is_attention(layer: Any) -> bool:
+    """Whether a layer has keys and values."""
+    return isinstance(layer, DynamicLayer)
+
+
 def fork(cache: Cache) -> Cache:
-    """A cache of the same contents whose updates leave `cache` untouched.
+    """A cache with the same contents. Updates of it leave `cache` as it is.
 
     Raises:
-        ValueError: a layer keeps its states in fixed buffers (static, quantised, other kinds).
+        ValueError: a layer keeps its states in fixed buffers, as static and quantised caches do.
     """
     twin = copy.copy(cache)
-    twin.layers = [_fork_layer(layer) for layer in cache.layers]
+    twin.layers = [_fork_layer(layer) for layer in _layers(cache)]
     return twin
 
 
 def record(cache: Cache) -> Cache:
-    """A fork that remembers its states behind each token read from here on, for `rewind`."""
+    """A fork that remembers its states behind each further token, for `rewind`."""
     twin = fork(cache)
-    for layer in twin.layers:
-        if isinstance(layer, LinearAttentionLayer):
+    for layer in _layers(twin):
+        if _is_linear(layer):
             layer.trail = []
     return twin
 
 
 def rewind(cache: Cache, num_read: int, keep: Sequence[int]) -> Cache | None:
-    """The cache as it would be, had each row read only its first tokens since `record`.
+    """The cache as it would be if each row had read only its first tokens since `record`.
 
     Args:
-        cache: A recorded cache that has read `num_read` tokens since.
-        keep: How many of them each row keeps, 1 to `num_read`.
+        cache: A recorded cache.
+        num_read: Tokens that it has read since it was recorded.
+        keep: How many of these tokens each row keeps, 1 to `num_read`.
 
-    Returns: the rows right-aligned; None where a layer does not know its states behind these
-        tokens: linear attention that read several tokens in one pass, a full sliding window.
+    Returns: a cache with right-aligned rows; None when a layer does not know its earlier states:
+        linear attention that read several tokens in one pass, or a full sliding window.
     """
     if min(keep) == num_read:
         return fork(cache)
-    if not all(_is_rewindable(layer, num_read) for layer in cache.layers):
+    if not all(_is_rewindable(layer, num_read) for layer in _layers(cache)):
         return None
     longest, twin = max(keep), fork(cache)
-    for layer, new in zip(cache.layers, twin.layers, strict=True):
-        if isinstance(layer, LinearAttentionLayer):
+    for layer, new in zip(_layers(cache), _layers(twin), strict=True):
+        if _is_linear(layer):
             conv, recurrent = zip(*(layer.trail[n - 1] for n in keep), strict=True)
             new.conv_states[0] = _diagonal(conv)
             new.recurrent_states[0] = _diagonal(recurrent)
@@ -139,9 +160,9 @@ def rewind(cache: Cache, num_read: int, keep: Sequence[int]) -> Cache | None:
     return twin
 
 
-def _is_rewindable(layer, num_read: int) -> bool:
-    if isinstance(layer, LinearAttentionLayer):
-        plain = not isinstance(layer, DynamicLayer) and layer.number_of_states == 1
+def _is_rewindable(layer: Any, num_read: int) -> bool:
+    if _is_linear(layer):
+        plain = not _is_attention(layer) and layer.number_of_states == 1
         return plain and layer.trail is not None and len(layer.trail) == num_read
     if isinstance(layer, DynamicSlidingWindowLayer):
         return layer.cumulative_length < layer.sliding_window
@@ -164,15 +185,15 @@ def _shift(states: Tensor, later: Sequence[int]) -> Tensor:
     return torch.take_along_dim(states, source[:, None, :, None], dim=2)
 
 
-def _set_length(layer, length: int) -> None:
+def _set_length(layer: Any, length: int) -> None:
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length
 
 
 def merge(first: Cache, second: Cache, take_second: Tensor) -> Cache:
-    """Rows of two caches in one: those of `second` where `take_second` [B] is true.
+    """A cache with the rows of `second` where `take_second` [B] is true, else those of `first`.
 
-    The shorter cache is padded on the left to the length of the longer.
+    The shorter cache is padded on the left to the length of the longer one.
     """
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
@@ -190,25 +211,25 @@ def select_rows(cache: Cache, rows: Tensor) -> Cache:
 
 
 def trim(cache: Cache, length: int) -> Cache:
-    """The cache without what lies before its last `length` positions."""
+    """The cache cut to its last `length` positions."""
     twin = fork(cache)
-    for layer in twin.layers:
-        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+    for layer in _layers(twin):
+        if _is_attention(layer) and layer.is_initialized:
             layer.keys, layer.values = layer.keys[:, :, -length:], layer.values[:, :, -length:]
             _set_length(layer, length)
     return twin
 
 
 def _map(function: Callable[..., Tensor], *caches: Cache) -> Cache:
-    """A cache of `function` of each state; what has not been written to stays so."""
+    """A cache with `function` applied to each state. States not written yet stay empty."""
     twin = fork(caches[0])
-    for new, *old in zip(twin.layers, *(cache.layers for cache in caches), strict=True):
-        if isinstance(new, LinearAttentionLayer):
+    for new, *old in zip(_layers(twin), *map(_layers, caches), strict=True):
+        if _is_linear(new):
             for name in ("conv_states", "recurrent_states"):
                 for i, state in getattr(new, name).items():
                     if state is not None:
                         getattr(new, name)[i] = function(*(getattr(x, name)[i] for x in old))
-        if isinstance(new, DynamicLayer) and new.is_initialized:
+        if _is_attention(new) and new.is_initialized:
             new.keys = function(*(layer.keys for layer in old))
             new.values = function(*(layer.values for layer in old))
             _set_length(new, max(x.get_seq_length() for x in old))

@@ -23,8 +23,8 @@ class RecursiveConfig:
     """Parameters of the recursive refinement loop.
 
     The defaults are those of the 48B model; the embedded default of the workflow overrides the
-    sizes (`recursive:` in `config/config.yaml`). Construction never fails on a value: `validate()`
-    lists everything that is wrong, and `ChunkRefineWrapper` refuses a config that is not valid.
+    sizes (`recursive:` in `config/config.yaml`). Construction accepts any value: `validate()` lists
+    all errors, and `ChunkRefineWrapper` refuses an invalid config.
 
     Attributes:
         recursive_enabled: Master switch. When False no component is created.
@@ -33,8 +33,8 @@ class RecursiveConfig:
         commit_threshold: `commit="learned"` stops refining a chunk at this commit probability.
         min_commit_threshold: After K steps, commit the predicted length at or above this
             probability; below it commit one token, so that generation never deadlocks.
-        single_pass: Control arm: the cells act as adapters in one pass over the chunk, with neither
-            feedback from a step before nor a state to carry; needs `max_inner_steps` 1.
+        single_pass: Control arm: the cells act as adapters in one pass over the chunk, without
+            feedback from an earlier step and without a state; needs `max_inner_steps` 1.
         commit: How drafted tokens are committed, `verified` (exact) or `learned` (boundary head).
         layers_to_refine: `"all"` or a list of decoder layer indices, each with one `RefineCell`.
         use_latent_token: Feed the top hidden state of one step into the embeddings of the next.
@@ -44,7 +44,7 @@ class RecursiveConfig:
         corruption_rate: Share of the editable draft tokens corrupted at the start of training.
         corruption_rate_final: The same at the end of training.
         corruption_schedule: `linear`, `cosine` or `none` (constant `corruption_rate`).
-        backprop_steps: Gradients flow through the last so many inner steps; None means all K.
+        backprop_steps: Number of last inner steps that gradients flow through; None means all K.
         halt_margin: A further step is worth taking when it lowers the chunk's mean loss by more
             than this (nats per token); the target of the halt loss.
         lambda_final: Weight of the cross-entropy at step K on all chunk targets.
@@ -148,10 +148,10 @@ class RecursiveConfig:
         return errors
 
     def validated(self, where: str = "RecursiveConfig") -> RecursiveConfig:
-        """Self, when valid.
+        """This config, if it is valid.
 
         Raises:
-            ValueError: naming `where` and every error.
+            ValueError: it is not; the message names `where` and every error.
         """
         if errors := self.validate():
             raise ValueError(f"{where}: {'; '.join(errors)}")
@@ -163,7 +163,7 @@ class RecursiveConfig:
         Raises:
             ValueError: an index is not a layer of a base with `num_layers` layers.
         """
-        if self.layers_to_refine == "all":
+        if isinstance(self.layers_to_refine, str):  # "all"
             return list(range(num_layers))
         outside = [i for i in self.layers_to_refine if i >= num_layers]
         if outside:
@@ -198,7 +198,7 @@ class RecursiveConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> RecursiveConfig:
-        """Read from JSON. Values are not judged here; see `validate`.
+        """Read from JSON. `validate` judges the values.
 
         Raises:
             ValueError: missing file, JSON that does not parse, unknown keys.

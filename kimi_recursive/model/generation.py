@@ -81,6 +81,7 @@ def generate_chunks(
     eos, pad, stop = chosen.eos_token_id, chosen.pad_token_id, None
     assert isinstance(eos, list) and pad is not None
     if chosen.stop_strings:
+        assert chosen.tokenizer is not None
         stop = StopStringCriteria(chosen.tokenizer, chosen.stop_strings)
     output = Output(prompts, max_new_tokens, eos, stop, streamer)
     stats = GenerationStats()

@@ -40,13 +40,14 @@ def _decode_row(
             draft = tokens = _draft(passes, last, width, cache)
         with stats.timing("refine"):
             chunk = loop.start_chunk(torch.cat([last, tokens[:, :-1]], dim=1), cache)
-            for _ in range(config.max_inner_steps):
+            while True:
                 chunk = loop.refine(chunk, torch.cat([last, tokens[:, :-1]], dim=1))
                 edited = chunk.logits.argmax(-1)
                 fixed = bool((edited == tokens).all())
                 tokens = edited
                 p_commit, log_length = boundary(chunk.h_top)
-                if fixed or float(p_commit) >= config.commit_threshold:
+                decided = fixed or float(p_commit) >= config.commit_threshold
+                if decided or chunk.step == config.max_inner_steps:
                     break
             sure = float(p_commit) >= config.min_commit_threshold
             length = min(max(int(log_length.argmax()) if sure else 1, 1), width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -96,7 +96,7 @@ def load_base(
         print(f"device_map: {describe(model)}", file=sys.stderr)
     elif device is not None:
         try:
-            model.to(device)
+            cast("Any", model).to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device}: {first_line(error)}") from error
     model.eval()

@@ -51,7 +51,7 @@ def find_decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
 
 @dataclass
 class ChunkState:
-    """One chunk in the loop: what step t left behind for step t + 1.
+    """One chunk after step t: all that step t + 1 needs.
 
     Attributes:
         prefix: Cache at the chunk's start; never written to.
@@ -90,7 +90,7 @@ class Passes:
 
 
 class ChunkLoop(nn.Module):
-    """A base decoder with the refinement loop in its path.
+    """A base decoder with the refinement loop around it.
 
     Args:
         base: Any Hugging Face decoder with a language-model head.
@@ -98,11 +98,12 @@ class ChunkLoop(nn.Module):
             `RecursiveConfig`) make one with `recursive_enabled=True`.
 
     Attributes:
-        base: The model as given; it keeps no hook between calls, and only an adapter modifies it.
+        base: The model as given. It has no hook between calls; only an adapter changes it.
+        refined_layers: Layers with a refinement cell, ascending; empty when disabled.
         refine_cells: A `RefineCell` for each refined layer, or None when disabled.
         latent: `LatentToken`, or None when disabled or `use_latent_token` is False.
         boundary: `BoundaryHead`, or None when disabled.
-        adapter: What was trained inside the base (`kimi_recursive.model.adapter`), or None.
+        adapter: The trained changes inside the base (`kimi_recursive.model.adapter`), or None.
 
     Raises:
         ValueError: invalid config, or layers that the base does not have.
@@ -122,7 +123,9 @@ class ChunkLoop(nn.Module):
         # transformers 5.24 renamed the argument for some models.
         self._cache_argument = "cache" if "cache" in self._accepted else "past_key_values"
         self.refined_layers: list[int] = []
-        self.refine_cells = self.latent = self.boundary = None
+        self.refine_cells: nn.ModuleList | None = None
+        self.latent: LatentToken | None = None
+        self.boundary: BoundaryHead | None = None
         self.adapter: Adapter | None = None
         self._active = config.recursive_enabled
         if not config.recursive_enabled:
@@ -133,7 +136,7 @@ class ChunkLoop(nn.Module):
             RefineCell(d_model, config.d_state) for _ in self.refined_layers
         )
         if config.use_latent_token:
-            width = base.get_input_embeddings().weight.shape[1]
+            width = cast("Any", base.get_input_embeddings()).weight.shape[1]
             if width != d_model:
                 raise ValueError(
                     f"use_latent_token needs embeddings as wide as the hidden states, {width} is "
@@ -141,7 +144,8 @@ class ChunkLoop(nn.Module):
                 )
             self.latent = LatentToken(d_model)
         self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
-        # A device_map may have spread the layers; what is not of a layer is where tokens go in.
+        # A device_map may have spread the layers. Each refinement cell goes to the device of its
+        # layer, the other cells to the device of the embeddings.
         for index, cell in self._cell_of.items():
             cell.to(execution_device(self.layers[index]))
         for module in (self.latent, self.boundary):
@@ -155,7 +159,7 @@ class ChunkLoop(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in, and logits, top hidden states and losses come out."""
+        """The device of input tokens, logits, top hidden states and losses."""
         return execution_device(self.base.get_input_embeddings())
 
     @property
@@ -197,27 +201,36 @@ class ChunkLoop(nn.Module):
         states: dict[int, Tensor] | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """One full-depth pass. With `states`, the cells refine the stream and update them.
+        """One full-depth pass of the base. With `states`, the cells refine the stream.
+
+        Args:
+            cache: What the base has read so far; updated.
+            mask: Attention mask [B, S + W] over cache and inputs, or None when nothing is padded.
+            states: Cell states by layer index, each [B, W, S]; updated.
+            inputs: `input_ids` [B, W] or `inputs_embeds` [B, W, D], and further arguments of the
+                base. Those that its forward does not take are left out.
 
         Returns: top hidden state [B, W, D] and logits [B, W, V].
         """
         captured: dict[str, Tensor] = {}
 
-        def refine(cell: RefineCell, index: int):
-            def hook(_layer, _args, output):
+        def refine(cell: RefineCell, index: int, states: dict[int, Tensor]):
+            def hook(_layer: nn.Module, _args: Any, output: Any) -> Any:
                 h = output[0] if isinstance(output, tuple) else output
                 h, states[index] = cell(h, states.get(index))
                 return (h, *output[1:]) if isinstance(output, tuple) else h
 
             return hook
 
-        def capture(_layer, _args, output):
+        def capture(_layer: nn.Module, _args: Any, output: Any) -> None:
             captured["h_top"] = output[0] if isinstance(output, tuple) else output
 
         handles = []
         try:
-            for index, cell in self._cell_of.items() if states is not None else ():
-                handles.append(self.layers[index].register_forward_hook(refine(cell, index)))
+            if states is not None:
+                for index, cell in self._cell_of.items():
+                    hook = refine(cell, index, states)
+                    handles.append(self.layers[index].register_forward_hook(hook))
             handles.append(self.layers[-1].register_forward_hook(capture))
             if mask is not None:
                 width = next(iter(inputs.values())).shape[1]
@@ -232,7 +245,7 @@ class ChunkLoop(nn.Module):
         return captured["h_top"].to(self.device), logits.to(self.device)
 
     def passes(self) -> Passes:
-        """The passes of one generation: make them anew when weights have changed."""
+        """The passes of one generation. Call this again when weights have changed."""
         if not ShortPasses.serves(self.base):
             return Passes(self.run_base, self.config.chunk_width)
         return Passes(ShortPasses(self.base, self._cell_of, self.run_base).run, MAX_TOKENS)
@@ -244,7 +257,7 @@ class ChunkLoop(nn.Module):
         return dict(zip(self.refined_layers, cells, strict=True))
 
     def encode(self, input_ids: Tensor, cache: Cache, mask: Tensor | None = None) -> Cache:
-        """The cache after the base has read `input_ids` [B, T]; `cache` itself is left as it is."""
+        """The cache after the base has read `input_ids` [B, T]; `cache` itself does not change."""
         cache = fork(cache)
         if input_ids.shape[1]:
             self.run_base(cache, mask, input_ids=input_ids, logits_to_keep=1)
@@ -271,7 +284,7 @@ class ChunkLoop(nn.Module):
         """Step t + 1 of a chunk: a full-depth pass that ends in a new `ChunkState`.
 
         Args:
-            input_ids: The chunk's tokens [B, W] where they were edited since the step before.
+            input_ids: The chunk's tokens [B, W], if they were edited since the step before.
         """
         ids = chunk.input_ids if input_ids is None else input_ids
         embeds, states = self.next_inputs(ids, chunk.h_top), self.next_states(chunk.states)
@@ -281,7 +294,8 @@ class ChunkLoop(nn.Module):
         )
 
     def next_inputs(self, input_ids: Tensor, h_top: Tensor) -> Tensor:
-        """What the next step reads [B, W, D], from the tokens [B, W] and the step before."""
+        """Input embeddings of the next step [B, W, D], from tokens [B, W] and the top hidden state
+        of the step before [B, W, D]."""
         embeds = self.base.get_input_embeddings()(input_ids)
         if self.latent is None:
             return embeds

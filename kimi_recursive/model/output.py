@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ class Sampling:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities [..., V] of logits [..., V], float32."""
         flat = logits.flatten(0, -2).float()
-        return self._warpers(None, flat).softmax(-1).view(logits.shape)
+        return cast("Any", self._warpers)(None, flat).softmax(-1).view(logits.shape)
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """One token for each row of probabilities [B, V]: [B]."""
@@ -241,4 +242,4 @@ class Output:
             return False
         prompt = self.prompts[row]
         ids = torch.cat([prompt, torch.tensor(self.tokens[row], device=prompt.device)])
-        return bool(self.stop(ids[None], None)[0])
+        return bool(cast("Any", self.stop)(ids[None], None)[0])

@@ -1,8 +1,8 @@
 """Where the layers of a base are: on one device, or spread over several by accelerate.
 
-A `device_map` gives each module a device. accelerate's hooks then move what a module reads to the
-device it computes on, and fetch the weights of an offloaded module (on disk, or on the CPU beside a
-GPU) for the time of its forward pass; in between its parameters are on `meta`.
+A `device_map` gives each module a device. accelerate's hooks move the inputs of a module to its
+device. A module may be offloaded, to the disk or from a GPU to the CPU. Hooks then fetch its
+weights for each forward pass, and between passes its parameters are on `meta`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def device_map_options(device_map: DeviceMap | None) -> dict[str, Any]:
     if device_map is None:
         return {}
     with missing_extra("spread", "device_map"):
-        import accelerate  # noqa: F401  # transformers needs it here
+        import_module("accelerate")  # transformers needs it
     if num_processes() > 1:
         raise ValueError(
             f"device_map works in one process only, but {num_processes()} are running: each would "
@@ -64,7 +65,7 @@ def placed(load_options: Mapping[str, Any]) -> dict[str, Any]:
     return {**load_options, "device": PartialState().device}
 
 
-_folders: list[tempfile.TemporaryDirectory] = []  # each is deleted with its object
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # each is deleted with its object
 
 
 def describe(base: PreTrainedModel) -> str:
@@ -97,7 +98,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def embedding_weight(base: PreTrainedModel) -> Tensor:
     """The token embeddings [V, D], without gradient; fetched when they are offloaded."""
-    embeddings = base.get_input_embeddings()
+    embeddings: Any = cast("Any", base.get_input_embeddings())
     if not is_offloaded(embeddings):
         return embeddings.weight.detach()
     from accelerate.utils import align_module_device
@@ -107,10 +108,10 @@ def embedding_weight(base: PreTrainedModel) -> Tensor:
 
 
 class Refetching:
-    """Keeps offloaded weights out of autograd's graph: backward fetches them again.
+    """Keeps offloaded weights out of autograd's graph: the backward pass fetches them again.
 
-    Without it, a weight that gradients pass through stays in memory from its forward pass to the
-    backward one, once for each inner step.
+    Otherwise a weight that gradients flow through would stay in memory until the backward pass,
+    once for each inner step.
     """
 
     def __init__(self, base: PreTrainedModel):

@@ -1,10 +1,10 @@
 """Verified decoding: the base drafts some tokens, the refined model confirms or corrects them.
 
-The base reads token by token and drafts what it would say next. The inner steps then read the
-drafted tokens in one pass each, behind caches that hold the chunk so far as each step saw it. What
-the refined model would have said itself is committed, up to and with its first correction. So each
-token is what token-by-token decoding of the refined model gives (with sampling: has its
-distribution), whatever was drafted, and depth is paid once a draft.
+The base drafts tokens one at a time. Each inner step then reads the draft in one pass, after a
+cache that holds the chunk so far as this step saw it. The draft is committed as far as the refined
+model agrees, plus its first correction. So each token is the one that token-by-token decoding of
+the refined model gives (with sampling: it has that distribution), whatever was drafted, and the
+inner steps are paid once a draft.
 
 Shapes: B rows still generating, L tokens drafted in a round, S positions in the caches, D hidden
 size, V vocabulary. Rows are right-aligned in the caches, as left-padded prompts are.
@@ -33,10 +33,10 @@ class Rows:
     Attributes:
         index: Their rows in the output.
         base: The base's cache of all tokens but the last.
-        refined: By inner step, from 1: as `base` up to the start of the row's chunk, and from there
-            on the states of that step.
-        length: Tokens in the caches, by row [B]; the longest row fills them.
-        done: Tokens of the present chunk in the caches, by row [B]; below `chunk_width`.
+        refined: A cache for each inner step: the states of `base` up to the start of the row's
+            chunk, then those of the step.
+        length: Tokens of each row in the caches [B]; the longest row fills them.
+        done: Tokens of each row's present chunk in the caches [B]; below `chunk_width`.
         last: The last token [B, 1].
     """
 
@@ -48,7 +48,7 @@ class Rows:
     last: Tensor
 
     def mask(self, num_new: int) -> Tensor | None:
-        """Attention mask [B, S + num_new]; None where no row is padded."""
+        """Attention mask [B, S + num_new]; None when no row is padded."""
         longest = int(self.length.max())
         if bool((self.length == longest).all()):
             return None
@@ -56,7 +56,7 @@ class Rows:
         return (slots >= longest - self.length[:, None]).long()
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows alone, and without positions that none of them needs."""
+        """Keep these rows alone, and drop the positions that none of them needs."""
         if len(rows) < len(self.index):
             chosen = torch.tensor(rows, device=self.last.device)
             self.index = [self.index[row] for row in rows]
@@ -72,18 +72,18 @@ class Rows:
 
 @dataclass
 class Pass:
-    """A pass over the L inputs of a round, which can be taken back in part.
+    """A pass over the L inputs of a round that can be taken back in part.
 
     Attributes:
-        cache: As the pass left it.
-        again: Runs the pass over the first n inputs; returns the cache.
+        cache: The cache after the pass.
+        again: Runs the pass over the first n inputs alone; returns the cache after it.
     """
 
     cache: Cache
     again: Callable[[int], Cache]
 
     def first(self, keep: list[int], num_read: int) -> Cache:
-        """The cache with the first `keep[row]` inputs of each row."""
+        """The cache as if each row had read its first `keep[row]` of `num_read` inputs."""
         if (cache := rewind(self.cache, num_read, keep)) is not None:
             return cache
         caches = {n: self.again(n) for n in set(keep)}
@@ -94,11 +94,12 @@ class Pass:
 
 
 class Lookahead:
-    """When to stop drafting: once another token is worth less than a token was on average.
+    """Decides when to stop drafting: when another token would lower the tokens per pass.
 
-    Draft token i + 1 costs one more pass, and is committed with the probability that all before it
-    are accepted; E tokens for K + i passes is what the round gives without it. How often a draft is
-    accepted is learned while generating, by the margin of its logit over the runner-up.
+    With i drafted tokens a round costs K + i passes and commits E tokens, expected. One more draft
+    costs a pass and commits a token with the probability that all drafts before it are accepted.
+    Acceptance rates are counted while generating, by the margin of a draft's logit over the
+    runner-up.
     """
 
     EDGES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -116,7 +117,7 @@ class Lookahead:
         self.expected = 1.0  # the first token is committed or corrected
 
     def go_on(self, logits: Tensor) -> bool:
-        """After a draft token of each row from logits [B, V]: whether to draft another."""
+        """Whether to draft another token, after one of each row was drafted from logits [B, V]."""
         top = logits.topk(2, dim=-1).values.tolist()
         self.bins.append([bisect(self.EDGES, first - second) for first, second in top])
         rates = (self.num_accepted[i] / self.num_tried[i] for i in self.bins[-1])
@@ -128,7 +129,7 @@ class Lookahead:
         return True
 
     def learn(self, num_agreed: list[int]) -> None:
-        """In each row so many drafts agreed; the one behind, if there was one, did not."""
+        """Count a round: how many drafts of each row were accepted before the first rejection."""
         for i, bins in enumerate(self.bins):
             for bin_, agreed in zip(bins, num_agreed, strict=True):
                 self.num_accepted[bin_] += i < agreed
@@ -142,11 +143,11 @@ def decode(
     sampling: Sampling | None,
     stats: GenerationStats,
 ) -> Iterator[Rows]:
-    """Fill `output`, round by round; yields the rows that go on.
+    """Fill `output` round by round; yields the rows that still generate after each round.
 
     Args:
         num_steps: Inner steps, K by default.
-        sampling: None for greedy.
+        sampling: How to draw tokens; None for greedy decoding.
     """
     num_steps = loop.resolve_steps(num_steps)
     base = loop.passes()
@@ -154,8 +155,8 @@ def decode(
     lookahead = Lookahead(num_steps or loop.config.max_inner_steps)
     rows = _start(loop, output, num_steps or 1)
     while True:
-        # No row is read beyond its end, where there might be no position for it; beyond the end of
-        # its chunk what it reads is not used.
+        # No row reads beyond its end, where the base may have no position. What a row reads beyond
+        # its chunk is not used.
         room = loop.config.chunk_width - rows.done
         limit = min(base.max_tokens, int(room.max()), *map(output.remaining, rows.index))
         with stats.timing("draft"):
@@ -194,10 +195,10 @@ def _start(loop: ChunkLoop, output: Output, num_caches: int) -> Rows:
 def _draft(
     run: Run, rows: Rows, limit: int, lookahead: Lookahead, sampling: Sampling | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Pass]:
-    """The base says up to `limit` tokens, one at a time.
+    """The base drafts up to `limit` tokens, one at a time.
 
-    Returns: tokens [B, L], top hidden states of their inputs [B, L, D], with sampling the
-        distributions they were drawn from [B, L, V], and the pass.
+    Returns: tokens [B, L], top hidden states of their inputs [B, L, D], the distributions that the
+        tokens were drawn from [B, L, V] (None without sampling), and the pass.
     """
     origin, mask = rows.base, rows.mask(limit)
     cache, feed = record(origin), rows.last
@@ -237,8 +238,9 @@ def _refine(
     drafted: Tensor,
     h_top: Tensor,
 ) -> tuple[Tensor, list[Pass]]:
-    """Read the inputs of the drafted tokens at every inner step; without one, with the base: what
-    cells that do nothing leave of a step, bit for bit.
+    """Read the inputs of the drafted tokens at every inner step.
+
+    With `num_steps` 0 the base reads them, which equals a step with untrained cells bit for bit.
 
     Returns: logits of the last step [B, L, V], and the pass of each step.
     """
@@ -246,7 +248,9 @@ def _refine(
     if not num_steps:
         _, logits, one = _pass(run, rows.refined[0], mask, input_ids=inputs)
         return logits, [one]
-    states, passes = {}, []
+    states: dict[int, Tensor] = {}
+    passes: list[Pass] = []
+    logits = h_top
     for step, origin in enumerate(rows.refined, 1):
         embeds, states = loop.next_inputs(inputs, h_top), loop.next_states(states)
         wanted = 0 if step == num_steps else 1  # of logits: 0 is all
@@ -263,9 +267,9 @@ def _pass(
     logits_to_keep: int = 0,
     **inputs: Tensor,
 ) -> tuple[Tensor, Tensor, Pass]:
-    """One pass behind `origin`, which is left as it is; `states` are updated.
+    """One pass after the cache `origin`, which is not changed; `states` are updated.
 
-    Returns: top hidden state [B, L, D], logits, and what can take the pass back in part.
+    Returns: top hidden state [B, L, D], logits [B, L, V], and the pass.
     """
     before = None if states is None else dict(states)
 
@@ -284,14 +288,15 @@ def _pass(
 def _verify(
     drafted: Tensor, proposals: Tensor | None, logits: Tensor, sampling: Sampling | None
 ) -> tuple[Tensor, Tensor]:
-    """What the refined model says in place of the drafts.
+    """Compare the drafts with the refined model.
 
-    Returns: tokens [B, L], right up to the first that differs from the draft, and how many before
-        that are as drafted [B].
+    Returns: tokens [B, L], valid up to and including the first that differs from the draft, and the
+        number of accepted drafts before it [B].
     """
     if sampling is None:
         tokens = logits.argmax(-1)
         return tokens, (tokens == drafted).long().cumprod(1).sum(1)
+    assert proposals is not None
     target, num_read = sampling.probabilities(logits), drafted.shape[1]
     p, q = (x.gather(-1, drafted[..., None])[..., 0] for x in (target, proposals))
     agreed = (sampling.uniform(q) * q < p).long().cumprod(1).sum(1)
@@ -306,7 +311,7 @@ def _verify(
 def _advance(
     rows: Rows, passes: list[Pass], tokens: Tensor, num_new: list[int], chunk_width: int
 ) -> None:
-    """Commit the first `num_new[row]` tokens of each row: take the rest back from the caches."""
+    """Commit the first `num_new[row]` tokens of each row and take the rest out of the caches."""
     rows.base, *rows.refined = (one.first(num_new, tokens.shape[1]) for one in passes)
     added = torch.tensor(num_new, device=tokens.device)
     rows.last = tokens.gather(1, added[:, None] - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,9 @@ class ChunkRefineWrapper(ChunkLoop):
         See `kimi_recursive.model.generation.generate_chunks` for arguments, result and errors.
         """
         if not self.active:
-            return self.base.generate(input_ids, **keywords)
+            return cast("Any", self.base).generate(input_ids, **keywords)
+        if input_ids is None:
+            raise ValueError("input_ids is missing")
         return generate_chunks(self, input_ids, **keywords)
 
     generate = generate_chunks
