@@ -59,6 +59,12 @@ EVALUATIONS = set(all_evaluations(Config.from_mapping(DEFAULT)))
 @pytest.mark.parametrize("section", ["training.a", "training.b", "training.c", "base.training"])
 def test_how_often_a_run_is_saved_and_logged_redoes_nothing(section, key):
     assert changed(f"{section}.{key}", 7) == set()
+    raw = copy.deepcopy(DEFAULT)
+    node = raw
+    for part in section.split("."):
+        node = node[part]
+    node[key] = 7
+    assert expected.params_summary(raw) == expected.params_summary(DEFAULT) != raw
     config = edited(f"{section}.{key}", 7)
     for run in all_trainings(config).values():
         record = recorded_training(Config.from_mapping(DEFAULT), run)
