@@ -25,7 +25,7 @@ rule summarize:
     conda:
         "../environment.yml"
     params:
-        config=config,
+        config=expected.params_summary(config),
         state=existing("summarize", LAYOUT.read_by_summary),
     script:
         "../workflow/scripts/summarize.py"
@@ -64,7 +64,7 @@ rule report:
     conda:
         "../environment.yml"
     params:
-        config=config,
+        config=expected.params_summary(config),
         state=existing("report", LAYOUT.read_by_report),
     script:
         "../workflow/scripts/report.py"

@@ -24,6 +24,7 @@ from kimi_recursive.matrix.settings import (
 )
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.training.arms import ARMS
+from kimi_recursive.training.settings import NEUTRAL_KEYS
 
 SENTENCE_KEYS = ("num_sentences", "num_validation_queries", "num_test_queries", "seed")
 
@@ -95,6 +96,15 @@ def upstream(config: Config) -> dict[str, Any]:
 def params_sentences(config: Config) -> dict[str, Any]:
     """Which sentences Track-B takes."""
     return {key: config.track_b[key] for key in SENTENCE_KEYS}
+
+
+def params_summary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole config, as the user gave it, without the settings that change no number."""
+    return {
+        key: params_summary(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in NEUTRAL_KEYS
+    }
 
 
 # ---- what a record must hold ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import NUMERICS_VERSION, write_parquet
+from kimi_recursive.layout import RunFolder
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig, get_phase_a_config
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.sidecar import SIDECAR_NAME, base_of
@@ -67,9 +68,9 @@ def run_experiment(
     files = RunFiles(
         parent=model_path,
         tokens=tokens_dir,
-        sidecar=directory / "sidecar",
-        logs=directory / "train_logs.parquet",
-        summary=directory / "train_summary.json",
+        sidecar=RunFolder(directory).sidecar,
+        logs=RunFolder(directory).logs,
+        summary=RunFolder(directory).summary,
         work=directory,
     )
     run = train_phase if spec.config.recursive_enabled else run_baseline

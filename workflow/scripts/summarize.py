@@ -6,5 +6,5 @@ with job(snakemake):
     from kimi_recursive.records.runs import record_runs
     from kimi_recursive.report.summary import summarize
 
-    summarize(Config.from_mapping(snakemake.params.config), Layout())
+    summarize(Config.from_mapping(snakemake.config), Layout())
     record_runs(Layout().root)
