@@ -1,4 +1,4 @@
-"""Text that several rooms format alike: one-line errors, names in a first column, line width."""
+"""Wording that several rooms share: errors in one line, lines that fit."""
 
 from __future__ import annotations
 
@@ -16,22 +16,16 @@ def unknown_key_message(key: str, allowed: Iterable[str], where: str) -> str:
 
 
 WIDTH = 100
-NAME_WIDTH = 29
 
 
-def fit(lines: Iterable[str]) -> str:
-    """Join lines, wrapped at 100 columns; continuation lines are indented."""
+def fit(lines: Iterable[str], width: int = WIDTH) -> str:
+    """Lines of at most `width` characters; the rest of a longer one is indented below it."""
     whole = (
-        textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False) or [""]
+        textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False) or [""]
         for text in lines
         for line in text.split("\n")
     )
-    return "\n".join(line for parts in whole for line in parts) + "\n"
-
-
-def label(name: str, width: int = NAME_WIDTH) -> str:
-    """A name as the first column of a table; a name that is too long gets its own line."""
-    return f"{name:<{width}}" if len(name) < width else f"{name}\n{'':<{width}}"
+    return "\n".join(line for parts in whole for line in parts)
 
 
 def first_line(error: Exception) -> str:

@@ -186,7 +186,7 @@ def compare(
 
     wanted = query.Filter(domain=domain, type=type_, where=_where(where))
     rows = query.compare(log, by, metric or [query.default_metric(log)], wanted)
-    _print_table(rows.columns, rows.iter_rows())
+    _print_table(rows.columns, 1, rows.iter_rows())
 
 
 @app.command()
@@ -245,7 +245,7 @@ def check(
     if not checks:
         raise ValueError(f"{log}: no run that has ended fits, of a type that {criteria} knows")
     columns = ("run_id", "criterion", "result", "value", "wanted")
-    _print_table(columns, [[getattr(found, name) for name in columns] for found in checks])
+    _print_table(columns, 2, [[getattr(found, name) for name in columns] for found in checks])
     num_failed = sum(c.result == FAILED for c in checks)
     typer.echo(f"{len(checks)} criteria, {num_failed} failed", err=True)
     raise SystemExit(1 if num_failed else 0)
@@ -357,10 +357,15 @@ def _print_runs(rows: Any, metric: str) -> None:
     from kimi_recursive.records.views import times
 
     columns = ("run_id", "domain", "status", "end (UTC)", metric)
-    _print_table(columns, rows.with_columns(times().alias("end (UTC)")).select(columns).iter_rows())
+    rows = rows.with_columns(times().alias("end (UTC)")).select(columns)
+    _print_table(columns, 1, rows.iter_rows())
 
 
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    from kimi_recursive.records.views import table_text
+def _print_table(columns: Sequence[str], names: int, rows: Iterable[Sequence[Any]]) -> None:
+    """The first `names` columns tell rows apart; a narrow terminal cuts them last."""
+    from kimi_recursive.tables import NAME, TEXT, Column, Table
 
-    typer.echo(table_text(columns, rows, shutil.get_terminal_size((100, 24)).columns))
+    kinds = [NAME if number < names else TEXT for number in range(len(columns))]
+    table = Table("", list(map(Column, columns, kinds)), list(rows))
+    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
+    typer.echo(table.to_terminal(width))

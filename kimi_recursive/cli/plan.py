@@ -65,41 +65,45 @@ def plan(
 
 
 def plan_text(found: dict[str, Any], gpu_bytes: float, flops_per_second: float) -> str:
-    """A table of at most 100 columns."""
+    """Tables of at most 100 columns."""
     from kimi_recursive.plan.estimate import gpus_needed
+    from kimi_recursive.tables import NAME, NUMBER, Column, Table
 
     sizes = found["num_parameters"]
-    lines = [
-        f"base {_count(sizes['base'])} parameters in {found['dtype']}, "
-        f"sidecar {_count(sizes['sidecar'])} in float32",
-        "",
-        "             trained  weights  optimizer  activations   total  GPUs  GFLOP    tokens"
-        "  checkpoint",
-        "                         GiB        GiB    + grad GiB     GiB        /token       /s"
-        "         GiB",
-    ]
+    rows = []
     for name, run in found["runs"].items():
         parts = [run[f"{part}_bytes"] / GIB for part in ("weight", "optimizer", "peak")]
         per_token = run["flops"] / run["tokens"]
-        lines.append(
-            f"{_label(name):<12}"
-            f"{_count(run['num_trainable']):>8}{parts[0]:>9.2f}{parts[1]:>11.2f}{parts[2]:>13.2f}"
-            f"{sum(parts):>8.2f}{gpus_needed(run, gpu_bytes):>6}{per_token / 1e9:>7.3g}"
-            f"{flops_per_second / per_token:>10.0f}{run['checkpoint_bytes'] / GIB:>12.3f}"
-        )
-    lines.append(
-        f"(memory of tensors; GPUs of {gpu_bytes / GIB:g} GiB, 90 % of it used; tokens/s at "
-        f"{flops_per_second / 1e12:g} TFLOP/s, an assumption)"
+        rows.append([
+            _label(name), _count(run["num_trainable"]), *(f"{part:.2f}" for part in parts),
+            f"{sum(parts):.2f}", gpus_needed(run, gpu_bytes), f"{per_token / 1e9:.3g}",
+            f"{flops_per_second / per_token:.0f}", f"{run['checkpoint_bytes'] / GIB:.3f}",
+        ])  # fmt: skip
+    headings = ("trained", "weights GiB", "optimizer GiB", "activations + grad GiB", "total GiB",
+                "GPUs", "GFLOP /token", "tokens/s", "checkpoint GiB")  # fmt: skip
+    note = (
+        f"Memory of tensors. GPUs of {gpu_bytes / GIB:g} GiB, of which 90 % can be used. Tokens/s "
+        f"at {flops_per_second / 1e12:g} TFLOP/s, an assumption."
     )
+    caption = (
+        f"base {_count(sizes['base'])} parameters in {found['dtype']}, "
+        f"sidecar {_count(sizes['sidecar'])} in float32"
+    )
+    columns = [Column("", NAME), *(Column(heading, NUMBER) for heading in headings)]
+    tables = [Table(caption, columns, rows, [note])]
     if "measured" in found:
-        lines += ["", "measured here:  tokens/s  process GiB  minutes"]
-    for name, run in found.get("measured", {}).items():
-        minutes = f"{run['minutes']:>9.1f}" if "minutes" in run else ""
-        lines.append(
-            f"{_label(name):<14}{run['tokens_per_second']:>10.0f}"
-            f"{run['resident_bytes'] / GIB:>13.2f}{minutes}"
-        )
-    return "\n".join(lines)
+        rows = [
+            [
+                _label(name), f"{run['tokens_per_second']:.0f}",
+                f"{run['resident_bytes'] / GIB:.2f}",
+                f"{run['minutes']:.1f}" if "minutes" in run else None,
+            ]
+            for name, run in found["measured"].items()
+        ]  # fmt: skip
+        headings = ("tokens/s", "process GiB", "minutes")
+        columns = [Column("", NAME), *(Column(heading, NUMBER) for heading in headings)]
+        tables.append(Table("measured here:", columns, rows))
+    return "\n\n".join(table.to_text() for table in tables)
 
 
 def _label(run: str) -> str:

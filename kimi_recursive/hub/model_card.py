@@ -1,4 +1,4 @@
-"""The model card: what was trained, what it scored, whether it helps, and how to load it."""
+"""The model card: what was trained, what it scored, whether recursion helps, how to load it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from kimi_recursive import __version__
 from kimi_recursive.hub.results import Scores
+from kimi_recursive.matrix.comparison import Comparison, comparison_table
 from kimi_recursive.matrix.runs import TRAINED_STAGES
 from kimi_recursive.model.sidecar import Sidecar
+from kimi_recursive.tables import NUMBER, Column, Table, perplexity
 
 CONTROL_ARMS = {
     "vanilla": "the same cells in a single pass, at equal tokens",
@@ -36,60 +38,66 @@ class Base:
     trust_remote_code: bool
 
 
-def model_card(
-    repo_id: str,
-    branch: str | None,
-    metadata: Mapping[str, Any],
-    step: int,
-    sidecar: Sidecar,
-    base: Base,
-    scores: Sequence[Scores],
-    verdicts: Sequence[Mapping[str, Any]],
-    license: str | None,
-    changes: Sequence[str],
-) -> ModelCard:
-    """The card, with the scores as `model-index`.
+@dataclass(frozen=True)
+class Published:
+    """What a model card describes.
 
-    Args:
-        branch: Where it is published, if not on `main`.
-        metadata: Of the experiment, as published.
+    Attributes:
+        branch: Where the model is published, if not on `main`.
+        metadata: Of the experiment, without what is private.
         step: Of the best checkpoint.
         sidecar: The published sidecar.
-        changes: What differs from the experiment directory, one sentence each.
+        comparisons: Those that the experiment takes part in.
+        changes: How the files differ from the experiment directory, one sentence each.
     """
-    arm = (metadata.get("training_params") or {}).get("arm", "recursive")
+
+    repo_id: str
+    branch: str | None
+    license: str | None
+    metadata: Mapping[str, Any]
+    step: int
+    sidecar: Sidecar
+    base: Base
+    scores: Sequence[Scores]
+    comparisons: Sequence[Comparison]
+    changes: Sequence[str]
+
+
+def model_card(published: Published) -> ModelCard:
+    """The card, with the scores as `model-index`."""
+    p, base, title = published, published.base, published.repo_id.split("/")[-1]
+    arm = (p.metadata.get("training_params") or {}).get("arm", "recursive")
     data = ModelCardData(
         base_model=base.name if not base.included else None,
         base_model_relation="adapter" if base.name and not base.included else None,
         library_name="kimi-recursive",
-        license=license,
+        license=p.license,
         pipeline_tag="text-generation",
         tags=["kimi-recursive", "recursive-refinement", f"arm-{arm}".replace("_", "-")],
-        model_name=repo_id.split("/")[-1],
-        eval_results=[result for s in scores for result in _eval_results(s)] or None,
+        model_name=title,
+        eval_results=[result for s in p.scores for result in _eval_results(s)] or None,
     )
     if data.eval_results is None:
         data.pop("model_name")
-    description = metadata.get("description") or ""
     sections = [
-        f"# {repo_id.split('/')[-1]}",
-        _summary(sidecar, base, arm),
-        description,
-        "## Does it help?\n\n" + _verdicts(verdicts),
-        "## Scores\n\n" + _scores(scores),
-        "## How to load\n\n" + _loading(repo_id, branch, sidecar, base),
-        "## Training\n\n" + _training(metadata, step, sidecar),
-        "## Notes\n\n`notes/notes.txt` and `notes/issues.txt` hold what was noticed, "
-        "`notes/generation_samples.jsonl` how the model continued a text during training, "
-        "`experiment_metadata.json` every parameter and the versions.",
-        "## Changed for publication\n\n" + "\n".join(f"- {change}" for change in changes),
+        f"# {title}",
+        _summary(p.sidecar, base, arm),
+        p.metadata.get("description") or "",
+        "## Does it help?\n\n" + _answer(p.comparisons),
+        "## Scores\n\n" + _scores(p.scores),
+        "## How to load\n\n" + _loading(p.repo_id, p.branch, p.sidecar, base),
+        "## Training\n\n" + _training(p.metadata, p.step, p.sidecar),
+        "## Notes\n\n`notes/notes.txt` and `notes/issues.txt` hold remarks on the training, "
+        "`notes/generation_samples.jsonl` holds how the model continued a text while it trained, "
+        "and `experiment_metadata.json` holds every parameter and the versions.",
+        "## Changed for publication\n\n" + "\n".join(f"- {change}" for change in p.changes),
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
 def _eval_results(scores: Scores) -> list[EvalResult]:
-    dataset = {
+    dataset: dict[str, Any] = {
         "task_type": "text-generation",
         "dataset_type": re.sub(r"[^a-z0-9]+", "-", scores.dataset.lower()).strip("-") or "text",
         "dataset_name": scores.dataset,
@@ -135,61 +143,45 @@ def _summary(sidecar: Sidecar, base: Base, arm: str) -> str:
         )
         where += f" ({shape})."
     else:
-        where = f"Its base ({shape}) is not published; loading needs it, and checks that it is it."
+        where = f"Its base ({shape}) is not published. Loading needs it, and checks its identity."
     what = "A recursive refinement loop for a pretrained decoder: at each inner step one more pass "
     what += "over the current chunk, with a trained cell behind each refined layer."
     if arm in CONTROL_ARMS:
         what = f"A control arm of an experiment on recursive refinement: {CONTROL_ARMS[arm]}."
-    return f"{what} Made with kimi-recursive {__version__}.\n\nHere are {', '.join(holds)}. {where}"
+    made = f"{what} Made with kimi-recursive {__version__}."
+    return f"{made}\n\nThis repository holds {', '.join(holds)}. {where}"
 
 
-def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| | against | perplexity | 95 % interval | verdict |", "|---|---|---|---|---|"]
-    for v in verdicts:
-        arms = f"| `{v['arm']}` | `{v['reference']}` "
-        if v["verdict"] is None:
-            lines.append(f"{arms}| | | not compared: {v['problem']} |")
-            continue
-        mean, low, high = v["perplexity_percent"]
-        lines.append(f"{arms}| {mean:+.3f} % | [{low:+.3f}, {high:+.3f}] % | **{v['verdict']}** |")
-    compared = [v for v in verdicts if v["verdict"] is not None]
-    if compared:
-        seeds = compared[0]["seeds"]
-        lines += [
-            "",
-            "Negative is a lower perplexity than that of what it is compared with. At inner step "
-            f"{compared[0]['arm_step']}; paired bootstrap over {compared[0]['num_documents']} "
-            f"documents; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-            + ("." if len(seeds) > 1 else ", so it says nothing of the spread over seeds."),
-        ]
-    stages = dict.fromkeys(stage for v in compared for stage in (v["arm"], v["reference"]))
+def _answer(comparisons: Sequence[Comparison]) -> str:
+    stages = dict.fromkeys(s for c in comparisons if c.verdict for s in (c.arm, c.reference))
     controls = [
         f"- `{stage}`: {CONTROL_ARMS[ARM_OF[stage]]}"
         for stage in stages
         if ARM_OF.get(stage) in CONTROL_ARMS
     ]
     unknown = (
-        "Not known: no comparison with a control arm was made. That it scores better than its base "
-        "would not say that recursion is why."
+        "Not known: no comparison with a control arm was made. A better score than that of the "
+        "base would not show that recursion is the reason."
     )
-    lines = lines if verdicts else []
-    return "\n".join([*lines, "", *(controls or [unknown])]).strip()
+    table = [comparison_table(comparisons).to_markdown()] if comparisons else []
+    return "\n\n".join([*table, "\n".join(controls) or unknown])
 
 
 def _scores(scores: Sequence[Scores]) -> str:
     if not scores:
         return "None were measured."
+    columns = [Column("inner step"), Column("perplexity", NUMBER), Column("accuracy", NUMBER)]
     tables = []
     for s in scores:
         evaluation = f", as `{s.name}`" if s.name else ""
-        title = f"`{s.dataset}`, {s.split}{evaluation} ({s.size}):"
-        lines = [title, "", "| inner step | perplexity | token accuracy |", "|---|---|---|"]
+        rows = []
         for step, value in s.perplexity.items():
             accuracy = s.token_accuracy.get(step)
-            cell = "" if accuracy is None else f"{100 * accuracy:.2f} %"
             beyond = " (beyond the trained depth)" if step > s.inner_steps else ""
-            lines.append(f"| {step}{beyond} | {value:.4f} | {cell} |")
-        tables.append("\n".join(lines))
+            share = None if accuracy is None else f"{100 * accuracy:.2f} %"
+            rows.append([f"{step}{beyond}", perplexity(value), share])
+        title = f"`{s.dataset}`, {s.split}{evaluation} ({s.size}):"
+        tables.append(Table(title, columns, rows).to_markdown())
     return "\n\n".join([*tables, "Step 0 is the base, with what was trained inside it."])
 
 
@@ -211,8 +203,8 @@ def _loading(repo_id: str, branch: str | None, sidecar: Sidecar, base: Base) -> 
     if base.name is None:
         digest = sidecar.base["embedding_sha256"]
         text += (
-            ", and `base_path` the folder or the Hub id of the base. It has to be the same base: "
-            f"the sha256 of its first 16 embeddings, as float32, is `{digest}`"
+            ", and `base_path` the folder or the Hub id of the base. Only the same base is "
+            f"accepted: the sha256 of its first 16 embeddings, as float32, is `{digest}`"
         )
     return "\n".join([f"{text}:", "", *lines, "", "A folder with these files loads the same way."])
 

@@ -1,4 +1,4 @@
-"""What was measured of an experiment: its validation, its evaluations, the verdicts on its arm."""
+"""What was measured of an experiment: its validation, its evaluations, the comparisons."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from kimi_recursive.files import read_json_object, read_safetensors
 from kimi_recursive.layout import RESULTS_SUFFIX, EvaluationFiles, Layout, RunFolder
+from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.model.sidecar import SIDECAR_NAME
 
 LOSS_PREFIX = "validation_loss_step_"
@@ -19,13 +20,13 @@ LOSS_PREFIX = "validation_loss_step_"
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one split of one corpus, by inner step.
+    """Scores of a model on one split of one corpus, by inner step.
 
     Attributes:
         name: Of the evaluation; None for the validation during training.
         perplexity, token_accuracy: By inner step; the accuracy is empty where it was not measured.
-        inner_steps: The step that the model is meant to be read at.
-        size: How much text, in words.
+        inner_steps: The inner step whose answer the model gives.
+        size: How much text was scored, in words.
     """
 
     name: str | None
@@ -39,7 +40,7 @@ class Scores:
 
 
 def workflow_results(directory: Path) -> Path | None:
-    """The results folder that an experiment directory of the workflow lies in, or None."""
+    """The results folder around an experiment directory of the workflow, None for any other."""
     layout = Layout.of_work(directory)
     return layout and layout.root
 
@@ -51,7 +52,7 @@ def read_scores(
     model_dir: Path,
     results_dir: Path | None,
 ) -> list[Scores]:
-    """The evaluations of an experiment's best checkpoint, and behind them its validation.
+    """The evaluations of an experiment's best checkpoint, followed by its validation.
 
     Args:
         metadata: Of the experiment.
@@ -59,7 +60,7 @@ def read_scores(
         results_dir: Of the workflow, or any folder with `<stage>_results.json`.
 
     Raises:
-        ValueError: a damaged file, or an evaluation of other weights than those of `model_dir`.
+        ValueError: a file is damaged, or an evaluation is of other weights than `model_dir` has.
     """
     found = []
     for path, values in _evaluations(directory, model_dir, results_dir):
@@ -87,7 +88,7 @@ def read_scores(
 def _evaluations(
     directory: Path, model_dir: Path, results_dir: Path | None
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Those of the experiment's model, wherever it was read from."""
+    """Evaluations of the experiment's model, from whichever of its folders it was loaded."""
     if results_dir is None:
         return
     by_hand, of_workflow = RunFolder(directory), RunFolder(directory.parent)
@@ -107,7 +108,7 @@ def _evaluations(
 
 
 def _same_weights(one: Path, other: Path) -> bool:
-    """The tensors alone: where each says that its base is differs."""
+    """Compares tensors alone: the recorded place of the base may differ."""
     if one.resolve() == other.resolve():
         return True
     a, b = (read_safetensors(path)[0] for path in (one, other))
@@ -141,21 +142,21 @@ def _validation(metadata: Mapping[str, Any], step: int, dataset: str) -> list[Sc
 
 
 def _corpus(source: str | list[str] | None, metadata: Mapping[str, Any]) -> str:
-    """The name of the text: files without their folders."""
+    """The name of the text: its files, without their folders."""
     paths = metadata.get("paths") or {}
-    source = source or paths.get("corpus") or paths.get("tokens") or "unnamed text"
-    names = source.split(", ") if isinstance(source, str) else source
+    found = source or paths.get("corpus") or paths.get("tokens") or "unnamed text"
+    names: list[str] = found.split(", ") if isinstance(found, str) else found
     return ", ".join(Path(name).name for name in names)
 
 
-def read_verdicts(
+def read_comparisons(
     results_dir: Path | None, scores: list[Scores], seed: int | None
-) -> list[dict[str, Any]]:
-    """The comparisons of `verdicts.json` in which the evaluated arm is on either side.
+) -> list[Comparison]:
+    """Those of `verdicts.json` in which the evaluated arm is on either side.
 
     Raises:
-        ValueError: a damaged file, or verdicts made from other evaluations than those that are
-            there.
+        ValueError: a file is damaged, or the comparisons were made from other evaluations than
+            the folder holds now.
     """
     if results_dir is None:
         return []
@@ -163,12 +164,13 @@ def read_verdicts(
     if not path.is_file() or not table.is_file():
         return []
     try:
-        verdicts = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
         rows = [r for r in csv.DictReader(table.open(encoding="utf-8")) if r["status"] == "ok"]
         summed_up = {row["name"] for row in rows}
         stages = {s.stage for s in scores if s.name in summed_up}
-        found = [v for v in verdicts if {v["arm"], v["reference"]} & stages and seed in v["seeds"]]
-        compared = {stage for v in found for stage in (v["arm"], v["reference"])}
+        found = [c for c in map(Comparison.from_json, entries) if seed in c.seeds]
+        found = [c for c in found if {c.arm, c.reference} & stages]
+        compared = {stage for c in found for stage in (c.arm, c.reference)}
         rows = [row for row in rows if row["stage"] in compared]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}, {table}: cannot be read ({error})") from error

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from kimi_recursive.files import read_json_object, write_json, write_text
-from kimi_recursive.hub.model_card import Base, model_card
-from kimi_recursive.hub.results import read_scores, read_verdicts, workflow_results
+from kimi_recursive.hub.model_card import Base, Published, model_card
+from kimi_recursive.hub.results import read_comparisons, read_scores, workflow_results
 from kimi_recursive.model.sidecar import SIDECAR_NAME, Sidecar
 from kimi_recursive.training.checkpoint import MODEL_DIR, verify_checkpoint
 from kimi_recursive.training.experiment import METADATA_NAME
 
 CARD_NAME = "README.md"
 BASE_DIR = "base"
-ORIGIN_NAME = "origin.json"  # where the workflow has a pretrained base from
+ORIGIN_NAME = "origin.json"  # says where the workflow fetched a pretrained base
 PRIVATE_KEYS = ("host",)
 # A path outside the project, in the middle of a text.
 PRIVATE_PATH = re.compile(r"(?<![\w.~/])(?:file://|~|\.\./|/[^\s/'\"]+/|[A-Za-z]:\\)[^\s'\",;()]*")
@@ -54,14 +57,15 @@ def read_experiment(directory: Path, force: bool = False) -> Experiment:
     """Find and check the best checkpoint of an experiment directory.
 
     Args:
-        force: Also of an experiment that is not completed.
+        force: Accept an experiment that is not completed.
 
     Raises:
-        ValueError: no experiment, not completed, or no undamaged best checkpoint with a sidecar.
+        ValueError: the directory holds no experiment, the experiment is not completed, or its best
+            checkpoint is missing, damaged or without a sidecar.
     """
     if not (directory / METADATA_NAME).is_file():
         raise ValueError(
-            f"{directory}: is no experiment directory (no {METADATA_NAME}); it is "
+            f"{directory}: is no experiment directory (no {METADATA_NAME}); such a directory is "
             "experiments/NAME, or results/runs/KEY/work of the workflow"
         )
     metadata = read_json_object(directory / METADATA_NAME)
@@ -77,7 +81,9 @@ def read_experiment(directory: Path, force: bool = False) -> Experiment:
         )
     checkpoint = directory / "checkpoints" / f"step_{step:06d}"
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint}: no such checkpoint, and {METADATA_NAME} names it as best")
+        raise ValueError(
+            f"{checkpoint}: no such checkpoint, though {METADATA_NAME} names it as the best"
+        )
     try:
         names = verify_checkpoint(checkpoint, f"{MODEL_DIR}/")
     except (OSError, ValueError, KeyError) as error:
@@ -97,16 +103,16 @@ def choose_base(
     base_revision: str | None = None,
     include: bool = False,
 ) -> tuple[Base, Path | None]:
-    """What the published sidecar calls its base.
+    """Decide which base the published sidecar names.
 
     Args:
         base_model, base_revision: A Hub id for a base that is a local folder here.
         include: Publish that folder too.
 
-    Returns: the base, and the local folder to copy, None where none is.
+    Returns: the base, and the local folder to copy or None.
 
     Raises:
-        ValueError: the base is on the Hub already, or its folder is not there.
+        ValueError: the base is on the Hub already, or its folder is missing.
     """
     sidecar = Sidecar.open(experiment.model_dir)
     fingerprint = experiment.directory / "fingerprint.json"
@@ -144,19 +150,19 @@ def gather(
     base: tuple[Base, Path | None] | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """Write what is published into a folder. Equal experiments give equal files.
+    """Write the files to publish into a folder. Equal experiments give equal files.
 
     Args:
-        folder: There and empty.
+        folder: Exists and is empty.
         branch: If it is not `main`.
-        results_dir: With evaluations and verdicts; by default that of the workflow, where the
+        results_dir: Holds evaluations and comparisons. Default: the workflow's results, if the
             experiment is one of its runs.
         base: From `choose_base`.
 
     Raises:
-        ValueError: damaged or contradictory results.
+        ValueError: results are damaged or contradict each other.
     """
-    base, base_folder = base or choose_base(experiment)
+    named, base_folder = base or choose_base(experiment)
     sidecar, metadata = Sidecar.open(experiment.model_dir), experiment.metadata
     given = results_dir is not None
     results_dir = results_dir or workflow_results(experiment.directory)
@@ -166,13 +172,13 @@ def gather(
     if given and not any(s.name for s in scores):
         raise ValueError(f"--results-dir {results_dir}: holds no evaluation of this experiment")
     seed = (metadata.get("training_params") or {}).get("seed")
-    verdicts = read_verdicts(results_dir, scores, seed)
+    comparisons = read_comparisons(results_dir, scores, seed)
 
     for name in experiment.files:
         if name != SIDECAR_NAME:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(experiment.model_dir / name, folder / name)
-    sidecar.renamed(base.name, base.revision, folder / SIDECAR_NAME)
+    sidecar.renamed(named.name, named.revision, folder / SIDECAR_NAME)
     if base_folder is not None:
         _copy_base(base_folder, folder / BASE_DIR)
     public = _public(metadata)
@@ -187,12 +193,15 @@ def gather(
 
     changes = [
         f"`{SIDECAR_NAME}` names its base as this page does; its tensors are the checkpoint's",
-        f"`{METADATA_NAME}` has no `{'`, `'.join(PRIVATE_KEYS)}`; there and in the notes, paths "
-        "outside the project are cut down to their last part",
+        f"`{METADATA_NAME}` has no `{'`, `'.join(PRIVATE_KEYS)}`; in that file and in the notes, "
+        "a path outside the project is cut down to its last part",
     ]
     card = model_card(
-        repo_id, branch, public, experiment.step, sidecar, base, scores, verdicts, license, changes
-    )
+        Published(
+            repo_id, branch, license, public, experiment.step, sidecar, named, scores, comparisons,
+            changes,
+        )
+    )  # fmt: skip
     write_text(folder / CARD_NAME, str(card))
     return card
 
@@ -204,7 +213,7 @@ def is_gathered(folder: Path) -> bool:
 
 
 def _copy_base(source: Path, target: Path) -> None:
-    """Model and tokenizer files; what a folder holds beside them stays where it is."""
+    """Copy model and tokenizer files, and no others."""
     target.mkdir()
     for path in sorted(file for pattern in BASE_FILES for file in source.glob(pattern)):
         if path.name != ORIGIN_NAME:
@@ -216,7 +225,7 @@ def _copy_base(source: Path, target: Path) -> None:
 
 
 def _public(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of an experiment, without what says where it was made."""
+    """The metadata of an experiment, without the machine and the paths it was made at."""
     kept = {key: value for key, value in metadata.items() if key not in PRIVATE_KEYS}
     paths = kept.get("paths") or {}
     kept["paths"] = {k: v and ", ".join(map(_public_path, v.split(", "))) for k, v in paths.items()}
@@ -248,18 +257,18 @@ def upload(
     private: bool | None = None,
     message: str | None = None,
 ) -> str:
-    """Send a folder to a model repository of the Hub, made when missing, as one commit.
+    """Send a folder to a model repository of the Hub as one commit; make the repository if needed.
 
-    What is there already is not sent again, so after an error the same call goes on.
+    Files that the Hub has already are not sent again, so after an error the same call continues.
 
     Args:
-        branch: Made from `main` when missing.
-        private: Of a repository that is made.
+        branch: Made from `main` if it does not exist.
+        private: Whether a repository that is made is private.
 
     Returns: the address of the commit.
 
     Raises:
-        ValueError: the Hub refused or could not be reached; never with the token in it.
+        ValueError: the Hub refused or could not be reached. The message never holds the token.
     """
     api = HfApi(token=token)
     with _explained(f"{repo_id}: the model card was not checked", token):
@@ -284,13 +293,14 @@ def _explained(what: str, token: str) -> Iterator[None]:
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = _reason(error).replace(token, "<token>")
         raise ValueError(
-            f"{what}: {reason}; repeated, the command goes on and does not send again what is there"
+            f"{what}: {reason}; to continue, repeat the command: "
+            "files that arrived are not sent again"
         ) from None
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return _reason(error.__cause__)  # of one file among several
+        return _reason(error.__cause__)  # the reason for one file among several
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
     if not isinstance(error, HfHubHTTPError):
         at = "" if isinstance(error, ValueError) else f"{constants.ENDPOINT}: "

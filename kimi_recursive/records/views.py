@@ -1,8 +1,8 @@
-"""A log for people: tables for the terminal, a report in markdown, progress as a figure."""
+"""A log for people: a report in markdown, and progress as a figure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import polars as pl
 from kimi_recursive.files import replacing
 from kimi_recursive.records.kinds import TRAINING_LOG, Kind, find, get, number, parse_time
 from kimi_recursive.records.query import Filter, is_lower_better, select
+from kimi_recursive.tables import Column, Table, cut
 
 # Of the guide; then those that ours have, shown where a domain has any of them.
 GUIDE_COLUMNS = {
@@ -24,35 +25,6 @@ OUR_COLUMNS = {
     "Perplexity": ("perplexity",),
     "Recall@10": ("best_vs_teacher_recall@10",),
 }
-
-
-def table_text(columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 100) -> str:
-    """Columns of text, None as a dash. Texts are cut until the table is `width` wide, but for run
-    ids, which one needs whole."""
-    lines = [list(columns), *([_cell(value) for value in row] for row in rows)]
-    lengths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cuttable = [i for i, name in enumerate(columns) if name not in ("run_id", "best run")]
-    while cuttable and sum(lengths) + 2 * (len(lengths) - 1) > width:
-        longest = max(cuttable, key=lengths.__getitem__)
-        if lengths[longest] <= 8:
-            break
-        lengths[longest] -= 1
-    return "\n".join(
-        "  ".join(_cut(x, n).ljust(n) for x, n in zip(line, lengths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M}"
-    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def times() -> pl.Expr:
@@ -81,16 +53,15 @@ def report_text(records: Sequence[Mapping[str, Any]], kind: Kind) -> str:
             if any(_metric(record, names) is not None for record in members)
         }
         columns = {**GUIDE_COLUMNS, **ours}
-        lines += [f"## {heading}", "", f"| Run ID | Status | {' | '.join(columns)} | Notes |"]
-        lines.append("|---" * (len(columns) + 3) + "|")
+        rows = []
         for record in members:
             values = [_metric(record, names) for names in columns.values()]
             cells = ["N/A" if value is None else f"{value:.3f}" for value in values]
             status = get(record, kind.status) or "N/A"
             name = get(record, kind.run_id) or get(record, kind.domain) or "N/A"
-            row = [str(name), str(status), *cells, _notes(record)]
-            lines.append(f"| {' | '.join(_escape(cell) for cell in row)} |")
-        lines.append("")
+            rows.append([name, status, *cells, _notes(record)])
+        headings = [Column(title) for title in ("Run ID", "Status", *columns, "Notes")]
+        lines += [f"## {heading}", "", Table("", headings, rows).to_markdown(), ""]
     return "\n".join(lines)
 
 
@@ -101,11 +72,7 @@ def _metric(record: Mapping[str, Any], names: Sequence[str]) -> float | None:
 
 def _notes(record: Mapping[str, Any]) -> str:
     text = find(record, "findings") or find(record, "notes") or find(record, "error_message") or ""
-    return _cut(" ".join(str(text).split()), 53)
-
-
-def _escape(cell: str) -> str:
-    return " ".join(cell.replace("\\", "\\\\").replace("|", "\\|").split())
+    return cut(" ".join(str(text).split()), 53)
 
 
 def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -> int:

@@ -1,4 +1,4 @@
-"""Which evaluation is compared with which, from their rows and their documents' losses."""
+"""Which evaluation is compared with which, from their rows and the losses of their documents."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from typing import Any
 
 from kimi_recursive.evaluation.bootstrap import compare_documents
 from kimi_recursive.layout import Layout
+from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import Training
 from kimi_recursive.status import Status
 from kimi_recursive.training.arms import ARMS, PHASES
 
 
-def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
     """The recursive arm of each phase against the baseline, each control arm, its own first step,
-    and its own step 0 where that is no longer the baseline.
+    and its own step 0 where training has moved the base away from the baseline.
 
-    Over the seeds that both have; a pair without any is left out.
-
-    Returns: arm, reference, steps, seeds, difference in nats per token with its 95 % interval, the
-    same as percent of the reference's perplexity, verdict; or `problem` with the verdict None.
+    Each comparison covers the seeds that both sides have; a pair that shares no seed is left out.
     """
-    by_stage: dict[str, dict[Any, dict[str, Any]]] = {}
+    by_stage: dict[str, dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
         if row["status"] == Status.OK:
             by_stage.setdefault(row["stage"], {})[row["seed"]] = row
@@ -30,76 +28,66 @@ def compare_arms(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, An
     for phase in PHASES:
         stages = [Training(arm, phase, 0, None).stage for arm in ARMS]
         arm = by_stage.get(stages[0], {})
+        pairs: list[tuple[str, Mapping[Any, Mapping[str, Any]], int | None]]
         pairs = [(stage, by_stage.get(stage, {}), None) for stage in ("baseline", *stages[1:])]
         if arm and next(iter(arm.values()))["inner_steps"] > 1:
             pairs.append(("its own step 1", arm, 1))
         if phase != PHASES[0]:
             pairs.append(("its own step 0", arm, 0))
         for name, reference, step in pairs:
-            if pair := _compare(results, stages[0], arm, name, reference, step):
+            if pair := _compare(results, arm, name, reference, step):
                 found.append(pair)
     return found
 
 
 def compare_with_baseline(
     results: Path,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     base: Mapping[str, Any],
     step: int | None = None,
-) -> dict[str, Any]:
-    """An evaluation, or those of several seeds of one stage, against the baseline.
+) -> Comparison:
+    """One evaluation of a stage, or those of several seeds, against the baseline.
 
     Args:
         rows: Of `read_matrix`, with status `ok`.
         step: Inner step of these rows, by default their last.
-
-    Returns: as one of `compare_arms`.
     """
     arm = {row["seed"]: row for row in rows}
-    pair = _compare(results, rows[0]["stage"], arm, "baseline", {base["seed"]: base}, None, step)
+    pair = _compare(results, arm, "baseline", {base["seed"]: base}, None, step)
     assert pair is not None
     return pair
 
 
 def _compare(
     results: Path,
-    stage: str,
-    arm: Mapping[Any, dict[str, Any]],
+    arm: Mapping[Any, Mapping[str, Any]],
     name: str,
-    reference: Mapping[Any, dict[str, Any]],
+    reference: Mapping[Any, Mapping[str, Any]],
     step: int | None,
     arm_step: int | None = None,
-) -> dict[str, Any] | None:
-    """One comparison; arm and reference are rows by seed, `step` is the reference's inner step and
-    `arm_step` the arm's, by default their last."""
+) -> Comparison | None:
+    """One comparison of rows by seed: `step` is the inner step of the reference, `arm_step` that
+    of the arm, by default the last of each."""
     shared = name == "baseline"  # one run for all seeds
     seeds = [s for s in arm if reference and (shared or s in reference)]
     if not seeds:
         return None
     mine = [arm[s] for s in seeds]
     others = list(reference.values()) if shared else [reference[s] for s in seeds]
-    pair = {
-        "arm": stage,
-        "reference": name,
-        "arm_step": mine[0]["inner_steps"] if arm_step is None else arm_step,
-        "reference_step": others[0]["inner_steps"] if step is None else step,
-        "seeds": seeds,
-    }
+    steps = (
+        mine[0]["inner_steps"] if arm_step is None else arm_step,
+        others[0]["inner_steps"] if step is None else step,
+    )
+    pair = (mine[0]["stage"], name, *steps, seeds)
     try:
-        difference = compare_documents(
+        found = compare_documents(
             [documents_path(results, row) for row in mine],
             [documents_path(results, row) for row in others],
-            pair["arm_step"],
-            pair["reference_step"],
+            *steps,
         )
     except ValueError as error:
-        return pair | {"verdict": None, "problem": str(error)}
-    return pair | {
-        "num_documents": difference.num_documents,
-        "nats_per_token": [difference.mean, difference.low, difference.high],
-        "perplexity_percent": list(difference.percent),
-        "verdict": difference.verdict,
-    }
+        return Comparison(*pair, problem=str(error))
+    return Comparison(*pair, found)
 
 
 def documents_path(results: Path, row: Mapping[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""With which settings and versions every run was made: what all share, and what differs."""
+"""The settings and versions that every run was made with: those that all share, and the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.runs import all_trainings
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report.summary import Matrix
-from kimi_recursive.report.tables import NAME, NOTHING, TEXT, Table
+from kimi_recursive.tables import NAME, Column, Table
 from kimi_recursive.track_b.summary import Result
 
 Facts = dict[str, str]
@@ -25,7 +25,8 @@ BASE_FACTS = ("training_params", "git_commit", "host", "platform", "started_at",
 
 @dataclass(frozen=True)
 class Shared:
-    """Records of one kind: a table of what all of them share, and one of what differs."""
+    """Two tables of the records of one kind: values that all of them share, and values that
+    differ."""
 
     title: str
     shared: Table
@@ -35,7 +36,7 @@ class Shared:
 def read_facts(
     config: Config, layout: Layout, matrix: Matrix, students: Sequence[Result]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """The record of every run that is there, by kind and name; what is damaged is left out."""
+    """The record of every run that has one, by kind and name; a damaged record is left out."""
     records = {
         "The base": {"base": (layout.base.work.metadata, BASE_FACTS)},
         "Trainings": {
@@ -54,6 +55,7 @@ def read_facts(
                 found.setdefault(kind, {})[name] = known
     for result in students:
         for seed, run in result.runs.items():
+            assert result.experiment is not None
             known = {k: run.summary[k] for k in (*STUDENT_FACTS, "versions") if k in run.summary}
             if known:
                 found.setdefault("Students", {})[result.experiment.keys[seed]] = known
@@ -61,7 +63,7 @@ def read_facts(
 
 
 def compare_facts(kind: str, records: Mapping[str, Mapping[str, Any]]) -> Shared:
-    """Settings of one kind of runs, without their versions."""
+    """The settings of one kind of runs, without versions."""
     flat = {
         name: dict(_flatten({k: v for k, v in record.items() if k != "versions"}))
         for name, record in records.items()
@@ -70,7 +72,7 @@ def compare_facts(kind: str, records: Mapping[str, Mapping[str, Any]]) -> Shared
 
 
 def compare_versions(records: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Shared:
-    """Versions of every run of every kind."""
+    """The versions that runs of every kind were made with."""
     flat = {
         name: {key: value for key, value in record.get("versions", {}).items() if value}
         for runs in records.values()
@@ -80,22 +82,25 @@ def compare_versions(records: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
 
 
 def _split(title: str, records: Mapping[str, Facts], recorded: bool = False) -> Shared:
-    """Args: with `recorded`, a record that lacks a key does not differ by that."""
+    """Args:
+    recorded: A record that lacks a key counts as equal to the others.
+    """
     keys = list(dict.fromkeys(key for facts in records.values() for key in facts))
     values = {
-        key: {facts.get(key, NOTHING) for facts in records.values() if not recorded or key in facts}
+        key: {facts.get(key) for facts in records.values() if not recorded or key in facts}
         for key in keys
     }
     shared = [[key, next(iter(values[key]))] for key in keys if len(values[key]) == 1]
     differ = [key for key in keys if len(values[key]) > 1]
     table = None
     if differ:
-        rows = [[name, *(facts.get(k, NOTHING) for k in differ)] for name, facts in records.items()]
-        columns = [("run", NAME), *((key, TEXT) for key in differ)]
+        rows = [[name, *(facts.get(k) for k in differ)] for name, facts in records.items()]
+        columns = [Column("run", NAME), *map(Column, differ)]
         table = Table(f"{title}: what differs between them", columns, rows)
     number = f"all {len(records)} runs" + (" that record them" if recorded else "")
     caption = f"{title}: the same for {number}" if len(records) > 1 else title
-    return Shared(title, Table(caption, [("setting", NAME), ("value", TEXT)], shared), table)
+    columns = [Column("setting", NAME), Column("value")]
+    return Shared(title, Table(caption, columns, shared), table)
 
 
 def _flatten(value: Any, where: str = "") -> Iterator[tuple[str, str]]:

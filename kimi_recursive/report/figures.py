@@ -1,4 +1,4 @@
-"""Figures of the report that no rule draws as PNG."""
+"""Figures of the report, as matplotlib figures; one of them is a PNG of its own as well."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from kimi_recursive.drawing import COLOURS, LINES, MARKERS, legend, panels, save_png
 from kimi_recursive.files import read_json_object
+from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import TRAINED_STAGES
 from kimi_recursive.report.curves import Curve, validation_column
 from kimi_recursive.training.arms import ARMS, PHASES
 
-# Colour and marker of each verdict, told apart without colour as well.
+# Colour and marker of each verdict; the marker tells verdicts apart without colour.
 VERDICT_LOOKS = {
     "helps": {"color": COLOURS[1], "marker": "o"},
     "hurts": {"color": COLOURS[2], "marker": "s"},
@@ -31,18 +32,18 @@ ARM_LOOKS = {
     arm: {"color": COLOURS[number], "marker": MARKERS[number]}
     for number, arm in enumerate(ARMS, start=1)
 }
-ARM_LINES = dict(zip(ARM_LOOKS, LINES, strict=False))  # of one that is not finished: the last
+ARM_LINES = dict(zip(ARM_LOOKS, LINES, strict=False))  # the last is for runs that are not finished
 MOST_POINTS = 25
 
 
-def draw_verdicts(comparisons: Sequence[dict[str, Any]]) -> Figure:
+def draw_verdicts(comparisons: Sequence[Comparison]) -> Figure:
     """Forest plot: each comparison's difference in perplexity with its 95 % interval.
 
     Args:
-        comparisons: Of `compare_arms`, those with a verdict.
+        comparisons: Those of `compare_arms` that have a difference.
     """
     places, headings = [], []
-    for _, group in groupby(comparisons, key=lambda pair: pair["arm"]):
+    for _, group in groupby(comparisons, key=lambda pair: pair.arm):
         headings.append(1 + len(places) + len(headings))
         places += [headings[-1] + 1 + i for i, _ in enumerate(group)]
     figure, (axes,) = panels(1, size=(9.5, 1.2 + 0.28 * places[-1]))
@@ -50,13 +51,13 @@ def draw_verdicts(comparisons: Sequence[dict[str, Any]]) -> Figure:
     beside = {"xycoords": ("axes fraction", "data"), "va": "center", "size": 9}
     for y, pair in zip(places, comparisons, strict=True):
         if y - 1 in headings:
-            text = f"{pair['arm']}, step {pair['arm_step']}"
+            text = f"{pair.arm}, step {pair.arm_step}"
             axes.annotate(text, (0.01, y - 1), **beside, weight="bold")
-        axes.annotate(pair["verdict"], (1.01, y), **beside)
-        mean, low, high = pair["perplexity_percent"]
-        look = VERDICT_LOOKS[pair["verdict"]]
+        axes.annotate(pair.verdict, (1.01, y), **beside)
+        mean, low, high = pair.percent
+        look = VERDICT_LOOKS[pair.verdict or ""]
         axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], capsize=3, **look)
-    axes.set_yticks(places, [f"against {pair['reference']}" for pair in comparisons], size=9)
+    axes.set_yticks(places, [f"against {pair.reference}" for pair in comparisons], size=9)
     axes.set_ylim(places[-1] + 0.7, 0.3)
     axes.set_xlabel("difference in perplexity, % of the reference's (left of 0 is better)")
     return figure
@@ -110,7 +111,7 @@ def draw_base(logs: pl.DataFrame) -> Figure:
     return figure
 
 
-def draw_inner_steps(counts: Sequence[dict[str, Any]]) -> Figure:
+def draw_inner_steps(counts: Sequence[Mapping[str, Any]]) -> Figure:
     """Shares of chunks and of rounds by the inner steps that they took, a bar for each stage.
 
     Args:

@@ -18,20 +18,21 @@ from kimi_recursive.drawing import to_svg
 from kimi_recursive.evaluation.bootstrap import DOCUMENT_COLUMNS
 from kimi_recursive.files import read_parquet, write_text
 from kimi_recursive.layout import Layout
+from kimi_recursive.matrix.comparison import comparison_table
 from kimi_recursive.matrix.settings import Config
-from kimi_recursive.report import figures, tables
+from kimi_recursive.report import figures, matrix_tables
+from kimi_recursive.report.answers import repeat_lines, zero_init_lines
 from kimi_recursive.report.comparisons import documents_path
 from kimi_recursive.report.curves import Curve, read_curves
 from kimi_recursive.report.facts import compare_facts, compare_versions, read_facts
 from kimi_recursive.report.figures import draw_perplexity_by_step
-from kimi_recursive.report.problems import find_problems, problem_table
-from kimi_recursive.report.students import student_tables
+from kimi_recursive.report.problems import find_problems
 from kimi_recursive.report.summary import Matrix, read_matrix
-from kimi_recursive.report.summary_text import repeat_lines, zero_init_lines
+from kimi_recursive.track_b.answers import heading, student_tables
 from kimi_recursive.track_b.collect import seed_logs
 from kimi_recursive.track_b.figure import draw_recall_by_step
-from kimi_recursive.track_b.report import heading, read_track_b
-from kimi_recursive.track_b.summary import SCORES, Result
+from kimi_recursive.track_b.publish import read_track_b
+from kimi_recursive.track_b.summary import SCORES, Result, score_methods
 
 TEMPLATE = "report.html.jinja"
 
@@ -45,7 +46,7 @@ class Drawing:
 
 
 def write_report(config: Mapping[str, Any], results_dir: str | Path, path: str | Path) -> None:
-    """Write the report of whatever is in `results_dir`; what is missing or damaged is said to be.
+    """Write the report of what `results_dir` holds; it lists what is missing or damaged.
 
     Args:
         config: The workflow's, merged with its defaults.
@@ -67,7 +68,7 @@ def render(page: Mapping[str, Any]) -> str:
 
 
 def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
-    """What the template shows."""
+    """The values that the template shows."""
     settings, layout = Config.from_mapping(config), Layout(results)
     matrix, track_b = read_matrix(settings, layout), settings.track_b
     students = read_track_b(track_b, results) if track_b["enabled"] else []
@@ -77,7 +78,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
     damaged |= _damaged_documents(matrix, results)
     base_figure = _base_drawing(results, damaged)
     students_shown = _track_b(track_b, results, students, damaged) if students else None
-    counts, without_counts = tables.inner_step_counts(matrix)
+    counts, without_counts = matrix_tables.inner_step_counts(matrix)
     facts = read_facts(settings, layout, matrix, students)
     problems = find_problems(settings, layout, matrix, students, damaged)
     return {
@@ -87,22 +88,24 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
             (r.get("created", "") for r in facts.get("Evaluations", {}).values()), default=""
         ),
         "zero_init": zero_init_lines(matrix.proofs),
-        "verdicts": tables.verdict_tables(matrix),
+        "verdicts": comparison_table(matrix.comparisons),
         "verdict_figure": _verdict_drawing(matrix),
-        "efficiency": tables.efficiency_table(matrix),
+        "efficiency": matrix_tables.efficiency_table(matrix),
         "repeat": " ".join(line.strip() for line in repeat_lines(matrix.repeat)),
-        "stages": tables.stage_table(matrix, results),
-        "cost": tables.cost_table(matrix),
+        "stages": matrix_tables.stage_table(matrix, results),
+        "cost": matrix_tables.cost_table(matrix),
         "step_figure": _step_drawing(matrix),
-        "steps": tables.step_table(matrix, results),
+        "steps": matrix_tables.step_table(matrix, results),
         "training_figure": _training_drawing(curves),
         "base_figure": base_figure,
         "inner_step_figure": _inner_step_drawing(counts),
-        "inner_steps": tables.inner_step_table(counts) if counts else None,
+        "inner_steps": matrix_tables.inner_step_table(counts) if counts else None,
         "without_counts": without_counts,
         "track_b": students_shown,
         "problems": problems,
-        "problem_table": problem_table(problems),
+        "problem_table": matrix_tables.problem_table(
+            [(problem.name, problem.status, problem.detail) for problem in problems]
+        ),
         "versions": compare_versions(facts) if facts else None,
         "facts": [compare_facts(kind, records) for kind, records in facts.items()],
         "config": yaml.safe_dump(dict(config), sort_keys=False),
@@ -110,7 +113,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
 
 
 def _damaged_documents(matrix: Matrix, results: Path) -> dict[str, str]:
-    """By evaluation what is wrong with its scores by document."""
+    """By evaluation, what is wrong with its scores by document."""
     damaged = {}
     for row in matrix.done:
         try:
@@ -125,13 +128,10 @@ def _drawing(figure: Figure, name: str, text: str, caption: str) -> Drawing:
 
 
 def _verdict_drawing(matrix: Matrix) -> Drawing | None:
-    shown = [pair for pair in matrix.comparisons if pair["verdict"]]
+    shown = [pair for pair in matrix.comparisons if pair.difference]
     if not shown:
         return None
-    words = [
-        f"{p['arm']} against {p['reference']}: {p['perplexity_percent'][0]:+.3f} %, {p['verdict']}"
-        for p in shown
-    ]
+    words = [f"{p.arm} against {p.reference}: {p.percent[0]:+.3f} %, {p.verdict}" for p in shown]
     caption = (
         "Difference in perplexity of the recursive arm of each phase to its references, with 95 % "
         "intervals. Filled circles help, squares hurt, open diamonds cannot be told from 0."
@@ -206,7 +206,7 @@ def _track_b(
         )
         text = "Line chart of recall by optimizer step; the table has the final numbers."
         drawing = _drawing(draw_recall_by_step(students, curves), "recall", text, caption)
-    table, stored = student_tables(students)
+    table, stored = student_tables(students, score_methods(students))
     return {
         "heading": heading(track_b, results).splitlines(),
         "table": table,

@@ -1,4 +1,4 @@
-"""What is missing, failed or damaged, with the last lines of its logs."""
+"""Runs and files that are missing, failed or damaged, with the last lines of their logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kimi_recursive.matrix.runs import repeated_evaluation, zero_init_name
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.report.summary import Matrix
-from kimi_recursive.report.tables import NAME, NOTHING, TEXT, VERDICT, Table
 from kimi_recursive.status import Status
 from kimi_recursive.track_b.summary import Result
 
@@ -22,7 +21,7 @@ LINE_LENGTH = 500
 
 @dataclass(frozen=True)
 class Log:
-    """The last lines of a log; `num_lines` it has in all."""
+    """The last lines of a log, which has `num_lines` in all."""
 
     path: Path
     lines: list[str]
@@ -31,7 +30,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Problem:
-    """An expected run, or a file, that is not as it should be."""
+    """An expected run, or a file, that is missing, failed or damaged."""
 
     name: str
     status: str
@@ -46,19 +45,19 @@ def find_problems(
     students: Sequence[Result],
     damaged: Mapping[str, str],
 ) -> list[Problem]:
-    """Everything that is not `ok`: evaluations, proofs, the repeat, comparisons, students, and any
-    other job whose log ends in an error.
+    """Evaluations, proofs, the repeat, comparisons and students that are not `ok`, and any other
+    job whose log ends in an error.
 
     Args:
-        students: Of Track-B; empty when it is not asked for.
-        damaged: Other files that cannot be read: what they belong to, and what is wrong.
+        students: Of Track-B; empty when the config does not ask for Track-B.
+        damaged: Further files that cannot be read: by what they belong to, the reason.
     """
     found = [*_matrix_problems(config, layout, matrix), *_student_problems(layout, students)]
     found += [Problem(name, Status.DAMAGED, detail, []) for name, detail in damaged.items()]
     for pair in matrix.comparisons:
-        if pair["verdict"] is None and pair["problem"] not in damaged.values():
-            name = f"{pair['arm']} against {pair['reference']}"
-            found.append(Problem(name, Status.DAMAGED, pair["problem"], []))
+        if pair.difference is None and pair.problem not in damaged.values():
+            name = f"{pair.arm} against {pair.reference}"
+            found.append(Problem(name, Status.DAMAGED, pair.problem, []))
     shown = {log.path for problem in found for log in problem.logs}
     for path in sorted(layout.logs.rglob("*.log")):
         error = logged_error(path)[0]
@@ -66,13 +65,6 @@ def find_problems(
             name = str(path.relative_to(layout.logs).with_suffix(""))
             found.append(Problem(name, Status.FAILED, error, _logs(path)))
     return found
-
-
-def problem_table(problems: Sequence[Problem]) -> Table:
-    """One row for each."""
-    columns = [("run or file", NAME), ("status", VERDICT), ("what is known", TEXT)]
-    rows = [[problem.name, problem.status, problem.detail or NOTHING] for problem in problems]
-    return Table("What is not there, or not as it should be", columns, rows)
 
 
 def _matrix_problems(config: Config, layout: Layout, matrix: Matrix) -> list[Problem]:
@@ -93,6 +85,7 @@ def _matrix_problems(config: Config, layout: Layout, matrix: Matrix) -> list[Pro
             found.append(Problem(row["name"], row["status"], row["detail"], _logs(*logs)))
     if matrix.repeat and matrix.repeat[0] is None:
         run = repeated_evaluation(config)
+        assert run is not None
         logs = [
             layout.log("train_phase", run.training),
             layout.log("evaluate", run.name),
@@ -108,6 +101,7 @@ def _student_problems(layout: Layout, students: Sequence[Result]) -> list[Proble
     for result in students:
         for seed, run in result.runs.items():
             if run.status != Status.OK.in_track_b:
+                assert result.experiment is not None
                 name = f"Track-B {result.name}, seed {seed}"
                 log = layout.log("train_student", result.experiment.keys[seed])
                 found.append(Problem(name, run.status, run.detail, _logs(log)))
@@ -121,7 +115,7 @@ def _logs(*paths: Path) -> list[Log]:
 
 
 def read_log(path: Path) -> Log | None:
-    """The end of a log; None when there is none."""
+    """The end of a log; None where there is no log."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             tail: deque[str] = deque(maxlen=NUM_LINES)

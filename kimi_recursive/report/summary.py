@@ -9,9 +9,10 @@ from typing import Any
 
 import polars as pl
 
-from kimi_recursive.files import file_digest, read_json_object, write_csv, write_json, write_text
+from kimi_recursive.files import file_digest, read_json_object
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix import expected
+from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import (
     Evaluation,
     chain,
@@ -23,7 +24,6 @@ from kimi_recursive.matrix.settings import Config
 from kimi_recursive.model.sidecar import SIDECAR_NAME
 from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.report.comparisons import compare_arms
-from kimi_recursive.report.summary_text import summary_text
 from kimi_recursive.status import Status
 
 COLUMNS = (
@@ -73,7 +73,7 @@ class Matrix:
 
     rows: list[dict[str, Any]]
     proofs: dict[int, tuple[dict[str, Any] | None, str]]
-    comparisons: list[dict[str, Any]]
+    comparisons: list[Comparison]
     repeat: tuple[dict[str, Any] | None, str] | None
 
     @property
@@ -83,19 +83,6 @@ class Matrix:
     @property
     def baseline(self) -> dict[str, Any] | None:
         return next((row for row in self.done if row["stage"] == "baseline"), None)
-
-
-def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
-    """Write `summary.csv`, `summary.txt` and `verdicts.json`; a missing run has a row that says so.
-
-    Returns: the rows of `summary.csv`.
-    """
-    matrix = read_matrix(config, layout)
-    text = summary_text(matrix.rows, matrix.proofs, matrix.comparisons, matrix.repeat)
-    write_csv(layout.table, COLUMNS, matrix.rows)
-    write_json(layout.verdicts, matrix.comparisons)
-    write_text(layout.text, text)
-    return matrix.rows
 
 
 def read_matrix(config: Config, layout: Layout) -> Matrix:

@@ -191,8 +191,8 @@ def test_the_card_of_a_workflow_run_shows_every_verdict(project, control, tmp_pa
     for v in ours:
         mean, low, high = v["perplexity_percent"]
         assert (
-            f"| `{v['arm']}` | `{v['reference']}` | {mean:+.3f} % | [{low:+.3f}, {high:+.3f}] % "
-            f"| **{v['verdict']}** |\n"
+            f"| `{v['arm']}` | `{v['reference']}` | {', '.join(map(str, v['seeds']))} "
+            f"| {mean:+.3f} % | [{low:+.3f}, {high:+.3f}] % | **{v['verdict']}** |\n"
         ) in card.text
     assert card.text.count(" **") == len(ours) and "Not known" not in card.text
     scored = json.loads((results / f"eval/{name}_results.json").read_text())

@@ -178,7 +178,7 @@ def test_after_an_error_the_same_command_goes_on(lab, hub, lfs_client, fault, me
     assert status == 2
     line = error_line(output)
     assert line.startswith(f"error: {repo}: ") and message in line
-    assert line.endswith("; repeated, the command goes on and does not send again what is there")
+    assert line.endswith("; to continue, repeat the command: files that arrived are not sent again")
     stored = len(hub.objects)
     hub.faults.clear()
     hub.log.clear()

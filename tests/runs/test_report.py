@@ -13,15 +13,17 @@ from records import make_results, make_track_b, shipped_config, write_json
 from kimi_recursive.drawing import to_svg
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.settings import Config
+from kimi_recursive.report.answers import summarize
 from kimi_recursive.report.curves import read_curves
 from kimi_recursive.report.page import write_report
-from kimi_recursive.report.summary import read_matrix, summarize
-from kimi_recursive.track_b.report import read_track_b, summarize_track_b
+from kimi_recursive.report.summary import read_matrix
+from kimi_recursive.track_b.publish import read_track_b, summarize_track_b
 
 CONFIG = shipped_config()
 # What is enough to be damaged.
 SMALL = shipped_config(phases=["a"])
 SMALL["track_b"]["experiments"] = ["v2"]
+COMPARED = "Perplexity of each arm against its references"
 VOID = {"meta", "link", "br", "hr", "img"}
 
 
@@ -101,21 +103,21 @@ def results(tmp_path) -> Path:
 
 
 def problems(page: Page) -> dict[str, tuple[str, str]]:
-    return {row[0]: (row[1].split()[-1], row[2]) for row in page.rows("What is not there")}
+    return {row[0]: (row[1].split()[-1], row[2]) for row in page.rows("Missing, failed or damaged")}
 
 
 def test_verdicts_come_first_with_interval_and_word(whole, made):
     matrix = read_matrix(Config.from_mapping(CONFIG), Layout(made))
     assert len(matrix.comparisons) == 14
     for stage in ("finetuned_recursive", "finetuned_recursive_b", "finetuned_recursive_c"):
-        pairs = [pair for pair in matrix.comparisons if pair["arm"] == stage]
-        rows = whole.rows(f"{stage} at step 2")
-        assert [row[0] for row in rows] == [pair["reference"] for pair in pairs]
+        pairs = [pair for pair in matrix.comparisons if pair.arm == stage]
+        rows = [row[1:] for row in whole.rows(COMPARED) if row[0] == stage]
+        assert [row[0] for row in rows] == [pair.reference for pair in pairs]
         for row, pair in zip(rows, pairs, strict=True):
-            mean, low, high = pair["perplexity_percent"]
+            mean, low, high = pair.difference.percent
             assert row[2:4] == [f"{mean:+.3f} %", f"[{low:+.3f}, {high:+.3f}] %"]
-            assert row[4].endswith(pair["verdict"])
-    verdicts = {pair["verdict"] for pair in matrix.comparisons}
+            assert row[4].endswith(pair.verdict)
+    verdicts = {pair.verdict for pair in matrix.comparisons}
     assert verdicts == {"helps", "hurts", "not distinguishable"}
     headings = [e["text"] for e in whole.all("h2")]
     assert headings[0] == "Answers" and "(0)" in headings[-2]
@@ -128,15 +130,16 @@ def test_every_stage_has_its_interval_against_the_baseline(whole, made):
     matrix = read_matrix(Config.from_mapping(CONFIG), Layout(made))
     assert [row[0] for row in rows] == [row["name"] for row in matrix.rows]
     assert rows[0][3:6] == ["–", "–", "–"]
-    pairs = {pair["arm"]: pair for pair in matrix.comparisons if pair["reference"] == "baseline"}
+    pairs = {pair.arm: pair for pair in matrix.comparisons if pair.reference == "baseline"}
     for row in rows:
         if row[0] in pairs:
-            mean, low, high = pairs[row[0]]["perplexity_percent"]
+            mean, low, high = pairs[row[0]].difference.percent
             assert row[3:5] == [f"{mean:+.3f} %", f"[{low:+.3f}, {high:+.3f}] %"]
     assert rows[1][4] == "[+0.000, +0.000] %" and rows[1][5].endswith("not distinguishable")
     steps = whole.rows("Perplexity by inner step")
     mine = [row for row in steps if row[0] == "finetuned_recursive"]
-    assert [row[1] for row in mine] == ["0", "1", "2", "4 (beyond the trained depth)"]
+    assert [row[1] for row in mine] == ["0", "1", "2", "4*"]
+    assert "*: beyond the trained depth." in whole.text
 
 
 def test_the_page_is_self_contained_and_every_figure_and_table_is_named(whole, made):
@@ -193,11 +196,11 @@ def test_the_histogram_counts_and_says_what_has_no_counts(whole, results):
 
 
 def test_students_stand_beside_the_references(whole):
-    rows = {row[0]: row for row in whole.rows("Students and references, in float32")}
-    assert {"v2", "reference: svd_128", "reference: teacher"} <= set(rows)
+    rows = {row[0]: row for row in whole.rows("All runs and references, in float32")}
+    assert {"v2", "svd_128", "teacher"} <= set(rows)
     assert rows["v2"][2] == "3" and " ± " in rows["v2"][4]
     assert rows["v2"][-1].endswith("loses to SVD")
-    stored = whole.rows("Students and references stored in fewer bytes")
+    stored = whole.rows("Runs and references stored in fewer bytes")
     assert {row[1] for row in stored} == {"int8", "binary", "binary_float_query"}
 
 
@@ -227,7 +230,7 @@ def test_a_partial_matrix_shows_what_is_there_and_the_logs_of_what_is_not(result
     shown = next(e["text"] for e in page.all("pre") if "line 39" in e["text"])
     assert shown.splitlines()[0] == "line 21" and len(shown.splitlines()) == 20
     assert not page.all("script")
-    assert [row[0] for row in page.rows("finetuned_recursive at step 2")] == [
+    assert [row[1] for row in page.rows(COMPARED)] == [
         "baseline", "finetuned_vanilla", "its own step 1",
     ]  # fmt: skip
 
@@ -291,7 +294,7 @@ def test_seeds_are_shown_together_and_one_by_one(tmp_path):
         "finetuned_recursive, all 3 seeds", "finetuned_recursive", "finetuned_recursive_s1",
         "finetuned_recursive_s2",
     ]  # fmt: skip
-    assert page.rows("finetuned_recursive at step 2")[0][1] == "0, 1, 2"
+    assert page.rows(COMPARED)[0][2] == "0, 1, 2"
     assert "Paired bootstrap over 12 documents and 3 seeds." in page.text
 
 
@@ -390,6 +393,6 @@ def test_the_summary_of_students_fits_100_columns_with_long_names(tmp_path):
     summarize_track_b(config["track_b"], results, *outputs)
     text = (tmp_path / "s.txt").read_text()
     assert max(columns(tmp_path / "s.txt")) <= 100
-    assert "parse_error" in text and "evaluation.parquet: truncated" in " ".join(text.split())
+    assert "parse_error" in text and "evaluation.parquet:truncated" in "".join(text.split())
     for result in read_track_b(config["track_b"], results):
         assert result.name.removeprefix("reference_") in text, "the name is whole"

@@ -17,9 +17,9 @@ from kimi_recursive.evaluation.flops import count_flops, forward_flops_per_token
 from kimi_recursive.evaluation.repeat import compare_repeat
 from kimi_recursive.layout import Layout
 from kimi_recursive.model.cells import RefineCell
+from kimi_recursive.report.answers import repeat_lines
 from kimi_recursive.report.figures import plot_perplexity_by_step
 from kimi_recursive.report.summary import _read_repeat
-from kimi_recursive.report.summary_text import repeat_lines
 from kimi_recursive.training.arms import ARMS, SINGLE_PASS
 from kimi_recursive.training.budget import cumulative_training_flops, steps_for_flops
 from kimi_recursive.training.objective import DraftRepair

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -146,7 +147,7 @@ def test_runs_without_success_are_trained_again_the_others_are_not(copied):
     (two / "logs/train_summary.json").write_text(json.dumps(failed))
     assert copied.snakemake("summarize_track_b").returncode == 0
     text = copied.path(f"{FOLDER}/summary.txt").read_text()
-    assert "parse_error" in text and "failed, x" in text
+    assert "parse_error" in text and re.search("failed +x$", text, re.MULTILINE)
     done = track_b(copied, "--configfile", "tiny.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("run  ") == 2 and done.stderr.count("skip ") == 1
@@ -352,5 +353,6 @@ def test_it_is_part_of_all_and_of_the_summary_alone(copied):
     assert {"train_student", "train_phase"} <= set(copied.planned("all"))
     done = copied.snakemake("summarize_track_b")
     assert done.returncode == 0
-    assert "missing_logs, not started" in copied.path(f"{FOLDER}/summary.txt").read_text()
+    text = copied.path(f"{FOLDER}/summary.txt").read_text()
+    assert re.search("missing_logs +not started", text)
     assert not copied.path(f"{FOLDER}/students").exists()

@@ -43,7 +43,7 @@ def test_all_makes_what_the_readme_says(project):
     assert max(map(len, text.splitlines())) <= 100
     for row in rows:
         unchanged = row["best_step"] == "0"
-        assert (f"({row['name']}: no step was better on validation" in text) == unchanged
+        assert (f"{row['name']}: no step was better on validation" in text) == unchanged
     splits = [
         set(pl.read_parquet(project.path(f"results/corpus/{s}.parquet"))["document_id"])
         for s in ("train", "validation", "test")

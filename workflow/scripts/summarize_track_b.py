@@ -3,7 +3,7 @@ from kimi_recursive.matrix.job import job
 with job(snakemake):
     from kimi_recursive.layout import Layout
     from kimi_recursive.records.runs import record_runs
-    from kimi_recursive.track_b.report import summarize_track_b
+    from kimi_recursive.track_b.publish import summarize_track_b
 
     summarize_track_b(snakemake.params.track_b, Layout().root, **snakemake.output)
     record_runs(Layout().root)

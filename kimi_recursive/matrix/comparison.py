@@ -1,0 +1,123 @@
+"""One evaluation compared with another, as `verdicts.json` keeps it, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kimi_recursive.evaluation.bootstrap import Difference
+from kimi_recursive.tables import NAME, NUMBER, TEXT, VERDICT, Column, Table, interval, percent
+
+DIFFERENCE = (
+    Column("difference", NUMBER),
+    Column("95 % interval", NUMBER),
+    Column("verdict", VERDICT),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against a reference, over the seeds that both have.
+
+    Attributes:
+        arm: Stage of the evaluation.
+        reference: Stage of the other one, or "its own step T".
+        arm_step, reference_step: Inner steps that are compared.
+        difference: In nats per token, arm minus reference; None where they cannot be compared.
+        problem: Why they cannot.
+    """
+
+    arm: str
+    reference: str
+    arm_step: int
+    reference_step: int
+    seeds: Sequence[Any]
+    difference: Difference | None = None
+    problem: str = ""
+
+    @property
+    def verdict(self) -> str | None:
+        return self.difference and self.difference.verdict
+
+    @property
+    def percent(self) -> tuple[float, float, float]:
+        """Mean and bounds in percent of the reference's perplexity, where there is a difference."""
+        assert self.difference is not None
+        return self.difference.percent
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `verdicts.json`."""
+        found = {
+            "arm": self.arm,
+            "reference": self.reference,
+            "arm_step": self.arm_step,
+            "reference_step": self.reference_step,
+            "seeds": list(self.seeds),
+        }
+        if self.difference is None:
+            return found | {"verdict": None, "problem": self.problem}
+        d = self.difference
+        return found | {
+            "num_documents": d.num_documents,
+            "nats_per_token": [d.mean, d.low, d.high],
+            "perplexity_percent": list(d.percent),
+            "verdict": d.verdict,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Comparison:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError: the entry lacks a key.
+        """
+        difference = None
+        if entry["verdict"] is not None:
+            mean, low, high = entry["nats_per_token"]
+            difference = Difference(mean, low, high, entry["num_documents"], len(entry["seeds"]))
+        return cls(
+            arm=entry["arm"],
+            reference=entry["reference"],
+            arm_step=entry["arm_step"],
+            reference_step=entry["reference_step"],
+            seeds=entry["seeds"],
+            difference=difference,
+            problem=entry.get("problem", ""),
+        )
+
+
+def difference_cells(comparison: Comparison | None) -> list[str | None]:
+    """Cells of the columns `DIFFERENCE`, in percent of the reference's perplexity."""
+    if comparison is None:
+        return [None] * 3
+    if comparison.difference is None:
+        return [None, None, "damaged"]
+    mean, low, high = comparison.percent
+    return [percent(mean), interval(low, high), comparison.verdict]
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Each arm against each of its references: the table that answers whether recursion helps."""
+    rows = [
+        [c.arm, c.reference, ", ".join(map(str, c.seeds)), *difference_cells(c)]
+        for c in comparisons
+    ]
+    columns = [Column("arm", NAME), Column("against", NAME), Column("seeds", TEXT), *DIFFERENCE]
+    notes = [f"{c.reference}: {c.problem}" for c in comparisons if c.problem]
+    compared = [c for c in comparisons if c.difference]
+    if compared and compared[0].difference:
+        steps = {c.arm: c.arm_step for c in compared}
+        if len(set(steps.values())) == 1:
+            where = f"inner step {compared[0].arm_step}"
+        else:
+            where = ", ".join(f"inner step {step} of {arm}" for arm, step in steps.items())
+        over = f"{compared[0].difference.num_documents} documents"
+        most = max(len(c.seeds) for c in compared)
+        over += (
+            f" and {most} seeds."
+            if most > 1
+            else ". With one seed, the intervals say nothing about the spread over seeds."
+        )
+        notes.append(f"Negative is better. At {where}. Paired bootstrap over {over}")
+    return Table("Perplexity of each arm against its references", columns, rows, notes)

@@ -1,0 +1,102 @@
+"""`summary.csv`, `summary.txt` and `verdicts.json`: the answers that the matrix gives so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kimi_recursive.files import write_json, write_text
+from kimi_recursive.layout import Layout
+from kimi_recursive.matrix.comparison import comparison_table
+from kimi_recursive.matrix.settings import Config
+from kimi_recursive.report.matrix_tables import (
+    cost_table,
+    efficiency_table,
+    problem_table,
+    step_table,
+)
+from kimi_recursive.report.summary import COLUMNS, Matrix, read_matrix
+from kimi_recursive.status import Status
+from kimi_recursive.tables import Table
+from kimi_recursive.text import fit
+
+
+def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
+    """Write the three summaries. An evaluation that has no result is a row that says so.
+
+    Returns: the rows of `summary.csv`.
+    """
+    matrix = read_matrix(config, layout)
+    text = summary_text(matrix, layout.root)
+    write_text(layout.table, Table.of_records(COLUMNS, matrix.rows).to_csv())
+    write_json(layout.verdicts, [pair.to_json() for pair in matrix.comparisons])
+    write_text(layout.text, text)
+    return matrix.rows
+
+
+def summary_text(matrix: Matrix, results: Path) -> str:
+    """`summary.txt`: the questions of the matrix, answered in lines of at most 100 characters."""
+    done = f"{len(matrix.done)} of {len(matrix.rows)}"
+    sections = [
+        [f"Kimi Recursive: {done} expected evaluations are there"],
+        ["Does zero-init preserve the base?", *zero_init_lines(matrix.proofs)],
+        ["Does recursion help?", comparison_table(matrix.comparisons).to_text()],
+        ["Is it efficient?", efficiency_table(matrix).to_text()],
+        ["Is it reproducible?", *repeat_lines(matrix.repeat)],
+        [cost_table(matrix).to_text()],
+        [step_table(matrix, results).to_text()],
+    ]
+    absent = [row for row in matrix.rows if row["status"] != Status.OK]
+    if absent:
+        table = problem_table([(row["name"], row["status"], row["detail"]) for row in absent])
+        sections.append([table.to_text()])
+    return "\n\n".join(map(fit, sections)) + "\n"
+
+
+def zero_init_lines(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[str]:
+    """Args:
+    proofs: By seed the proof, or None and what is wrong with its file.
+    """
+    lines = []
+    for seed, (proof, problem) in proofs.items():
+        if proof is None:
+            lines.append(f"Zero-init proof (seed {seed}): {problem or 'missing'}")
+            continue
+        checks = proof["checks"]
+        failed = [check for check in checks if not check["passed"]]
+        lines.append(
+            f"Zero-init proof (seed {seed}): {'PASSED' if proof['passed'] else 'FAILED'}, "
+            f"{len(checks) - len(failed)} of {len(checks)} checks"
+        )
+        lines.append(
+            f"  perplexity differs by {proof['perplexity_difference_percent']:.3g} %, "
+            f"logits of steps 1..{proof['inner_steps']} by {proof['max_logit_difference']:.3g}, "
+            f"generations {'identical' if proof['generations_identical'] else 'DIFFER'}"
+        )
+        lines += [f"  failed: {c['name']} = {c['value']:.6g}, must be {c['limit']}" for c in failed]
+    return lines
+
+
+def repeat_lines(repeat: tuple[dict[str, Any] | None, str] | None) -> list[str]:
+    """Args:
+    repeat: The comparison of the repeated run, or None and what is wrong with its file; None
+        where the config asks for no repeat.
+    """
+    if repeat is None:
+        return ["(not asked for: repeat is false)"]
+    found, problem = repeat
+    if found is None:
+        return [f"Repeated run: {problem or 'missing'}"]
+    if found["identical"]:
+        return [
+            f"{found['run']} trained and evaluated twice: weights, the log of all "
+            f"{found['num_steps']} steps and",
+            f"  the losses of {found['num_documents']} documents are identical, bit for bit",
+        ]
+    d = found["max_differences"]
+    return [
+        f"{found['run']} trained and evaluated twice DIFFERS: weights by {d['weights']:.3g}, "
+        f"training loss by",
+        f"  {d['training_loss']:.3g}, a document's summed loss by {d['document_loss']:.3g} nats",
+    ]
