@@ -153,7 +153,8 @@ class ChunkLoop(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the sidecar. The base's mode is its own: see invariant 6 in the docs."""
+        """Set the mode of the cells. The base keeps its mode: the gates of some released models
+        refuse training mode, and gradients flow through them in eval mode too."""
         self.training = mode
         for module in self.sidecar():
             module.train(mode)

@@ -229,7 +229,7 @@ class DraftRepair(nn.Module):
 def chunk_losses(
     wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft, trains_step_0: bool = False
 ) -> dict[str, Tensor]:
-    """The six losses of DESIGN.md section 3 over the inner steps 1..K, unweighted.
+    """The six losses over the inner steps 1..K, unweighted.
 
     * final: cross-entropy at step K on all targets.
     * masked: mean cross-entropy at steps 1..K-1 on editable targets (deep supervision), and at
