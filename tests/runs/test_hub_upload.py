@@ -232,13 +232,13 @@ def test_a_card_that_the_hub_refuses_leaves_no_repository(lab, hub, client):
     assert "license" in error_line(output) and "user/bad" not in hub.repos
 
 
-# ---- the README ---------------------------------------------------------------------------------
+# ---- the page on publishing ---------------------------------------------------------------------
 
 
 @pytest.mark.workflow
-def test_the_commands_of_the_readme_run(copy, hub, client):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Publish a model\n")[1].split("\n## ")[0]
+def test_the_commands_of_the_page_run(copy, hub, client):
+    page = (Path(__file__).parents[2] / "docs/publishing.md").read_text()
+    section = page.split("## Publish a model\n")[1].split("\n## ")[0]
     shell, code = re.search(r"```\n(.*?)```.*?```python\n(.*?)```", section, re.DOTALL).groups()
     commands = [c.split() for c in shell.replace("\\\n", " ").splitlines() if "upload" in c]
     assert len(commands) == 2 and "--dry-run" in commands[0]
