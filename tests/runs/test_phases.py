@@ -7,23 +7,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from models import LORA, make_base, make_wrapper, random_ids
-from runs import PHASE, same_run
+from models import make_base, make_wrapper, random_ids
+from runs import LORA, PHASE, SETTINGS, same_run
 from safetensors.torch import load_file
 
 from kimi_recursive import load_model_with_config
 from kimi_recursive.model.adapter import Adapter, lora_config
 from kimi_recursive.model.loading import load_base
 from kimi_recursive.training.phases import parameter_groups, train_phase
-
-SETTINGS = {
-    "a": PHASE,
-    "b": {**PHASE, "lr_lora": 3e-3, "lora": LORA, "scheduled_sampling": 0.5},
-    "c": {
-        **PHASE, "lr_lora": 1e-3, "scheduled_sampling": 0.5, "lr_layers": 1e-3,
-        "unfreeze_every": 4, "l2_pull": 0.1,
-    },
-}  # fmt: skip
 
 
 def train(folder, phase, parent, tokens, arm="recursive", overrides=None, changes=None, **options):

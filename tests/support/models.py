@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from runs import LORA
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -94,9 +95,6 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
     for weight in weights:
         weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * std)
     return wrapper
-
-
-LORA = {"rank": 2, "alpha": 4, "targets": "all-linear"}
 
 
 def adapted(base, layers=(), std=0.3, **config):
