@@ -1,9 +1,11 @@
 # make all      environment, then the whole matrix      (CORES=8 CONFIG=config/other.yaml GPUS=1)
-# make test     environment, then the tests
+# make check    lint and the fast tests, under a minute: for every commit
+# make test     environment, then all tests but those below
 # make test-slow   training killed a hundred times, minutes
 # make test-slurm  the matrix on a private Slurm, minutes; installs Slurm where it may (Debian, root)
+# make mutants  break the code on purpose, one line at a time: do the tests notice?
 # make env      the environment alone, in .venv
-# make lint     ruff, snakefmt, snakemake --lint
+# make lint     ruff, snakefmt, snakemake --lint, import contracts, types
 # make summarize   results/summary.* from what is there, without training
 # make report   results/report.html from what is there, without training
 # make unlock   after a kill -9 or a power loss: remove the lock that Snakemake left
@@ -18,18 +20,29 @@ SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(C
 	$(if $(GPUS),--resources gpu=$(GPUS))
 SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 
-.PHONY: all test test-slow test-slurm env lint dry-run summarize report unlock clean config
+.PHONY: all check test test-fast test-slow test-slurm mutants env lint dry-run summarize report unlock clean config
 
 all: env config
 	$(SNAKEMAKE) all
 	@cat results/summary.txt
 	@! test -f results/track_b/summary.txt || { echo; cat results/track_b/summary.txt; }
 
+# Lint and tests side by side, for two cores.
+check: env
+	$(MAKE) --jobs 2 lint test-fast
+
+test-fast: env
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		-m 'not slow and not other_bases' tests/unit tests/model
+
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow -s tests/slow
+
+mutants: env
+	$(BIN)/python tests/mutants.py --jobs $(CORES)
 
 test-slurm: $(VENV)/.slurm
 	$(BIN)/python -m pytest -m slurm tests/slurm
@@ -61,6 +74,8 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
 
 dry-run: env config
 	$(SNAKEMAKE) --dry-run all

@@ -15,7 +15,9 @@ LONGEST_FIRST = [
 ]  # fmt: skip
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     """Files that take longest first, so that no process is left alone with one at the end."""
+    if not hasattr(config, "workerinput"):  # one process: in the order that was asked for
+        return
     order = {name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from models import LORA, adapted, make_base, make_wrapper, random_ids
+from models import adapted, make_base, make_wrapper, random_ids
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from runs import LORA
 
 from kimi_recursive import load_model_with_config
 from kimi_recursive.kimi.kda import install_fast_kda

@@ -14,37 +14,37 @@ from kimi_recursive import RecursiveConfig, load_model_with_config
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("commit", ["verified", "learned"])
-@pytest.mark.parametrize("prompt_length", [1, 5, 11])
+@pytest.mark.parametrize(
+    ("commit", "prompt_length"),
+    [("verified", 1), ("verified", 5), ("verified", 11), ("learned", 1), ("learned", 5)],
+)
 def test_untrained_generation_is_the_base_token_for_token(base, commit, prompt_length):
     wrapper = make_wrapper(base)
     for parameter in wrapper.boundary.parameters():
         parameter.normal_()
-    ids = random_ids(3, prompt_length)
+    ids, num_tokens = random_ids(2, prompt_length), 17  # into the third chunk
     expected = base.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=21, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
     )
-    assert torch.equal(wrapper.generate_chunks(ids, max_new_tokens=21, commit=commit), expected)
+    found = wrapper.generate_chunks(ids, max_new_tokens=num_tokens, commit=commit)
+    assert torch.equal(found, expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("commit", ["verified", "learned"])
 def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
     wrapper = perturb(make_wrapper(base), UNEVEN)
-    prompts = [random_ids(1, n, seed=n)[0] for n in (9, 4, 1)]
+    # Learned commits generate each row alone, so few tokens show what padding does.
+    num_tokens, lengths = (10, (9, 4, 1)) if commit == "verified" else (3, (4, 1))
+    prompts = [random_ids(1, n, seed=n)[0] for n in lengths]
     ids, mask = padded(prompts)
-    together = wrapper.generate_chunks(
-        ids, max_new_tokens=10, attention_mask=mask, commit=commit, eos_token_id=[]
-    )
+    options = {"max_new_tokens": num_tokens, "commit": commit, "eos_token_id": []}
+    together = wrapper.generate_chunks(ids, attention_mask=mask, **options)
     for prompt, row in zip(prompts, new_tokens(together, ids), strict=True):
-        alone = wrapper.generate_chunks(
-            prompt[None], max_new_tokens=10, commit=commit, eos_token_id=[]
-        )
+        alone = wrapper.generate_chunks(prompt[None], **options)
         assert row == alone[0, len(prompt) :].tolist()
     ids = torch.stack([ids[i].roll(int(mask[i].sum())) for i in range(len(ids))])
-    on_the_right = wrapper.generate_chunks(
-        ids, max_new_tokens=10, attention_mask=mask.flip(1), commit=commit, eos_token_id=[]
-    )
+    on_the_right = wrapper.generate_chunks(ids, attention_mask=mask.flip(1), **options)
     assert new_tokens(on_the_right, ids) == new_tokens(together, ids)
 
 
@@ -54,14 +54,14 @@ def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
 def test_rows_end_at_eos_and_are_padded_behind_it(commit, at):
     base = make_base("llama")
     wrapper = make_wrapper(base)
-    ids = random_ids(3, 5)
-    free = wrapper.generate_chunks(ids, max_new_tokens=16, eos_token_id=[])[:, 5:]
+    ids = random_ids(2, 5)
+    free = wrapper.generate_chunks(ids, max_new_tokens=10, eos_token_id=[])[:, 5:]
     eos = int(free[0, at])
     stopped = wrapper.generate_chunks(
-        ids, max_new_tokens=16, eos_token_id=eos, pad_token_id=2, commit=commit
+        ids, max_new_tokens=10, eos_token_id=eos, pad_token_id=2, commit=commit
     )
     expected = base.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False,
         eos_token_id=eos, pad_token_id=2,
     )  # fmt: skip
     assert torch.equal(stopped, expected)
@@ -100,7 +100,7 @@ class Listener(BaseStreamer):
 
 @pytest.mark.parametrize("commit", ["verified", "learned"])
 def test_a_streamer_gets_the_prompt_then_each_round_then_the_end(commit):
-    wrapper = perturb(make_wrapper(make_base("kimi")))
+    wrapper = perturb(make_wrapper(make_base("llama")))
     ids, listener = random_ids(1, 5), Listener()
     output, stats = wrapper.generate_chunks(
         ids, max_new_tokens=19, eos_token_id=[], commit=commit, streamer=listener, return_stats=True
@@ -117,7 +117,7 @@ def test_a_streamer_gets_the_prompt_then_each_round_then_the_end(commit):
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [-100.0, 100.0])
 def test_learned_commit_never_deadlocks(bias):
-    wrapper = perturb(make_wrapper(make_base("kimi")))
+    wrapper = perturb(make_wrapper(make_base("llama")))
     wrapper.boundary.commit.bias.fill_(bias)
     wrapper.boundary.length.bias[0] = 1e4  # predicts length 0
     output, stats = wrapper.generate_chunks(
@@ -129,7 +129,7 @@ def test_learned_commit_never_deadlocks(bias):
 @torch.no_grad()
 def test_learned_commit_stops_and_commits_by_the_thresholds_of_the_config():
     def run(p_commit, **thresholds):
-        wrapper = perturb(make_wrapper(make_base("kimi"), **thresholds), 0.3)
+        wrapper = perturb(make_wrapper(make_base("llama"), **thresholds), 0.3)
         wrapper.boundary.commit.weight.zero_()
         wrapper.boundary.commit.bias.fill_(torch.tensor(p_commit).logit())
         wrapper.boundary.length.weight.zero_()

@@ -180,13 +180,12 @@ def test_the_objective_is_a_pure_function_of_seed_and_step_and_the_weighted_sum(
 
 def test_chunks_are_drawn_from_the_whole_grid():
     wrapper = make_wrapper(make_base("llama"))
-    starts = set()
-    encode = wrapper.encode
-    wrapper.encode = lambda ids, *a: starts.add(ids.shape[1]) or encode(ids, *a)
-    objective = DraftRepair(wrapper, 10, 0.5, seed=0)
-    for step in range(30):
+    objective, encode, starts = DraftRepair(wrapper, 10, 0.5, seed=0), wrapper.encode, []
+    assert {objective.draw(32, step).start for step in range(30)} == {0, 8, 16, 24}
+    wrapper.encode = lambda ids, *a: starts.append(ids.shape[1]) or encode(ids, *a)
+    for step in range(3):
         objective(random_ids(1, 33), step)
-    assert starts == {0, 8, 16, 24}
+    assert starts == [objective.draw(32, step).start for step in range(3)] and max(starts) > 0
 
 
 # ---- with a base that trains -------------------------------------------------------------------

@@ -7,8 +7,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from models import LORA, make_base, make_wrapper, random_ids
-from runs import PHASE, same_run, train_into
+from models import make_base, make_wrapper, random_ids
+from runs import LORA, PHASE, SETTINGS, same_run, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive import load_model_with_config
@@ -17,15 +17,6 @@ from kimi_recursive.model.loading import load_base
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.settings import PhaseSettings
 from kimi_recursive.training.spec import LoadOptions
-
-SETTINGS = {
-    "a": PHASE,
-    "b": {**PHASE, "lr_lora": 3e-3, "lora": LORA, "scheduled_sampling": 0.5},
-    "c": {
-        **PHASE, "lr_lora": 1e-3, "scheduled_sampling": 0.5, "lr_layers": 1e-3,
-        "unfreeze_every": 4, "l2_pull": 0.1,
-    },
-}  # fmt: skip
 
 
 def train(folder, phase, parent, tokens, changes=None, **options):

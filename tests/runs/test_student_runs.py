@@ -85,8 +85,8 @@ def test_seeds_differ_and_the_same_seed_does_not(teacher, tmp_path):
     assert a["student_best.safetensors"] != c["student_best.safetensors"]
 
 
-@pytest.mark.parametrize("values", [V1, V2])
-@pytest.mark.parametrize("step", [1, 6, 10])
+# Before the first checkpoint, and between two.
+@pytest.mark.parametrize(("values", "step"), [(V1, 6), (V2, 1), (V2, 10)])
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     teacher, tmp_path, monkeypatch, values, step
 ):

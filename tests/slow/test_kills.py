@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from models import SMALL, make_base
-from runs import same_run, train_into
-from test_phases import SETTINGS
+from runs import SETTINGS, same_run, train_into
 
 from kimi_recursive.training.surgery import insert_cells
 
@@ -51,7 +50,9 @@ def prepare(root: Path) -> Path:
 
 
 def test_a_hundred_kills_change_nothing(tmp_path, tokens_dir):
-    CONTEXT.set_forkserver_preload(["conftest", "test_phases"])  # instead of what project.py needs
+    CONTEXT.set_forkserver_preload(
+        ["kimi_recursive.training.phases"]
+    )  # instead of what project.py needs
     straight = prepare(tmp_path / "straight")
     assert attempt(straight, tokens_dir, None)
     generator = random.Random(0)

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from runs import LORA
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -12,6 +13,7 @@ from transformers import (
 )
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
+from kimi_recursive.kimi.kda import install_fast_kda
 from kimi_recursive.model.adapter import Adapter, lora_config
 from kimi_recursive.model.loading import build_wrapper
 
@@ -77,8 +79,11 @@ SMALL = {
 
 
 def make_base(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with random weights, as loading leaves a base: with the fast KDA."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    base = AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    install_fast_kda(base)
+    return base
 
 
 def make_wrapper(base: PreTrainedModel, **changes) -> ChunkRefineWrapper:
@@ -94,9 +99,6 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
     for weight in weights:
         weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * std)
     return wrapper
-
-
-LORA = {"rank": 2, "alpha": 4, "targets": "all-linear"}
 
 
 def adapted(base, layers=(), std=0.3, **config):

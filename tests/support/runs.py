@@ -18,6 +18,15 @@ PHASE = {
     "own_draft_share": 0.5, "eval_interval": 3, "save_interval": 2, "log_interval": 2,
     "num_validation_windows": 4, "mixed_precision": "no",
 }  # fmt: skip
+LORA = {"rank": 2, "alpha": 4, "targets": "all-linear"}
+SETTINGS = {
+    "a": PHASE,
+    "b": {**PHASE, "lr_lora": 3e-3, "lora": LORA, "scheduled_sampling": 0.5},
+    "c": {
+        **PHASE, "lr_lora": 1e-3, "scheduled_sampling": 0.5, "lr_layers": 1e-3,
+        "unfreeze_every": 4, "l2_pull": 0.1,
+    },
+}  # fmt: skip
 
 
 def train_into(

@@ -5,8 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from kimi_recursive.track_b.sheet import parse_row
-from kimi_recursive.track_b.teacher import import_vectors
-from kimi_recursive.track_b.truth import find_neighbours
 
 TEACHER = {"kind": "vectors", "hub_id": None, "revision": None}
 V1 = {
@@ -34,6 +32,10 @@ def clustered_vectors(num: int = 400, dim: int = 24, seed: int = 0) -> np.ndarra
 
 def make_teacher(folder: Path, vectors: np.ndarray | None = None) -> Path:
     """`teacher/` and `neighbours.npz` in a folder: 300 training vectors, 50 and 50 queries."""
+    # Here, since tests of the sheet do without torch.
+    from kimi_recursive.track_b.teacher import import_vectors
+    from kimi_recursive.track_b.truth import find_neighbours
+
     np.save(folder / "vectors.npy", clustered_vectors() if vectors is None else vectors)
     settings = {**TEACHER, "path": str(folder / "vectors.npy")}
     import_vectors(settings, None, 50, 50, 0, folder / "teacher")

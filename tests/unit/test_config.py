@@ -164,6 +164,7 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ("training.a.context_length", 100, "must be a multiple of recursive.chunk_width (64)"),
         ("base.architecture.num_experts", 1, "num_experts_per_token must be at most num_experts"),
         ("corpus.test", 0.95, "validation and test together must be below 1"),
+        ("evaluation.batch_size", 0, "evaluation.batch_size: must be at least 1, got 0"),
         ("evaluation.batch_size", "16", "must be of type integer, got '16'"),
         ("evaluation.batch_size", 16.0, "must be of type integer, got 16.0"),
         ("training.a.warmup_steps", 121, "training.a.warmup_steps: must be at most num_steps"),
@@ -203,6 +204,14 @@ def test_every_unknown_recursive_key_is_named(settings):
     settings["recursive"] |= {"chunk_widht": 1, "dstate": 2}
     lines = errors_of(settings)
     assert len(lines) == 2 and all(line.startswith("recursive: unknown key") for line in lines)
+
+
+def test_a_section_that_is_misspelt_and_a_folder_that_is_not_there(settings):
+    settings["trainng"] = {}
+    assert errors_of(settings) == ["config: unknown key 'trainng'; did you mean 'training'?"]
+    del settings["trainng"]
+    settings["base"] |= {"kind": "pretrained", "path": "no"}
+    assert errors_of(settings) == ["base.path: no such directory: no"]
 
 
 def test_a_hub_base_must_be_pinned(settings):

@@ -25,7 +25,7 @@ def by_sorting(queries, database, k, exclude=None):
 
 
 # Blocks and groups that do not divide the sizes, one block for all, groups no larger than k.
-@pytest.mark.parametrize("block, groups", [(37, 16), (64, 4), (128, 2), (4096, 16), (1, 16)])
+@pytest.mark.parametrize("block, groups", [(37, 16), (64, 4), (128, 2), (4096, 16), (3, 16)])
 @pytest.mark.parametrize("k", [1, 7, 30])
 def test_they_are_those_of_sorting_all_similarities(monkeypatch, block, groups, k):
     monkeypatch.setattr(neighbours, "BLOCK", block)

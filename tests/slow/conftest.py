@@ -1,0 +1,3 @@
+"""Trainings that are killed again and again."""
+
+from saved import tokens_dir  # noqa: F401

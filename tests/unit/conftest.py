@@ -1,0 +1,1 @@
+"""Functions without a model: nothing here may import torch, transformers or Snakemake."""
