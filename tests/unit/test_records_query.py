@@ -191,8 +191,11 @@ def test_validate_exits_with_one_when_something_is_wrong(tmp_path, monkeypatch, 
         (("query", "--above", "1"), "--above and --below need --metric"),
         (("query", "--where", "domain"), "--where: must be FIELD=VALUE"),
         (("query", "--format", "xml"), "--format: must be table or json"),
-        (("query", "--failed", "--status", "completed"), "either --failed or --status"),
-        (("best", "--metric", "mrr"), "no run that fits has a number in 'mrr'"),
+        (
+            ("query", "--failed", "--status", "completed"),
+            "--failed and --status exclude each other",
+        ),
+        (("best", "--metric", "mrr"), "no matching run has a number in 'mrr'"),
         (("compare", "--by", "hyperparameters.nonsense"), "no record has a field"),
     ],
 )

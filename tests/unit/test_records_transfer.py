@@ -47,7 +47,7 @@ def test_migration_maps_fields_and_keeps_the_original(old, monkeypatch, capsys):
     assert call(monkeypatch, *arguments, "--dry-run") == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["run_data"]["run_id"] == "a" and not new.exists()
-    assert "'gpu' of 1 records is not taken over" in shown.err
+    assert "field 'gpu' of 1 records is dropped" in shown.err
     assert call(monkeypatch, *arguments) == 0
     assert old.read_bytes() == before and validate(new) == (2, [])
     first, second = read_records(new)
@@ -113,7 +113,7 @@ def test_logs_are_merged_by_content(tmp_path, monkeypatch, capsys):
     ]
     there.write_text("\n".join(lines))
     assert call(monkeypatch, "log", "merge", there, "--into", here, "--dry-run") == 1
-    assert here.read_bytes() == mine and "2 would be added, 2 there already" in (
+    assert here.read_bytes() == mine and "2 would be added, 2 already in the log" in (
         capsys.readouterr().out
     )
     assert call(monkeypatch, "log", "merge", there, "--into", here) == 1
