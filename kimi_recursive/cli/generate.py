@@ -180,7 +180,9 @@ def _run(
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
     mask = (torch.arange(longest, device=ids.device) >= longest - lengths).long()
     options = {**shared, "attention_mask": mask, "pad_token_id": pad}
-    stats, started = None, time.perf_counter()
+    output: Any
+    stats: Any = None
+    started = time.perf_counter()
     if refined is not None:
         output, stats = wrapper.generate_chunks(ids, **options, **refined, return_stats=True)
     else:

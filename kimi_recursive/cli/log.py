@@ -311,9 +311,10 @@ def merge(
 
 
 def _parse_records(path: Path | None) -> list[dict[str, Any]]:
-    name = "standard input" if path in (None, Path("-")) else str(path)
+    file = None if path == Path("-") else path
+    name = str(file or "standard input")
     try:
-        text = sys.stdin.read() if name == "standard input" else path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
     except OSError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -70,11 +70,12 @@ def tokens_of(
 
     source = corpus[0] if len(corpus) == 1 else corpus
     settings = {"source": source, "validation": 0.1, "test": 0.1, "seed": 0}
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data.prepare_corpus(settings, folder / "corpus")
-        tokenizer = load_tokenizer(base_of(model_path), **options)
+        tokenizer = load_tokenizer(
+            base_of(model_path), revision=revision, trust_remote_code=trust_remote_code
+        )
         if tokenizer is None:
             raise ValueError(f"{model_path}: has no tokenizer; use --tokens-dir")
         tokenizer.save_pretrained(folder / "tokenizer")

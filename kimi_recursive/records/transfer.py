@@ -217,8 +217,9 @@ def _local(source: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / (source.rsplit("/", 1)[-1] or "log.jsonl")
         try:
-            with fsspec.open(source, "rb") as remote, open(path, "wb") as local:
-                shutil.copyfileobj(remote, local)  # type: ignore[reportArgumentType]
+            opened: Any = fsspec.open(source, "rb")
+            with opened as remote, open(path, "wb") as local:
+                shutil.copyfileobj(remote, local)
         except Exception as error:  # each file system of fsspec raises its own errors
             first = (str(error).splitlines() or [""])[0]
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The log of a run, and what became of it: its best and final scores, or what is wrong.
+"""The log of a run, and its status: best and final scores, or what is wrong.
 
 Status of a run:
 
@@ -8,33 +8,35 @@ Status of a run:
     no_eval       the log has no evaluation
     parse_error   the log cannot be read
     missing_logs  there is no log: not started, or killed before the first attempt ended
-
-The guide's `skipped` is none of them: the driver says `skip` of a run that is a success already.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from kimi_recursive.files import write_parquet, write_text
+from kimi_recursive.files import read_json_object, write_parquet, write_text
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 
-# From worst to best: an experiment has the worst status of its seeds.
+# From worst to best. The status of an experiment is the worst of its seeds.
 STATUSES = ("failed", "parse_error", "missing_logs", "no_eval", "incomplete", "success")
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Attributes:
-    best_recall: Highest `vs_teacher_recall@10` of all evaluations.
-    final_ndcg: `vs_teacher_ndcg@10` of the last one.
-    detail: What is wrong, in words; empty for a success.
-    summary: What `train_summary.json` holds.
+    """Status of one run, and its scores.
+
+    Attributes:
+        status: One of `STATUSES`.
+        best_recall: Highest `vs_teacher_recall@10` of all evaluations.
+        final_ndcg: `vs_teacher_ndcg@10` of the last evaluation.
+        detail: What is wrong, in words; empty for a success.
+        summary: Content of `train_summary.json`.
     """
 
     status: str
@@ -45,7 +47,7 @@ class RunStatus:
 
 
 def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
-    """Read a run: its log as parquet, else as JSON lines."""
+    """The status of a run, from its summary and its log."""
     logs = Path(run_dir) / "logs"
     summary = _read_summary(logs / "train_summary.json")
     if summary.get("status") == "failed":
@@ -61,15 +63,12 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     evaluations = table.drop_nulls(RECALL)
     if evaluations.is_empty():
         return RunStatus("no_eval", detail=f"no {RECALL}", summary=summary)
-    scores = {
-        "best_recall": evaluations[RECALL].max(),
-        "final_ndcg": evaluations[NDCG][-1],
-        "summary": summary,
-    }
     last = table["step"][-1]
+    status, detail = "success", ""
     if last != num_steps:
-        return RunStatus("incomplete", detail=f"step {last} of {num_steps}", **scores)
-    return RunStatus("success", **scores)
+        status, detail = "incomplete", f"step {last} of {num_steps}"
+    recall, ndcg = max(evaluations[RECALL].to_list()), evaluations[NDCG][-1]
+    return RunStatus(status, recall, ndcg, detail, summary)
 
 
 def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
@@ -80,13 +79,16 @@ def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
 
 
 def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
-    """The log of a run, from parquet, else from JSON lines; None when there is neither.
+    """The log of a run, from parquet, else from JSON lines; None if it has neither.
 
     Raises:
-        ValueError: none that is there can be read; what is wrong with each.
+        ValueError: no file can be read; the message says what is wrong with each.
     """
     errors = []
-    readers = {"train_logs.parquet": pl.read_parquet, "train_logs.jsonl": _read_json_lines}
+    readers = {
+        "train_logs.parquet": pl.read_parquet,
+        "train_logs.jsonl": partial(pl.read_ndjson, infer_schema_length=None),
+    }
     for name, read in readers.items():
         path = Path(run_dir) / "logs" / name
         if path.is_file():
@@ -99,12 +101,8 @@ def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
     return None
 
 
-def _read_json_lines(path: Path) -> pl.DataFrame:
-    return pl.read_ndjson(path, infer_schema_length=None)
-
-
 def _checked(table: pl.DataFrame) -> pl.DataFrame:
-    """A log with `step` and finite scores; the columns of scores are there, if only of nulls."""
+    """A log with `step` and finite scores; a missing column of scores is added, with nulls."""
     if table.is_empty():
         raise ValueError("empty")
     if "step" not in table.columns or not table["step"].dtype.is_integer():
@@ -119,7 +117,6 @@ def _checked(table: pl.DataFrame) -> pl.DataFrame:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}

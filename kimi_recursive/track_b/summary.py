@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -15,7 +15,7 @@ from kimi_recursive.evaluation.bootstrap import Difference, paired_bootstrap
 from kimi_recursive.files import read_parquet, write_csv, write_text
 from kimi_recursive.text import fit, label
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
-from kimi_recursive.track_b.sheet import Experiment
+from kimi_recursive.track_b.sheet import SheetRow
 from kimi_recursive.track_b.status import STATUSES, RunStatus, read_status
 
 COLUMNS = (
@@ -35,17 +35,17 @@ WORDS = {"helps": "beats SVD", "hurts": "loses to SVD", "not distinguishable": "
 
 @dataclass
 class Result:
-    """An experiment or a reference, with what is there of it.
+    """An experiment or a reference, with the results that exist.
 
     Attributes:
         runs: Status of each seed's run; empty for a reference.
         tables: `evaluation.parquet` of each seed that has one.
-        problems: What is wrong with those that are missing or damaged.
+        problems: What is wrong with missing or damaged ones.
     """
 
     name: str
     dim: int
-    experiment: Experiment | None = None
+    experiment: SheetRow | None = None
     runs: dict[int, RunStatus] = field(default_factory=dict)
     tables: list[pl.DataFrame] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -57,14 +57,14 @@ class Result:
 
     @property
     def recall(self) -> float | None:
-        """Best on the validation queries; mean over seeds, when all are there."""
+        """Best on the validation queries, mean over seeds; None unless all seeds succeeded."""
         if self.status != "success":
             return None
         return _mean([run.best_recall for run in self.runs.values()] or self.scores("validation"))
 
     @property
     def ndcg(self) -> float | None:
-        """The last of a run on the validation queries; mean over seeds, when all are there."""
+        """Last on the validation queries, mean over seeds; None unless all seeds succeeded."""
         if self.status != "success":
             return None
         found = [run.final_ndcg for run in self.runs.values()]
@@ -74,11 +74,11 @@ class Result:
         self, split: str, precision: str = "float32", metric: str = "recall@10"
     ) -> list[float]:
         """Mean over queries, for each seed."""
-        return [float(_part(t, split, precision)[metric].mean()) for t in self.tables]
+        return [cast(float, _part(t, split, precision)[metric].mean()) for t in self.tables]
 
 
 def read_results(
-    experiments: Sequence[Experiment], students_dir: Path, references_path: Path | None = None
+    experiments: Sequence[SheetRow], students_dir: Path, references_path: Path | None = None
 ) -> list[Result]:
     """Experiments in the order of the sheet, then the references; each with what is there."""
     results = []
@@ -186,7 +186,8 @@ def _rank(result: Result) -> float:
 
 
 def run_id(result: Result) -> str:
-    """The guide's id, with the time at which the first run began, where one has."""
+    """`SheetRow.run_id`, with the time at which the first run began, if one has begun."""
+    assert result.experiment is not None
     started = [run.summary.get("started_at") for run in result.runs.values()]
     first = min((time for time in started if time), default=None)
     stamp = first and f"_{first[:10].replace('-', '')}_{first[11:19].replace(':', '')}"
