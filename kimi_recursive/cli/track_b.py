@@ -152,53 +152,41 @@ def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _flag(name: str, help_text: str, *variables: str) -> Any:
-    envvar = list(variables) or None
-    return typer.Option(f"--{name}", help=help_text, envvar=envvar, show_default=False)
+def _flag(help_text: str, *variables: str) -> Any:
+    return typer.Option(help=help_text, envvar=list(variables) or None, show_default=False)
+
+
+Text = str | None  # the schema of the sheet checks it
 
 
 @app.command()
 def run(
+    context: typer.Context,
     enable: Annotated[
         bool, typer.Option(envvar="TRACK_B_ENABLE", help="If false, do nothing.")
     ] = True,
-    run_id: Annotated[str | None, _flag("run-id", "Folder in --output-dir.", "RUN_ID")] = None,
+    run_id: Annotated[Text, _flag("Name of the folder in --output-dir.", "RUN_ID")] = None,
     experiment: Annotated[
-        str | None, _flag("experiment", "Row of the sheet to start from. Default: core_20k_seed0.")
-    ] = None,
-    dim: Annotated[
-        str | None, _flag("dim", "Length of the student's vectors.", "TRACK_B_DIM")
-    ] = None,
-    k: Annotated[str | None, _flag("k", "Nearest rows that are positives.", "TRACK_B_K")] = None,
-    neg_m: Annotated[
-        str | None, _flag("neg-m", "Negatives from the queue.", "TRACK_B_NEG_M", "TRACK_B_M")
-    ] = None,
-    queue_size: Annotated[
-        str | None, _flag("queue-size", "Length of the queue.", "TRACK_B_QUEUE_SIZE")
-    ] = None,
-    tau: Annotated[str | None, _flag("tau", "Temperature.", "TRACK_B_TAU")] = None,
-    false_neg_mode: Annotated[
-        str | None, _flag("false-neg-mode", "threshold or none.", "TRACK_B_FALSE_NEG_MODE")
-    ] = None,
+        str, typer.Option(help="Row of the sheet to start from.")
+    ] = "core_20k_seed0",
+    dim: Annotated[Text, _flag("Length of the student's vectors.", "TRACK_B_DIM")] = None,
+    k: Annotated[Text, _flag("How many nearest rows are positives.", "TRACK_B_K")] = None,
+    neg_m: Annotated[Text, _flag("Negatives per step.", "TRACK_B_NEG_M", "TRACK_B_M")] = None,
+    queue_size: Annotated[Text, _flag("Length of the queue.", "TRACK_B_QUEUE_SIZE")] = None,
+    tau: Annotated[Text, _flag("Temperature.", "TRACK_B_TAU")] = None,
+    false_neg_mode: Annotated[Text, _flag("threshold or none.", "TRACK_B_FALSE_NEG_MODE")] = None,
     threshold: Annotated[
-        str | None,
-        _flag("threshold", "For false negatives.", "TRACK_B_FALSE_NEG_THRESHOLD"),
+        Text, _flag("Similarity of a false negative.", "TRACK_B_FALSE_NEG_THRESHOLD")
     ] = None,
-    steps: Annotated[str | None, _flag("steps", "Optimizer steps.", "STEPS")] = None,
-    seeds: Annotated[str | None, _flag("seeds", "Such as 0 or 0,1,2.", "SEEDS")] = None,
-    lr: Annotated[str | None, _flag("lr", "Peak learning rate.", "LR")] = None,
-    lr_schedule: Annotated[
-        str | None, _flag("lr-schedule", "cosine, linear or constant.", "LR_SCHEDULE")
-    ] = None,
-    warmup: Annotated[str | None, _flag("warmup", "Steps of warm-up.", "WARMUP_STEPS")] = None,
-    amp: Annotated[str | None, _flag("amp", "none or bf16.", "AMP")] = None,
-    batch_size: Annotated[str | None, _flag("batch-size", "Anchors a step.", "BATCH_SIZE")] = None,
-    save_every: Annotated[
-        str | None, _flag("save-every", "Steps between checkpoints.", "SAVE_EVERY")
-    ] = None,
-    eval_every: Annotated[
-        str | None, _flag("eval-every", "Steps between evaluations.", "EVAL_EVERY")
-    ] = None,
+    steps: Annotated[Text, _flag("Optimizer steps.", "STEPS")] = None,
+    seeds: Annotated[Text, _flag("Such as 0 or 0,1,2.", "SEEDS")] = None,
+    lr: Annotated[Text, _flag("Peak learning rate.", "LR")] = None,
+    lr_schedule: Annotated[Text, _flag("cosine, linear or constant.", "LR_SCHEDULE")] = None,
+    warmup: Annotated[Text, _flag("Warm-up steps.", "WARMUP_STEPS")] = None,
+    amp: Annotated[Text, _flag("none or bf16.", "AMP")] = None,
+    batch_size: Annotated[Text, _flag("Anchors per step.", "BATCH_SIZE")] = None,
+    save_every: Annotated[Text, _flag("Steps between checkpoints.", "SAVE_EVERY")] = None,
+    eval_every: Annotated[Text, _flag("Steps between evaluations.", "EVAL_EVERY")] = None,
     sheet: Annotated[Path, typer.Option(help="The sheet.")] = Path("config/track_b.tsv"),
     teacher_dir: Annotated[
         Path, typer.Option(help="Folder of the teacher's vectors, which `track-b` makes.")
@@ -210,12 +198,6 @@ def run(
     Hyperparameters come from a row of the sheet, with all its steps; flags and environment
     variables change them. An interrupted run resumes when the same command is given again.
     """
-    given = {
-        "steps": steps, "seeds": seeds, "dim": dim, "k": k, "neg_m": neg_m, "lr": lr,
-        "queue_size": queue_size, "tau": tau, "false_neg_mode": false_neg_mode, "amp": amp,
-        "threshold": threshold, "lr_schedule": lr_schedule, "warmup": warmup,
-        "batch_size": batch_size, "save_every": save_every, "eval_every": eval_every,
-    }  # fmt: skip
     if not enable:
         typer.echo("TRACK_B_ENABLE is false: nothing to do")
         return
@@ -226,9 +208,9 @@ def run(
     quiet_libraries()
     from kimi_recursive.track_b.by_hand import run_by_hand
 
-    changed = {name: value for name, value in given.items() if value is not None}
-    result, folder = run_by_hand(
-        sheet, experiment or "core_20k_seed0", changed, teacher_dir, output_dir, run_id
-    )
+    own = ("enable", "run_id", "experiment", "sheet", "teacher_dir", "output_dir")
+    given = {name: text for name, text in context.params.items() if name not in own}
+    changed = {name: text for name, text in given.items() if text is not None}
+    result, folder = run_by_hand(sheet, experiment, changed, teacher_dir, output_dir, run_id)
     typer.echo(f"vs_teacher_recall@10 {result.recall:.4f} (best on the validation queries)")
     typer.echo(f"wrote {folder}")

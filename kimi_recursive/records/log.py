@@ -45,12 +45,10 @@ class Appended:
 
     Attributes:
         num_appended: How many records it wrote.
-        skipped: Identities of the records that the log already had.
         repaired: How it repaired a last line that was cut off; empty if none was.
     """
 
     num_appended: int
-    skipped: tuple[str, ...] = ()
     repaired: str = ""
 
 
@@ -229,12 +227,12 @@ def append_records(
         done: set[tuple[str | None, bool]] = set()
         if exists and (skip_existing or refuse_existing):
             done = {run_state(record) for record in read_records(path)}
-        skipped = tuple(str(identity(record)) for record in new if run_state(record) in done)
-        if skipped and refuse_existing:
-            raise ValueError(f"{path}: already has run '{skipped[0]}'")
+        existing = [identity(record) for record in new if run_state(record) in done]
+        if existing and refuse_existing:
+            raise ValueError(f"{path}: already has run '{existing[0]}'")
         new = [record for record in new if run_state(record) not in done]
         _write(path, file, b"".join(_encode(record) for record in new))
-    return Appended(len(new), skipped, repaired)
+    return Appended(len(new), repaired)
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
