@@ -46,7 +46,7 @@ def main() -> int:
 
 def write_log(path: Path, num_records: int) -> None:
     """The guide's record, 1.7 kB of it, with a run id, domain, accuracy and fusion mode each."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
     from guide_records import TRAINING
 
     record = json.loads(json.dumps(TRAINING))

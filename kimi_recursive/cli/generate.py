@@ -1,4 +1,4 @@
-"""`kimi-recursive generate`: continue prompts with a refined model, and beside it with its base."""
+"""`kimi-recursive generate`: continue prompts with a refined model or its base."""
 
 from __future__ import annotations
 
@@ -27,36 +27,37 @@ MIN_COLUMN = 24  # characters of text in a column of --compare
 def generate(
     model: Annotated[
         str,
-        typer.Option(help="A directory with a saved sidecar or a Hub id of one; or a base alone."),
+        typer.Option(help="A sidecar (directory or Hub id), or a base alone."),
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="To continue; repeatable, then as one batch. Default: standard input."),
+        typer.Option(help="Text to continue; several become one batch. Default: standard input."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
     commit: Annotated[
         str | None,
         typer.Option(help="verified (exact) or learned (boundary head). Default: the model's."),
     ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(min=0, help="Inner steps of verified. Default: the model's.")
+        int | None,
+        typer.Option(min=0, help="Inner steps of --commit verified. Default: the model's."),
     ] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
-    temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Of --sample; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of --sample.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample, not greedy.")] = False,
+    temperature: Annotated[float, typer.Option(help="For --sample.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="For --sample; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="For --sample.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="For --sample.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the continuation; repeatable.")
     ] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Print text as it is committed; for one prompt.")
+        bool, typer.Option("--stream", help="Print tokens as they are committed; one prompt only.")
     ] = False,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Base and refined model side by side.")
+        bool, typer.Option("--compare", help="Show base and refined model side by side.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One object a prompt, with token ids.")
+        bool, typer.Option("--json", help="One object per prompt, with token ids.")
     ] = False,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -66,17 +67,17 @@ def generate(
 ) -> None:
     """Continue prompts; statistics go to standard error.
 
-    --compare shows the base's own generation beside the refined model's, and with --commit learned
-    the verified one, too: how far they agree, how fast each was.
+    --compare shows what the base generates beside what the refined model does, how many tokens
+    agree, and how fast each is. With --commit learned, verified generation is shown as well.
     """
     if commit not in (None, *COMMIT_MODES):
         raise ValueError(f"--commit: must be one of {', '.join(COMMIT_MODES)}, got '{commit}'")
     if stream + compare + as_json > 1:
-        raise ValueError("give one of --stream, --compare and --json")
+        raise ValueError("--stream, --compare and --json exclude each other")
     if not sample and (temperature, top_k, top_p, seed) != (1.0, 0, 1.0, None):
         raise ValueError("--temperature, --top-k, --top-p and --seed need --sample")
     if not prompt and sys.stdin.isatty():
-        raise ValueError("give --prompt, or a text on standard input")
+        raise ValueError("no prompt: use --prompt, or write one to standard input")
     prompts = prompt or [sys.stdin.read().rstrip("\n")]
     if stream and len(prompts) > 1:
         raise ValueError(f"--stream: takes one prompt, got {len(prompts)}")
@@ -84,19 +85,25 @@ def generate(
     from kimi_recursive.model.loading import load_model_with_config
     from kimi_recursive.model.placement import placed
 
-    options = {"dtype": dtype, "device": device, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
     options |= {"device_map": device_map, "trust_remote_code": trust_remote_code}
     wrapper, tokenizer, config = load_model_with_config(model, **placed(options))
     if tokenizer is None:
         raise ValueError(f"{model}: has no tokenizer")
     if not wrapper.active and (compare or commit is not None or num_steps is not None):
-        raise ValueError(f"--compare, --commit, --num-steps: {model} is a base without cells")
-    shared = {"max_new_tokens": max_new_tokens}
+        raise ValueError(
+            f"{model} is a base without cells: --compare, --commit and --num-steps need a sidecar"
+        )
+    shared: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if sample:
         shared |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     if stop:
         shared |= {"stop_strings": stop, "tokenizer": tokenizer}
-    refined = {"commit": commit or config.commit, "num_steps": num_steps, "seed": seed}
+    refined: dict[str, Any] = {
+        "commit": commit or config.commit,
+        "num_steps": num_steps,
+        "seed": seed,
+    }
     if compare:
         runs = {"base": _run(wrapper, tokenizer, prompts, shared, None, seed)}
         if refined["commit"] == "learned":
@@ -111,7 +118,7 @@ def generate(
             if name != "base":
                 other = "verified" if name == "learned" else "base"
                 same = agreement(run.tokens, runs[other].tokens)
-                typer.echo(f"  the first {same} tokens are those of {other}", err=True)
+                typer.echo(f"  the first {same} tokens equal those of {other}", err=True)
         return
     if stream:
         from transformers import TextStreamer
@@ -129,7 +136,7 @@ def generate(
 
 @dataclass
 class Run:
-    """Continuations of all prompts: texts, token ids, and what making them took."""
+    """Continuations of all prompts: texts, token ids, and the time that they took."""
 
     texts: list[str]
     tokens: list[list[int]]
@@ -158,7 +165,7 @@ def _run(
     refined: dict[str, Any] | None,
     seed: int | None = None,
 ) -> Run:
-    """Continue the prompts as one batch: with the loop, or without `refined` by the base itself."""
+    """Continue the prompts as one batch, with these options of the loop; None: the base alone."""
     import torch
 
     from kimi_recursive.evaluation.scores import prompt_ids
@@ -173,7 +180,9 @@ def _run(
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)[:, None]
     mask = (torch.arange(longest, device=ids.device) >= longest - lengths).long()
     options = {**shared, "attention_mask": mask, "pad_token_id": pad}
-    stats, started = None, time.perf_counter()
+    output: Any
+    stats: Any = None
+    started = time.perf_counter()
     if refined is not None:
         output, stats = wrapper.generate_chunks(ids, **options, **refined, return_stats=True)
     else:
@@ -191,7 +200,7 @@ def _run(
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> str:
-    """How many tokens from the start two runs have in common, summed over prompts: `n of m`."""
+    """`n of m`: n tokens, counted from the start of each prompt, are the same in both runs."""
     num_same = [
         sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
         for a, b in zip(ours, theirs, strict=True)
@@ -201,7 +210,7 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> str:
 
 
 def side_by_side(texts: dict[str, str], width: int | None = None) -> str:
-    """Columns with a heading; one below the other where the terminal is too narrow."""
+    """Texts as columns with a heading, or below one another in a narrow terminal."""
     width = width or shutil.get_terminal_size((100, 24)).columns
     column = (width - 3 * (len(texts) - 1)) // len(texts)
     if column < MIN_COLUMN:

@@ -1,4 +1,4 @@
-"""`kimi-recursive lm-eval`: the command of lm-evaluation-harness, which then knows our model."""
+"""`kimi-recursive lm-eval`: lm-evaluation-harness with the model `kimi_recursive` registered."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kimi_recursive.processes.logs import quiet_libraries
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness: its command, which then knows the model `kimi_recursive`.
+    """Run lm-evaluation-harness on a model of this package.
 
-    What follows `lm-eval` is passed on, behind `--model kimi_recursive` where no model is named;
-    `lm_eval run --help` lists what there is. Needs: pip install 'kimi-recursive[eval]'.
+    All arguments are passed on to `lm_eval run`, whose --help lists them. Without --model, the
+    model is `kimi_recursive`. Needs: pip install 'kimi-recursive[eval]'.
 
     \b
     kimi-recursive lm-eval --include_path examples/lm_eval --tasks sotu --batch_size 8
@@ -23,13 +23,13 @@ def lm_eval(context: typer.Context) -> None:
     --model_args, as key=value,key=value:
       path       a base, or a sidecar, which names its base: a folder or a Hub id
       num_steps  the inner step that scores and generates. Default: K. 0: the base in one
-                 plain pass, with the numbers of `--model hf --model_args pretrained=BASE`
-      commit     verified (default) or learned: how tasks that generate commit a draft
-      revision   of a Hub id; pin it
-      max_length, dtype, tokenizer, add_bos_token, ...: as of the harness's model hf
+                 plain pass; scores are those of `--model hf --model_args pretrained=BASE`
+      commit     verified (default) or learned: how generation commits a draft
+      revision   revision of a Hub id; pin it
+      max_length, dtype, tokenizer, add_bos_token, ...: as for the harness's model hf
 
-    Of a base in bfloat16, log-probabilities are summed in bfloat16, unless softmax_dtype=float32
-    is given; so does hf.
+    With a base in bfloat16, log-probabilities are summed in bfloat16, as in hf;
+    softmax_dtype=float32 sums them in float32.
     """
     quiet_libraries()
     from lm_eval._cli import HarnessCLI

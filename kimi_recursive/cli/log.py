@@ -1,4 +1,4 @@
-"""`kimi-recursive log`: the records of all runs."""
+"""`kimi-recursive log`: query, check and merge the records of all runs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="Query, check and merge the records of runs: baselines.jsonl and training_log.jsonl.\n\n"
-    "Fields are named as in the record (run_data.hyperparameters.seed) or in short "
+    "A field has its full name (run_data.hyperparameters.seed) or a short one "
     "(hyperparameters.seed, seed).",
 )
 DEFAULT_LOG = Path("experiments/training_log.jsonl")
 
-Log = Annotated[Path, typer.Argument(help="A log of JSON lines, of either kind.")]
-Domain = Annotated[str | None, typer.Option(help="Only this domain (of a baseline: experiment).")]
+Log = Annotated[Path, typer.Argument(help="A log of either kind.")]
+Domain = Annotated[
+    str | None, typer.Option(help="Only this domain (for baselines: this experiment).")
+]
 Type = Annotated[str | None, typer.Option("--type", help="Only this experiment type.")]
-Metric = Annotated[str | None, typer.Option(help="A number of the record.")]
-Where = Annotated[list[str] | None, typer.Option(help="FIELD=VALUE; repeatable, all have to hold.")]
+Metric = Annotated[str | None, typer.Option(help="A field that holds a number.")]
+Where = Annotated[list[str] | None, typer.Option(help="FIELD=VALUE; repeatable: all must hold.")]
 
 
 @app.command()
 def validate(
     logs: Annotated[list[Path], typer.Argument(help="One or more logs.")],
 ) -> None:
-    """Every malformed line, missing field, wrong type and duplicate run, with line numbers.
+    """List every malformed line, missing field, wrong type and duplicate run.
 
-    Exit code 1 when there is any.
+    Exit code 1 if there is a problem.
     """
     from kimi_recursive.records.log import validate
 
@@ -56,19 +58,20 @@ def append(
         typer.Option(help="A JSON object, or JSON lines; - for standard input (default)."),
     ] = None,
     experiment: Annotated[
-        Path | None, typer.Option(help="Instead: an experiment directory whose run has ended.")
+        Path | None, typer.Option(help="Instead: an experiment directory; its run must have ended.")
     ] = None,
 ) -> None:
-    """Check records and append them, all or none; a run that is there already is refused.
+    """Check records and append them, all or none. A run that the log already has is refused.
 
-    Safe beside other processes that append. What a crash left of a last line is moved to LOG.torn.
+    Several processes may append at the same time. A last line that a crash cut off is moved to
+    LOG.torn.
     """
     from kimi_recursive.records.log import append_records
     from kimi_recursive.records.runs import record_of_experiment
 
     if experiment is not None:
         if record is not None:
-            raise ValueError("give either --record or --experiment")
+            raise ValueError("--record and --experiment exclude each other")
         found = record_of_experiment(experiment)
         if found is None:
             raise ValueError(f"{experiment}: the run has not ended")
@@ -84,10 +87,10 @@ def append(
 def show(
     log: Log = DEFAULT_LOG,
     run_id: Annotated[
-        str | None, typer.Option("--id", help="Of the run. Default: the last record.")
+        str | None, typer.Option("--id", help="Run id. Default: the last record.")
     ] = None,
 ) -> None:
-    """The latest record, or those of one run, as indented JSON."""
+    """Print the latest record, or all records of one run, as indented JSON."""
     from kimi_recursive.records.kinds import identity
     from kimi_recursive.records.log import read_records
 
@@ -107,15 +110,15 @@ def query(
     failed: Annotated[bool, typer.Option("--failed", help="Short for --status failed.")] = False,
     type_: Type = None,
     metric: Metric = None,
-    above: Annotated[float | None, typer.Option(help="The metric is above it.")] = None,
-    below: Annotated[float | None, typer.Option(help="The metric is below it.")] = None,
+    above: Annotated[float | None, typer.Option(help="The metric exceeds this.")] = None,
+    below: Annotated[float | None, typer.Option(help="The metric is below this.")] = None,
     where: Where = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The last so many.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the last so many.")] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="table, or json: the records as they are, a line each.")
+        str, typer.Option("--format", help="table, or json: the records, one per line.")
     ] = "table",
 ) -> None:
-    """The records that fit, in the order of the log."""
+    """List the records that match, in the order of the log."""
     from kimi_recursive.records import query, table
 
     if format_ not in ("table", "json"):
@@ -123,7 +126,7 @@ def query(
     if (above is not None or below is not None) and metric is None:
         raise ValueError("--above and --below need --metric")
     if failed and status not in (None, "failed"):
-        raise ValueError("give either --failed or --status")
+        raise ValueError("--failed and --status exclude each other")
     shown = metric or query.default_metric(log)
     wanted = query.Filter(
         domain, "failed" if failed else status, type_, _where(where), metric, above, below
@@ -150,13 +153,12 @@ def best(
         bool | None,
         typer.Option(
             "--lowest/--highest",
-            help="Which way is better. Default: lowest for losses, perplexity, delta, error, "
-            "seconds.",
+            help="What is better. Default: lowest for losses, perplexity, delta, error, seconds.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="How many to show.")] = 1,
 ) -> None:
-    """The best run by a metric; runs that failed are left out."""
+    """Show the best run by a metric. Failed runs do not count."""
     from kimi_recursive.records import query
 
     metric = metric or query.default_metric(log)
@@ -165,7 +167,7 @@ def best(
     found = query.best(log, wanted, lowest)
     _warn(log, found.problems)
     if found.rows.is_empty():
-        raise ValueError(f"{log}: no run that fits has a number in '{metric}'")
+        raise ValueError(f"{log}: no matching run has a number in '{metric}'")
     typer.echo(f"{'lowest' if lowest else 'highest'} {metric} of {found.rows.height}", err=True)
     _print_runs(found.rows.head(top), metric)
 
@@ -174,14 +176,14 @@ def best(
 def compare(
     log: Log = DEFAULT_LOG,
     by: Annotated[
-        str, typer.Option(help="Any field, such as hyperparameters.fusion_mode, or status.")
+        str, typer.Option(help="Any field, such as hyperparameters.fusion_mode or status.")
     ] = "status",
     metric: Annotated[list[str] | None, typer.Option(help="A number; repeatable.")] = None,
     domain: Domain = None,
     type_: Type = None,
     where: Where = None,
 ) -> None:
-    """Runs grouped by a field: how many, mean, spread and best of each metric."""
+    """Group runs by a field: count, and mean, spread and best of each metric."""
     from kimi_recursive.records import query
 
     wanted = query.Filter(domain=domain, type=type_, where=_where(where))
@@ -192,9 +194,9 @@ def compare(
 @app.command()
 def report(
     log: Log = DEFAULT_LOG,
-    output: Annotated[Path, typer.Option(help="Markdown.")] = Path("experiment_report.md"),
+    output: Annotated[Path, typer.Option(help="A markdown file.")] = Path("experiment_report.md"),
 ) -> None:
-    """A table of all runs for each domain, as markdown."""
+    """Write a markdown table of all runs for each domain."""
     from kimi_recursive.files import write_text
     from kimi_recursive.records.log import kind_of_log, read_records
     from kimi_recursive.records.views import report_text
@@ -210,9 +212,9 @@ def plot(
     type_: Type = None,
     domain: Domain = None,
     where: Where = None,
-    output: Annotated[Path, typer.Option(help="PNG.")] = Path("progress.png"),
+    output: Annotated[Path, typer.Option(help="A PNG file.")] = Path("progress.png"),
 ) -> None:
-    """A metric over time, a line for each experiment type, and the best so far."""
+    """Plot a metric over time: a line for each experiment type, and the best so far."""
     from kimi_recursive.records import query, views
 
     metric = metric or query.default_metric(log)
@@ -225,14 +227,14 @@ def plot(
 def check(
     log: Log = DEFAULT_LOG,
     criteria: Annotated[
-        Path, typer.Option(help="YAML: criteria by experiment type; yours to edit.")
+        Path, typer.Option(help="YAML with criteria by experiment type; edit it as you like.")
     ] = Path("config/criteria.yaml"),
     type_: Type = None,
     run_id: Annotated[str | None, typer.Option("--id", help="Only this run.")] = None,
 ) -> None:
-    """Which runs meet the success criteria of their experiment type.
+    """Check runs against the success criteria of their experiment type.
 
-    Exit code 1 when a criterion fails. One that was not measured neither passes nor fails.
+    Exit code 1 if a criterion fails. A criterion that was not measured neither passes nor fails.
     """
     from kimi_recursive.records.criteria import FAILED, check_records, read_criteria
     from kimi_recursive.records.log import read_records
@@ -243,7 +245,7 @@ def check(
         if type_ in (None, found.type) and run_id in (None, found.run_id)
     ]
     if not checks:
-        raise ValueError(f"{log}: no run that has ended fits, of a type that {criteria} knows")
+        raise ValueError(f"{log}: no matching run has ended and is of a type in {criteria}")
     columns = ("run_id", "criterion", "result", "value", "wanted")
     _print_table(columns, 2, [[getattr(found, name) for name in columns] for found in checks])
     num_failed = sum(c.result == FAILED for c in checks)
@@ -254,29 +256,29 @@ def check(
 @app.command()
 def migrate(
     old: Annotated[Path, typer.Argument(help="Records of another format, as JSON lines.")],
-    mapping: Annotated[Path, typer.Option(help="YAML: the old field of each new one.")],
+    mapping: Annotated[Path, typer.Option(help="YAML that maps each new field to an old one.")],
     output: Annotated[
-        Path | None, typer.Option(help="The new log; must not be there. Default: dry run.")
+        Path | None, typer.Option(help="The new log, which must not exist. Default: dry run.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the first record, and write nothing.")
+        bool, typer.Option("--dry-run", help="Print the first record; write nothing.")
     ] = False,
 ) -> None:
-    """Turn a log of another format into one of ours; OLD is only read.
+    """Convert a log of another format. OLD is only read.
 
-    Either every record is valid, or nothing is written and every problem is listed.
+    If a record is not valid, all problems are listed and nothing is written.
     """
     from kimi_recursive.records.transfer import migrate, read_mapping
 
     target = None if dry_run else output
     records, left = migrate(old, read_mapping(mapping), target)
     for name, num in sorted(left.items()):
-        typer.echo(f"warning: '{name}' of {num} records is not taken over", err=True)
+        typer.echo(f"warning: field '{name}' of {num} records is dropped", err=True)
     if target is None:
         typer.echo(json.dumps(records[0], indent=2, ensure_ascii=False))
         typer.echo(f"dry run: {len(records)} records would be written", err=True)
     else:
-        typer.echo(f"wrote {target}: {len(records)} records; {old} is as it was")
+        typer.echo(f"wrote {target}: {len(records)} records; {old} is unchanged")
 
 
 @app.command()
@@ -284,34 +286,35 @@ def merge(
     sources: Annotated[
         list[str], typer.Argument(help="Logs: paths, or URLs that fsspec opens (s3://, https://).")
     ],
-    into: Annotated[Path, typer.Option(help="The log that gets what it has not.")] = DEFAULT_LOG,
+    into: Annotated[Path, typer.Option(help="The log that gets the new records.")] = DEFAULT_LOG,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing.")] = False,
 ) -> None:
-    """Bring logs of other machines together.
+    """Merge logs of other machines.
 
-    Records equal in content are one. Where a run has other content here and there, --into keeps its
-    own and the conflict is listed; exit code 1 then.
+    Records with the same content are merged into one. If a run differs between logs, --into keeps
+    its own record, the conflict is listed, and the exit code is 1.
     """
     from kimi_recursive.records.transfer import merge
 
     merged = merge(sources, into, dry_run)
     _say_repaired(into, merged.repaired)
     for problem in merged.problems:
-        typer.echo(f"warning: left out: {problem}", err=True)
+        typer.echo(f"warning: skipped: {problem}", err=True)
     for conflict in merged.conflicts:
         typer.echo(f"conflict: {conflict}")
     what = "would be added" if dry_run else "added"
     typer.echo(
-        f"{into}: {len(merged.new)} {what}, {merged.num_same} there already, "
+        f"{into}: {len(merged.new)} {what}, {merged.num_same} already in the log, "
         f"{len(merged.conflicts)} conflicts"
     )
     raise SystemExit(1 if merged.conflicts else 0)
 
 
 def _parse_records(path: Path | None) -> list[dict[str, Any]]:
-    name = "standard input" if path in (None, Path("-")) else str(path)
+    file = None if path == Path("-") else path
+    name = str(file or "standard input")
     try:
-        text = sys.stdin.read() if name == "standard input" else path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
     except OSError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -325,11 +328,11 @@ def _parse_records(path: Path | None) -> list[dict[str, Any]]:
             where = f"line {error.lineno} column {error.colno}"
             raise ValueError(f"{name}: is not JSON: {error.msg} at {where}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{name}: must hold JSON objects, not {type(record).__name__}")
+            raise ValueError(f"{name}: must contain JSON objects, not {type(record).__name__}")
         records.append(record)
         start = end + len(text[end:]) - len(text[end:].lstrip())
     if not records:
-        raise ValueError(f"{name}: holds no record")
+        raise ValueError(f"{name}: contains no record")
     return records
 
 

@@ -13,32 +13,32 @@ GIB = 2**30
 
 def plan(
     config: Annotated[
-        Path | None, typer.Option(help="Keys that differ from config/config.yaml.")
+        Path | None, typer.Option(help="YAML with the keys that differ from config/config.yaml.")
     ] = None,
-    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80.0,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of one GPU, in GiB.")] = 80.0,
     tflops: Annotated[
         float, typer.Option(help="Peak TFLOP/s of one GPU, dense, in the base's dtype.")
     ] = 989.0,
     mfu: Annotated[
-        float, typer.Option(help="Share of the peak that is reached. An assumption: measure yours.")
+        float, typer.Option(help="Share of the peak that is reached: an assumption, measure yours.")
     ] = 0.3,
     measure: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Also run 16 steps of each phase here, on random weights: tokens/s, time, and "
-            "what a process takes of this machine's own memory. Minutes; for a base that fits it.",
+            help="Also run 16 steps of each phase here, with random weights, and report tokens/s, "
+            "time and memory of the process. Takes minutes; the base must fit this machine.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Every number, in bytes and FLOPs.")] = (
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers, in bytes and FLOPs.")] = (
         False
     ),
 ) -> None:
-    """Parameters, memory, GPUs, tokens per second and disk of every phase, without weights.
+    """Estimate parameters, memory, GPUs, tokens per second and disk of every phase.
 
-    The real code runs on tensors without storage. Memory is that of tensors: libraries, text, and
-    what an allocator keeps come on top. GPUs: how many hold the model with its layers spread over
-    them (resources.device_map), one computing at a time.
+    The real code runs on tensors without storage, so no weights are needed. Memory counts tensors
+    only: libraries, text and the allocator's reserve come on top. GPUs is how many hold the model
+    when its layers are spread over them (resources.device_map); one computes at a time.
     """
     for name, value in {"--gpu-memory": gpu_memory, "--tflops": tflops, "--mfu": mfu}.items():
         if not 0 < value < float("inf"):

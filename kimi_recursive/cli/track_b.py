@@ -1,4 +1,4 @@
-"""`kimi-recursive track-b`: the experiments of the sheet through Snakemake, or one run by hand."""
+"""`kimi-recursive track-b`: run the experiments of the sheet with Snakemake, or one by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,33 +30,33 @@ JOB_FAILED = 1  # Snakemake's exit code
 def drive(
     context: typer.Context,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-d", help="Show what would run, and what is skipped.")
+        bool, typer.Option("--dry-run", "-d", help="Show what would run and what would not.")
     ] = False,
     quick: Annotated[
         bool,
-        typer.Option("--quick", "-q", help="10 steps for every run, into results/track_b_quick."),
+        typer.Option("--quick", "-q", help="Only 10 steps per run; into results/track_b_quick."),
     ] = False,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", "-f", help="Train all students again; the old ones are kept until then."
+            "--force", "-f", help="Train all students again; keep the old ones until that is done."
         ),
     ] = False,
-    cores: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    cores: Annotated[int, typer.Option(min=1, help="Runs at the same time, one thread each.")] = 2,
     configfile: Annotated[
-        Path | None, typer.Option(help="Keys that differ from config/config.yaml.")
+        Path | None, typer.Option(help="YAML with the keys that differ from config/config.yaml.")
     ] = None,
 ) -> None:
     """Run every experiment of the sheet that has not succeeded yet, then summarise.
 
-    A run whose log is missing, damaged, or ends early is trained again from its last checkpoint;
-    a failed one does not stop the others. Results: results/track_b/summary.txt. Exit code 2, and
-    one line for each, when all that failed are errors of the user.
+    A run whose log is missing, damaged or too short resumes from its last checkpoint. A run that
+    fails does not stop the others. Results: results/track_b/summary.txt. If all failures come from
+    invalid input, each is one line and the exit code is 2.
     """
     if context.invoked_subcommand is not None:
         return
     if not Path("Snakefile").is_file():
-        raise ValueError("no Snakefile here: run this in the folder of the checkout")
+        raise ValueError("no Snakefile here: run this command in the folder of the checkout")
     if configfile is not None and not configfile.is_file():
         raise ValueError(f"{configfile}: no such file (--configfile)")
     configs = [Path("config/config.yaml"), *([configfile] if configfile else [])]
@@ -78,14 +78,14 @@ def drive(
     aside = _set_aside(states) if force else None
     started = time.time()
     if code := _call(command):
-        errors, num_others = _failures(started)
+        errors, others = _failures(_states(track_b), started)
         _call([*snakemake, "--forcerun", "summarize_track_b", "--", "summarize_track_b"])
         if aside:
-            typer.echo(f"the students of before are in {aside}", err=True)
+            typer.echo(f"the previous students are in {aside}", err=True)
         for error in errors:
             typer.echo(f"error: {error}", err=True)
-        users_alone = code == JOB_FAILED and errors and not num_others
-        raise SystemExit(USER_ERROR_EXIT_CODE if users_alone else code)
+        only_users = code == JOB_FAILED and errors and not others
+        raise SystemExit(USER_ERROR_EXIT_CODE if only_users else code)
     if aside:
         shutil.rmtree(aside)
     summary = LAYOUT.track_b_summary(track_b["quick"])
@@ -95,30 +95,36 @@ def drive(
 def _call(command: list[str]) -> int:
     try:
         return subprocess.run(command).returncode
-    except KeyboardInterrupt:  # Snakemake got it too, and its jobs; they write a checkpoint
+    except KeyboardInterrupt:  # Snakemake and its jobs get it too, and write a checkpoint
         return 130
 
 
-def _failures(since: float) -> tuple[list[str], int]:
-    """What is wrong, each once, where jobs failed by an error of the user; how many failed
-    otherwise (a killed job logs nothing, so Snakemake's own log says how many failed).
+def _failures(states: Mapping[str, tuple[str, str]], since: float) -> tuple[list[str], bool]:
+    """What failed in the jobs whose logs were written since a time.
 
     Args:
-        since: Seconds since the epoch; older logs are left out.
+        states: Status and detail of every run, by key.
+        since: Seconds since the epoch.
+
+    Returns: the errors in the user's input, each once; whether a job failed for another reason. A
+        student that was killed logs no error: its status says that it has not succeeded.
     """
+    users: dict[str, None] = {}
+    others = False
+    for path in sorted(LAYOUT.logs.rglob("*.log")):
+        if path.stat().st_mtime < since:
+            continue
+        error, is_users = logged_error(path)
+        if is_users:
+            users[error] = None
+        else:
+            unfinished = path.parent.name == "train_student" and path.stem in states
+            others |= bool(error) or (unfinished and states[path.stem][0] != Status.OK.in_track_b)
+    return list(users), others
 
-    def recent(pattern: str) -> list[Path]:
-        return [p for p in sorted(Path().glob(pattern)) if p.stat().st_mtime >= since]
 
-    found = [logged_error(path) for path in recent(f"{LAYOUT.logs}/**/*.log")]
-    errors = [error for error, is_users in found if is_users]
-    logs = [path.read_text(encoding="utf-8") for path in recent(".snakemake/log/*.log")]
-    num_failed = sum(log.count("\nError in rule ") for log in logs)
-    return list(dict.fromkeys(errors)), num_failed - len(errors)
-
-
-def _set_aside(keys: Iterable[str]) -> Path:
-    """Move students to a folder of their own, so that they are trained from the start."""
+def _set_aside(keys: Collection[str]) -> Path:
+    """Move these students to another folder, so that they are trained from the start."""
     aside = LAYOUT.track_b.folder / time.strftime("students_before_%Y%m%d_%H%M%S")
     aside.mkdir(parents=True)
     for key in keys:
@@ -137,7 +143,7 @@ def _track_b_config(paths: list[Path]) -> dict[str, Any]:
 
 
 def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Status and detail of every run that the config asks for, by key."""
+    """Status and detail of every run of the config, by key."""
     from kimi_recursive.track_b.sheet import runs_of, select_experiments
     from kimi_recursive.track_b.status import read_status
 
@@ -148,82 +154,65 @@ def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _flag(name: str, help_text: str, *variables: str) -> Any:
-    envvar = list(variables) or None
-    return typer.Option(f"--{name}", help=help_text, envvar=envvar, show_default=False)
+def _flag(help_text: str, *variables: str) -> Any:
+    return typer.Option(help=help_text, envvar=list(variables) or None, show_default=False)
+
+
+Text = str | None  # the schema of the sheet checks it
 
 
 @app.command()
 def run(
+    context: typer.Context,
     enable: Annotated[
-        bool, typer.Option(envvar="TRACK_B_ENABLE", help="false: do nothing.")
+        bool, typer.Option(envvar="TRACK_B_ENABLE", help="If false, do nothing.")
     ] = True,
-    run_id: Annotated[str | None, _flag("run-id", "Folder under --output-dir.", "RUN_ID")] = None,
+    run_id: Annotated[Text, _flag("Name of the folder in --output-dir.", "RUN_ID")] = None,
     experiment: Annotated[
-        str | None, _flag("experiment", "Row of the sheet to start from; core_20k_seed0.")
-    ] = None,
-    dim: Annotated[
-        str | None, _flag("dim", "Length of the student's vectors.", "TRACK_B_DIM")
-    ] = None,
-    k: Annotated[str | None, _flag("k", "Nearest rows that are positives.", "TRACK_B_K")] = None,
-    neg_m: Annotated[
-        str | None, _flag("neg-m", "Negatives from the queue.", "TRACK_B_NEG_M", "TRACK_B_M")
-    ] = None,
-    queue_size: Annotated[
-        str | None, _flag("queue-size", "Places of the queue.", "TRACK_B_QUEUE_SIZE")
-    ] = None,
-    tau: Annotated[str | None, _flag("tau", "Temperature.", "TRACK_B_TAU")] = None,
-    false_neg_mode: Annotated[
-        str | None, _flag("false-neg-mode", "threshold or none.", "TRACK_B_FALSE_NEG_MODE")
-    ] = None,
+        str, typer.Option(help="Row of the sheet to start from.")
+    ] = "core_20k_seed0",
+    dim: Annotated[Text, _flag("Length of the student's vectors.", "TRACK_B_DIM")] = None,
+    k: Annotated[Text, _flag("How many nearest rows are positives.", "TRACK_B_K")] = None,
+    neg_m: Annotated[Text, _flag("Negatives per step.", "TRACK_B_NEG_M", "TRACK_B_M")] = None,
+    queue_size: Annotated[Text, _flag("Length of the queue.", "TRACK_B_QUEUE_SIZE")] = None,
+    tau: Annotated[Text, _flag("Temperature.", "TRACK_B_TAU")] = None,
+    false_neg_mode: Annotated[Text, _flag("threshold or none.", "TRACK_B_FALSE_NEG_MODE")] = None,
     threshold: Annotated[
-        str | None, _flag("threshold", "Of a false negative.", "TRACK_B_FALSE_NEG_THRESHOLD")
+        Text, _flag("Similarity of a false negative.", "TRACK_B_FALSE_NEG_THRESHOLD")
     ] = None,
-    steps: Annotated[str | None, _flag("steps", "Optimizer steps.", "STEPS")] = None,
-    seeds: Annotated[str | None, _flag("seeds", "Such as 0 or 0,1,2.", "SEEDS")] = None,
-    lr: Annotated[str | None, _flag("lr", "Peak learning rate.", "LR")] = None,
-    lr_schedule: Annotated[
-        str | None, _flag("lr-schedule", "cosine, linear or constant.", "LR_SCHEDULE")
-    ] = None,
-    warmup: Annotated[str | None, _flag("warmup", "Steps of warm-up.", "WARMUP_STEPS")] = None,
-    amp: Annotated[str | None, _flag("amp", "none or bf16.", "AMP")] = None,
-    batch_size: Annotated[str | None, _flag("batch-size", "Anchors a step.", "BATCH_SIZE")] = None,
-    save_every: Annotated[
-        str | None, _flag("save-every", "Steps between checkpoints.", "SAVE_EVERY")
-    ] = None,
-    eval_every: Annotated[
-        str | None, _flag("eval-every", "Steps between evaluations.", "EVAL_EVERY")
-    ] = None,
-    sheet: Annotated[Path, typer.Option(help="Experiments.")] = Path("config/track_b.tsv"),
+    steps: Annotated[Text, _flag("Optimizer steps.", "STEPS")] = None,
+    seeds: Annotated[Text, _flag("Such as 0 or 0,1,2.", "SEEDS")] = None,
+    lr: Annotated[Text, _flag("Peak learning rate.", "LR")] = None,
+    lr_schedule: Annotated[Text, _flag("cosine, linear or constant.", "LR_SCHEDULE")] = None,
+    warmup: Annotated[Text, _flag("Warm-up steps.", "WARMUP_STEPS")] = None,
+    amp: Annotated[Text, _flag("none or bf16.", "AMP")] = None,
+    batch_size: Annotated[Text, _flag("Anchors per step.", "BATCH_SIZE")] = None,
+    save_every: Annotated[Text, _flag("Steps between checkpoints.", "SAVE_EVERY")] = None,
+    eval_every: Annotated[Text, _flag("Steps between evaluations.", "EVAL_EVERY")] = None,
+    sheet: Annotated[Path, typer.Option(help="The sheet.")] = Path("config/track_b.tsv"),
     teacher_dir: Annotated[
-        Path, typer.Option(help="The teacher's vectors; made by `track-b` or `make all`.")
+        Path, typer.Option(help="Folder of the teacher's vectors, which `track-b` makes.")
     ] = LAYOUT.track_b.teacher,
-    output_dir: Annotated[Path, typer.Option(help="Where runs by hand are.")] = Path("runs"),
+    output_dir: Annotated[Path, typer.Option(help="Folder of all runs by hand.")] = Path("runs"),
 ) -> None:
     """Train one experiment by hand, into OUTPUT_DIR/RUN_ID.
 
-    Hyperparameters are those of a row of the sheet, at full length, but for what flags and
-    environment variables change. The same command again goes on where it was cut off.
+    Hyperparameters come from a row of the sheet, with all its steps; flags and environment
+    variables change them. An interrupted run resumes when the same command is given again.
     """
-    given = {
-        "steps": steps, "seeds": seeds, "dim": dim, "k": k, "neg_m": neg_m, "lr": lr,
-        "queue_size": queue_size, "tau": tau, "false_neg_mode": false_neg_mode, "amp": amp,
-        "threshold": threshold, "lr_schedule": lr_schedule, "warmup": warmup,
-        "batch_size": batch_size, "save_every": save_every, "eval_every": eval_every,
-    }  # fmt: skip
     if not enable:
         typer.echo("TRACK_B_ENABLE is false: nothing to do")
         return
     if run_id is not None and (run_id in ("", ".", "..") or Path(run_id).name != run_id):
         raise ValueError(f"RUN_ID: must be a plain folder name, got '{run_id}'")
     if not (teacher_dir / "vectors.npy").is_file():
-        raise ValueError(f"{teacher_dir}: no vectors.npy; run `kimi-recursive track-b` first")
+        raise ValueError(f"{teacher_dir}: has no vectors.npy; run `kimi-recursive track-b` first")
     quiet_libraries()
     from kimi_recursive.track_b.by_hand import run_by_hand
 
-    changed = {name: value for name, value in given.items() if value is not None}
-    result, folder = run_by_hand(
-        sheet, experiment or "core_20k_seed0", changed, teacher_dir, output_dir, run_id
-    )
+    own = ("enable", "run_id", "experiment", "sheet", "teacher_dir", "output_dir")
+    given = {name: text for name, text in context.params.items() if name not in own}
+    changed = {name: text for name, text in given.items() if text is not None}
+    result, folder = run_by_hand(sheet, experiment, changed, teacher_dir, output_dir, run_id)
     typer.echo(f"vs_teacher_recall@10 {result.recall:.4f} (best on the validation queries)")
     typer.echo(f"wrote {folder}")

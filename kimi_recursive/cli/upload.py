@@ -19,60 +19,62 @@ if TYPE_CHECKING:
 def upload(
     experiment_dir: Annotated[
         Path,
-        typer.Option(help="experiments/NAME, or results/runs/KEY/work of the workflow."),
+        typer.Option(help="experiments/NAME, or results/runs/KEY/work of a run of the workflow."),
     ],
-    hf_repo: Annotated[str, typer.Option(help="USER/NAME on the Hub; made when missing.")],
+    hf_repo: Annotated[str, typer.Option(help="USER/NAME on the Hub; created if missing.")],
     hf_token: Annotated[
         str | None,
         typer.Option(
-            help="Better is the environment variable HF_TOKEN, or `hf auth login`: what is on a "
-            "command line, other users of the machine can read in its process list.",
+            help="Prefer the environment variable HF_TOKEN, or `hf auth login`: other users of the "
+            "machine can read a command line in its process list.",
             show_default=False,
         ),
     ] = None,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is made.")
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, made when missing. Default: main.")
+        str | None, typer.Option(help="Branch; created if missing. Default: main.")
     ] = None,
     commit_message: Annotated[
-        str | None, typer.Option(help="Default: experiment and step.")
+        str | None, typer.Option(help="Default: the experiment and the step.")
     ] = None,
     results_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where evaluations of the experiment are (STAGE_results.json, also in eval/), and "
-            "verdicts.json. Default: that of the workflow, for one of its runs."
+            help="Folder with evaluations of the experiment (STAGE_results.json, also in eval/) "
+            "and verdicts.json. Default: for a run of the workflow, its results."
         ),
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(help="Hub id of the base, where the sidecar names a local folder."),
+        typer.Option(help="Hub id of the base, if the sidecar names a local folder."),
     ] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Of --base-model; pin it.")] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(help="Revision of --base-model; pin it.")
+    ] = None,
     include_base: Annotated[
         bool,
-        typer.Option("--include-base", help="Publish that local folder too, as base/."),
+        typer.Option("--include-base", help="Publish the base's local folder too, as base/."),
     ] = False,
     license: Annotated[
         str | None, typer.Option(help="For the model card, such as apache-2.0.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write the folder and list it; send nothing.")
+        bool, typer.Option("--dry-run", help="Write and list the folder; send nothing.")
     ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Of --dry-run. Default: EXPERIMENT_DIR/hub.")
+        Path | None, typer.Option(help="Folder for --dry-run. Default: EXPERIMENT_DIR/hub.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Also when the experiment is not completed.")
+        bool, typer.Option("--force", help="Publish an experiment that is not completed.")
     ] = False,
 ) -> None:
     """Publish the best checkpoint of an experiment on the Hugging Face Hub.
 
-    As safetensors, with its config, the experiment's metadata and notes, and a model card that
-    says what it scored and whether it helps. After an error the same command goes on, and does not
-    send again what is there. `load_model_with_config("USER/NAME")` loads the result.
+    The repository gets weights as safetensors, the config, the experiment's metadata and notes,
+    and a model card with the scores and the verdict. After an error, give the same command again:
+    it sends only what is missing. `load_model_with_config("USER/NAME")` loads the result.
     """
     if not sys.stderr.isatty():  # bars in a log bury the line that matters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -85,14 +87,18 @@ def upload(
     if base_model is not None:
         validate_repo_id(base_model)
     if output_dir is not None and not dry_run:
-        raise ValueError("--output-dir is where --dry-run writes; an upload keeps no folder")
+        raise ValueError("--output-dir needs --dry-run: an upload keeps no folder")
     token = (hf_token or get_token() or "").strip()
     if not dry_run and constants.HF_HUB_OFFLINE:
-        raise ValueError("HF_HUB_OFFLINE is set: nothing can be sent; --dry-run writes the folder")
+        raise ValueError(
+            "HF_HUB_OFFLINE is set, so nothing can be sent; --dry-run writes the folder"
+        )
     if not dry_run and not token:
-        raise ValueError("no token: set HF_TOKEN to one that may write (or run `hf auth login`)")
+        raise ValueError(
+            "no token: set HF_TOKEN to a token with write access, or run `hf auth login`"
+        )
     if not all(33 <= ord(character) < 127 for character in token):
-        raise ValueError("the token holds characters that no token has, such as a line break")
+        raise ValueError("the token has an invalid character, such as a line break")
 
     from kimi_recursive.hub import upload as hub
 
@@ -102,8 +108,8 @@ def upload(
 
     if base[0].name is None:
         typer.echo(
-            "note: the base is a folder here, and is not published; --include-base publishes it, "
-            "--base-model names it on the Hub",
+            "note: the base is a local folder and will not be published; publish it with "
+            "--include-base, or name its Hub id with --base-model",
             err=True,
         )
 
@@ -113,7 +119,7 @@ def upload(
     if dry_run:
         target = output_dir or experiment_dir / "hub"
         if target.exists() and not hub.is_gathered(target):
-            raise ValueError(f"{target}: is there and not of an earlier --dry-run; choose another")
+            raise ValueError(f"{target}: exists, but no --dry-run wrote it; choose another folder")
         with publishing(target) as folder:
             gather(folder)
         _list(target)

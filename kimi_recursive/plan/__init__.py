@@ -1,4 +1,4 @@
-"""What a matrix will need, before it is started."""
+"""Estimates what a matrix will need before it starts."""
 
 from kimi_recursive.doors import offer
 

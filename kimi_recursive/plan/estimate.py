@@ -1,7 +1,7 @@
-"""What a matrix will need, before any weight is loaded: parameters, memory, FLOPs, disk.
+"""Estimates the parameters, memory, FLOPs and disk of a matrix without loading weights.
 
-One evaluation and one optimizer step of each phase are run on fake tensors, which have shapes and
-no storage: every allocation of the real code is seen, and none is made.
+One evaluation and one optimizer step of each phase run on fake tensors, which have shapes but no
+storage: every allocation of the real code is counted, and none is made.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import Draw, build_objective
 from kimi_recursive.training.settings import Architecture, PhaseSettings
 
-USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and CUDA's
+USABLE = 0.9  # share of a GPU's memory; the allocator and CUDA need the rest
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors alive inside the block, real or fake; those of `known` tensors,
-    such as parameters, are left out.
+    """Counts the bytes of tensors, real or fake, that are alive inside the block, without `known`
+    tensors such as parameters.
 
     Attributes:
-        peak: The most bytes that were alive at once.
+        peak: The most bytes alive at once.
     """
 
     def __init__(self, known: Iterable[Tensor]):
@@ -72,15 +72,15 @@ class PeakMemory(TorchDispatchMode):
 
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of everything that the config's matrix runs, for the recursive arm.
+    """Sizes of all runs of the config's matrix, for the recursive arm.
 
     Args:
-        config: A valid config of the workflow. Of a base on the Hub only `config.json` is read:
-            `base.config_json` where that is given.
+        config: A valid config of the workflow. For a base on the Hub, only its `config.json` is
+            read, or `base.config_json` if the config has one.
 
-    Returns: `num_parameters` of base and sidecar, `dtype`, bytes of the `weights`, and `runs`: for
-        `evaluation` and each phase trainable parameters, bytes of weights, optimizer, `peak` (of
-        activations and gradients) and checkpoint, FLOPs and scored or trained tokens of a step.
+    Returns: `num_parameters` of base and sidecar, `dtype`, and `runs`: for `evaluation` and each
+        phase, the trainable parameters, the bytes of weights, optimizer, `peak` (activations and
+        gradients) and checkpoint, and the FLOPs and scored or trained tokens of one step.
 
     Raises:
         ValueError: the base's config cannot be read, or a phase does not fit the base.
@@ -107,13 +107,13 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gpus_needed(run: Mapping[str, Any], gpu_bytes: float) -> int:
-    """GPUs of that memory which hold a run, its layers spread over them."""
+    """How many GPUs of that memory hold a run when its layers are spread over them."""
     total = run["weight_bytes"] + run["optimizer_bytes"] + run["peak_bytes"]
     return math.ceil(total / (USABLE * gpu_bytes))
 
 
 class _Vocabulary:
-    """As much of a tokenizer as a config from scratch reads."""
+    """The part of a tokenizer that the config of a base from scratch needs."""
 
     bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
 
@@ -125,7 +125,7 @@ class _Vocabulary:
 
 
 def base_shape(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype]:
-    """Config and dtype of the base, without its weights; ValueError where it cannot be read."""
+    """Config and dtype of the base, without its weights; ValueError if it cannot be read."""
     base = config["base"]
     if base["kind"] == "scratch":
         vocabulary = _Vocabulary(config["tokenizer"]["vocab_size"])
@@ -139,8 +139,8 @@ def base_shape(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"base: the config of {where} cannot be read ({first}); give its config.json as "
-            "base.config_json"
+            f"base: the config of {where} cannot be read ({first}); set base.config_json to its "
+            "config.json"
         ) from error
     name = base["dtype"] if base["dtype"] != "auto" else found.dtype or torch.float32
     return found, name if isinstance(name, torch.dtype) else getattr(torch, name)
@@ -163,8 +163,8 @@ def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dic
 
 
 def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) -> dict[str, Any]:
-    """An optimizer step on the last chunk of its windows, which needs most; FLOPs are the mean over
-    all chunks, before which half as much text lies."""
+    """One optimizer step on the last chunk of its windows, which needs the most memory. FLOPs are
+    the mean over all chunks: on average half as much text precedes a chunk."""
     groups = parameter_groups(wrapper, phase, settings, seed=0)
     trainable = [p for members in groups.values() for p in members.values()]
     objective = build_objective(wrapper, settings.num_steps, settings, seed=0)
@@ -202,21 +202,21 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _few_blocks(q: Tensor, masks: Tensor, blocks: Any = kda._Scores.blocks) -> list[slice]:
-    """At most 8 blocks: the thousands that fit a cache at 48B take minutes to pass through."""
+    """At most 8 blocks: the thousands of cache-sized blocks of a 48B model take minutes."""
     step = max(blocks(q, masks)[0].stop, math.ceil(len(q) / 8))
     return [slice(start, start + step) for start in range(0, len(q), step)]
 
 
 @contextmanager
 def _fake(dtype: torch.dtype) -> Iterator[None]:
-    """Tensors without storage, and what in the code does not work on them taken out of the way."""
+    """Tensors have no storage inside the block; code that fails on them is replaced."""
     with ExitStack() as stack:
-        stack.callback(kda._plan.cache_clear)  # constants made in here are fake
+        stack.callback(kda._plan.cache_clear)  # constants cached in the block are fake
         stack.enter_context(mock.patch.object(kda._Scores, "blocks", _few_blocks))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # Moving to a device or thread is nothing here, and fails on a fake parameter.
+        # Moving a module changes nothing here, and fails on fake parameters.
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *_a, **_k: self))
-        if dtype != torch.bfloat16:  # the shape function of torch's grouped product knows bfloat16
+        if dtype != torch.bfloat16:  # torch's grouped product has fake tensors only in bfloat16
             never = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_a: False)
             stack.enter_context(never)
         yield

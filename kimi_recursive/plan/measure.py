@@ -1,7 +1,7 @@
-"""What the runs of a matrix take on this machine, from a few steps of each with random weights.
+"""Measures time and memory of a matrix on this machine, from a few steps with random weights.
 
-The workflow's own functions run on a base of the config's shapes and on random tokens, each phase
-in a process of its own, as in a job of the workflow.
+The workflow's own functions run on a base with the config's shapes and on random tokens, each phase
+in its own process, as in a job of the workflow.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kimi_recursive.training.spec import PhaseSpec, RunFiles
 from kimi_recursive.training.surgery import insert_cells
 
 NUM_STEPS = 16
-HALF = NUM_STEPS // 2  # after so many, and at the end, is a validation
+HALF = NUM_STEPS // 2  # a validation follows after so many steps, and another at the end
 
 
 def measure(config: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -41,21 +41,21 @@ def measure(config: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, 
     Args:
         planned: The `runs` of `plan`.
 
-    Returns: for `evaluation` and each phase `tokens_per_second` (scored; trained, with the
-        validations in between) and `resident_bytes`, the most that its process had in memory; of a
-        phase also `minutes`, of the whole run.
+    Returns: for `evaluation` and each phase, `tokens_per_second` (scored tokens; or trained ones,
+        with validations included) and `resident_bytes`, the most memory that the process had; for
+        a phase also `minutes`, the time of the whole run.
 
     Raises:
-        ValueError: the machine has not the memory.
+        ValueError: the machine does not have enough memory.
     """
     for name, run in planned.items():
         needed = run["weight_bytes"] + run["optimizer_bytes"] + run["peak_bytes"]
         free = get_max_memory()["cpu"]
         if needed > free:
             raise ValueError(
-                f"--measure: {name} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+                f"--measure: {name} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
             )
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as jobs of the workflow have it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in jobs of the workflow
     with tempfile.TemporaryDirectory(prefix="kimi-recursive-") as scratch:
         folder = Path(scratch)
         _alone(_make_inputs, config, folder)
@@ -67,14 +67,14 @@ def measure(config: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, 
 
 
 def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call in a fresh process."""
+    """Call a function in a new process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def _make_inputs(config: Mapping[str, Any], folder: Path) -> None:
-    """A base, a sidecar and tokens."""
+    """Write a base, a sidecar and tokens."""
     base_config, dtype = base_shape(config)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(base_config, dtype=dtype)
@@ -139,10 +139,10 @@ def _train(config: Mapping[str, Any], folder: Path, phase: str) -> dict[str, flo
 
 
 def predict(logs: pl.DataFrame, settings: Mapping[str, Any]) -> dict[str, float]:
-    """`tokens_per_second` and `minutes` of a whole run, from the log of the first `NUM_STEPS`."""
+    """`tokens_per_second` and `minutes` of a whole run, from the log of its first `NUM_STEPS`."""
     logs = logs.filter(pl.col("step") > 0)
     clock = np.concatenate([[0.0], logs["tokens"] / logs["tokens_per_second"]])
-    seconds = np.diff(clock)  # of each step; in that behind the validation is the validation
+    seconds = np.diff(clock)  # of each step; the step after a validation includes it
     step = float(np.delete(seconds, HALF).mean())
     validation = max(0.0, float(seconds[HALF]) - step)
     whole = settings["num_steps"] * (step + validation / settings["eval_interval"])
@@ -151,6 +151,6 @@ def predict(logs: pl.DataFrame, settings: Mapping[str, Any]) -> dict[str, float]
 
 
 def _resident() -> int:
-    """The most bytes that this process, alone, has had in memory; Linux."""
+    """The most bytes that this process has had in memory; Linux only."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])

@@ -1,4 +1,4 @@
-"""Does a run reach what its experiment type asks for? The criteria are in a YAML of the user."""
+"""Success criteria by experiment type, which the user writes in YAML, applied to runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 from kimi_recursive.files import read_yaml_mapping
 from kimi_recursive.records.kinds import find, get, identity, kind_of, number, parse_time
 
-# One of these in each criterion.
+# Each criterion has one of these.
 TESTS = ("above", "below", "equals", "above_best_of", "below_best_of", "decreasing")
 PASSED, FAILED, NOT_MEASURED = "passed", "failed", "not measured"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A criterion applied to a run: its value, what was wanted, and `passed`, `failed` or
-    `not measured`."""
+    """A criterion applied to a run. The result is `passed`, `failed` or `not measured`."""
 
     run_id: str
     type: str
@@ -33,7 +32,7 @@ def read_criteria(path: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Criteria by experiment type and name.
 
     Raises:
-        ValueError: no YAML mapping, or a criterion that is none; where, and what is allowed.
+        ValueError: the file is not a YAML mapping, or a criterion is not valid.
     """
     found = read_yaml_mapping(path)
     for type_, criteria in found.items():
@@ -66,10 +65,10 @@ def check_records(
     records: Sequence[Mapping[str, Any]],
     criteria: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> list[Check]:
-    """Apply the criteria of its type to every run that has ended; a failed run fails.
+    """Check every run that has ended against the criteria of its type; a failed run fails.
 
-    `above_best_of` and `below_best_of` are the best value that completed runs before this one have,
-    of those whose fields have the values given, and which agree with it in the fields under `same`.
+    `above_best_of` and `below_best_of` compare with the best value of earlier, completed runs. Only
+    runs count that have the given values, and that equal this run in the fields under `same`.
     """
     checks = []
     for record in records:
@@ -77,7 +76,7 @@ def check_records(
         type_, status = get(record, kind.type), get(record, kind.status)
         if type_ not in criteria or status == "running":
             continue
-        name = identity(record) or "without a name"
+        name = identity(record) or "unnamed"
         if status == "failed":
             error = find(record, "error_message")
             checks.append(Check(name, type_, "status", error, "completed", FAILED))
@@ -90,7 +89,7 @@ def check_records(
 def _apply(
     record: Mapping[str, Any], criterion: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> tuple[Any, str, str]:
-    """The value, what is wanted, and the result."""
+    """The value, what is wanted, and the result of one criterion."""
     field = criterion["field"]
     test = next(key for key in TESTS if key in criterion)
     limit = criterion[test]
@@ -124,7 +123,7 @@ def _earlier(
     same: Sequence[str],
     records: Sequence[Mapping[str, Any]],
 ) -> list[Mapping[str, Any]]:
-    """Completed runs before this one with these values."""
+    """Completed runs that ended before this one, with these values."""
 
     def time(of: Mapping[str, Any]) -> Any:
         try:

@@ -1,7 +1,7 @@
-"""The two kinds of record, their schemas, and what a record has to be.
+"""The two kinds of record, their schemas, and how a record is checked.
 
-`training_log.jsonl` holds a training run a line, `baselines.jsonl` an evaluation a line. The JSON
-Schemas in `schemas/` are the reference for every field.
+A line of `training_log.jsonl` is a training run, a line of `baselines.jsonl` an evaluation. The
+JSON Schemas in `schemas/` are the reference for every field.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ SCHEMAS = Path(__file__).parent / "schemas"
 
 @dataclass(frozen=True)
 class Kind:
-    """Attributes:
-    name: Stem of the schema and, by custom, of the log.
-    parts: Where a short field name is looked for, in this order.
-    run_id, domain, status, type: Dotted names of these fields; a baseline's domain is its
-        experiment.
-    times: Fields that hold a time.
+    """A kind of record.
+
+    Attributes:
+        name: Stem of the schema's file and, by convention, of the log.
+        parts: Prefixes that complete a short field name, in the order of the search.
+        run_id, domain, status, type: Dotted names of these fields. The domain of a baseline is its
+            experiment.
+        times: Fields that hold a time.
     """
 
     name: str
@@ -45,12 +47,12 @@ class Kind:
 
     @cached_property
     def fields(self) -> dict[str, bool]:
-        """Dotted names of the fields in the schema, and whether each is a number."""
+        """Dotted names of the schema's fields; True for a number."""
         return dict(_fields(self.schema, ""))
 
     @cached_property
     def validator(self) -> Any:
-        """Of the schema."""
+        """A validator of the schema."""
         return jsonschema_rs.validator_for(self.schema)
 
 
@@ -73,12 +75,12 @@ KINDS = {kind.name: kind for kind in (TRAINING_LOG, BASELINES)}
 
 
 def kind_of(record: Mapping[str, Any]) -> Kind:
-    """A record with `run_data` is a training run's, any other a baseline's."""
+    """The kind of a record: with `run_data` a training run, else a baseline."""
     return TRAINING_LOG if "run_data" in record else BASELINES
 
 
 def get(record: Any, field: str) -> Any:
-    """The value of a dotted field; None where it, or anything on the way to it, is missing."""
+    """The value of a dotted field; None if the field or one of its parents is missing."""
     for part in field.split("."):
         if not isinstance(record, dict):
             return None
@@ -87,29 +89,29 @@ def get(record: Any, field: str) -> Any:
 
 
 def find(record: Mapping[str, Any], name: str) -> Any:
-    """The value of a field by its short or dotted name; the first that is not null."""
+    """The value of a field by its short or dotted name: the first that is not null."""
     found = (get(record, part + name) for part in kind_of(record).parts)
     return next((value for value in found if value is not None), None)
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """The value as a float if it is a finite number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
 
 
 def parse_time(text: str) -> datetime:
-    """A time of a record; UTC where it names no zone.
+    """An ISO 8601 time in UTC; a time without a zone is UTC.
 
     Raises:
-        ValueError: there is no such time.
+        ValueError: the text is not a time.
     """
     time = datetime.fromisoformat(text)
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 def identity(record: Mapping[str, Any]) -> str | None:
-    """What makes a record one run's: the run id; of a baseline without one, its experiment, commit
+    """Names the run of a record: the run id, or for a baseline without one its experiment, commit
     and time."""
     kind = kind_of(record)
     run_id = get(record, kind.run_id)
@@ -119,10 +121,31 @@ def identity(record: Mapping[str, Any]) -> str | None:
     return None if run_id is None else str(run_id)
 
 
+def run_state(record: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Identity of a record's run, and whether the record says that it is still running."""
+    return identity(record), get(record, kind_of(record).status) == "running"
+
+
+def checked(
+    record: Mapping[str, Any], kind: Kind | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """A record as a log holds it (see `normalize`), and what is wrong with it, a line each.
+
+    Args:
+        kind: What the record has to be; by default its own kind.
+    """
+    try:
+        clean = normalize(record)
+        json.dumps(clean)
+        return clean, problems(clean, kind or kind_of(clean))
+    except (TypeError, ValueError) as error:
+        return dict(record), [str(error)]
+
+
 def problems(record: Mapping[str, Any], kind: Kind) -> list[str]:
-    """What the schema does not allow in a record, a line each; empty when it is valid."""
+    """A line for each thing that the schema does not allow in a record; empty if it is valid."""
     if kind_of(record) is not kind:
-        return [f"a record of {kind_of(record).name}, in a log of {kind.name}"]
+        return [f"a record of {kind_of(record).name} in a log of {kind.name}"]
     if not kind.validator.is_valid(record):
         return [_explain(error) for error in kind.validator.iter_errors(record)]
     found = []
@@ -137,10 +160,10 @@ def problems(record: Mapping[str, Any], kind: Kind) -> list[str]:
 
 
 def normalize(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy as it is written: as `without_nan`, and times in UTC.
+    """A copy as a log holds it: without NaN (see `without_nan`) and with times in UTC.
 
     Raises:
-        ValueError: a time that is none.
+        ValueError: a field is not a time.
     """
     clean = without_nan(record)
     for field in kind_of(clean).times:
@@ -155,7 +178,7 @@ def normalize(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with NaN and infinity as null, their dotted names under `non_finite`."""
+    """A copy with null for NaN and infinity; the field `non_finite` lists their dotted names."""
     bad: list[str] = []
     clean = _finite(dict(record), "", bad)
     if bad:

@@ -1,9 +1,10 @@
-"""Reading and appending JSON Lines logs that several processes write, and that a crash may tear."""
+"""Reading and appending logs of JSON lines, which several processes write and a crash may cut."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,15 +15,13 @@ from typing import Any, BinaryIO
 from kimi_recursive.records.kinds import (
     KINDS,
     Kind,
-    get,
+    checked,
     identity,
     kind_of,
-    normalize,
     problems,
+    run_state,
     without_nan,
 )
-
-MAX_LINE = 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Line:
     """A line of a log that is not blank.
 
     Attributes:
-        number: From 1, blank lines counted.
-        record: None where the line holds no JSON object.
-        problem: Why not; or that NaN or infinity, which JSON has not, stand in it.
+        number: Counted from 1; blank lines count.
+        record: None if the line is not a JSON object.
+        problem: Why not; or which fields hold NaN or infinity, which JSON does not have.
     """
 
     number: int
@@ -42,22 +41,22 @@ class Line:
 
 @dataclass(frozen=True)
 class Appended:
-    """Attributes:
-    num_appended: Records written.
-    skipped: Identities of those that were there already.
-    repaired: What was done about a torn last line; empty when there was none.
+    """What an append did.
+
+    Attributes:
+        num_appended: How many records it wrote.
+        repaired: How it repaired a last line that was cut off; empty if none was.
     """
 
     num_appended: int
-    skipped: tuple[str, ...] = ()
     repaired: str = ""
 
 
 def check_log(path: str | Path) -> Path:
-    """The path, if it is a text file with something in it.
+    """The path, if it is a text file that is not empty.
 
     Raises:
-        ValueError: it is missing, empty, no file, binary, or cannot be read.
+        ValueError: it is missing, empty, not a file, binary, or cannot be read.
     """
     path = Path(path)
     _check_regular(path)
@@ -83,28 +82,18 @@ def _check_regular(path: Path) -> None:
 
 
 def read_lines(path: str | Path) -> Iterator[Line]:
-    """Every line that is not blank, also those that hold no record.
+    """Every line that is not blank, with or without a record.
 
     Raises:
-        ValueError: as `check_log`.
+        ValueError: see `check_log`.
     """
-    for number, raw in raw_lines(check_log(path)):
-        if len(raw) > MAX_LINE:
-            yield Line(number, None, f"is longer than {MAX_LINE // 2**20} MiB")
-        else:
-            yield _parse(number, raw)
+    return (_parse(number, raw) for number, raw in raw_lines(check_log(path)))
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of every line that is not blank; the start of one that is too long."""
+    """Number and bytes of every line that is not blank."""
     with open(path, "rb") as file:
-        number = 0
-        while raw := file.readline(MAX_LINE + 1):
-            number += 1
-            rest = raw
-            while len(raw) > MAX_LINE and not rest.endswith(b"\n"):
-                if not (rest := file.readline(MAX_LINE)):
-                    break
+        for number, raw in enumerate(file, start=1):
             if not raw.isspace():
                 yield number, raw
 
@@ -115,12 +104,12 @@ def _parse(number: int, raw: bytes) -> Line:
     except UnicodeDecodeError as error:
         return Line(number, None, f"is not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
-        torn = "" if raw.endswith(b"\n") else ", and the line has no end: torn by a crash?"
+        torn = "" if raw.endswith(b"\n") else ", and the line has no end: cut off by a crash?"
         return Line(number, None, f"is not JSON: {error.msg} at column {error.colno}{torn}")
     except (RecursionError, ValueError) as error:  # nested too deeply, an integer of 5,000 digits
         return Line(number, None, f"is not JSON that can be read: {error}")
     if not isinstance(record, dict):
-        return Line(number, None, f"holds no JSON object, but {type(record).__name__}")
+        return Line(number, None, f"is not a JSON object, but {type(record).__name__}")
     if b"NaN" in raw or b"Infinity" in raw:
         clean = without_nan(record)
         names = sorted(set(clean.get("non_finite") or ()) - set(record.get("non_finite") or ()))
@@ -130,15 +119,15 @@ def _parse(number: int, raw: bytes) -> Line:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log; lines that hold none are left out.
+    """The records of a log, without the lines that hold none.
 
     Raises:
-        ValueError: as `check_log`, or no line holds a record.
+        ValueError: see `check_log`; or no line holds a record.
     """
     lines = list(read_lines(path))
     records = [line.record for line in lines if line.record is not None]
     if not records:
-        raise _no_log(path, lines)
+        raise _not_a_log(path, lines)
     return records
 
 
@@ -146,31 +135,30 @@ def kind_of_log(path: str | Path) -> Kind:
     """The kind of the first record.
 
     Raises:
-        ValueError: as `read_records`.
+        ValueError: see `read_records`.
     """
     lines = []
     for line in read_lines(path):
         if line.record is not None:
             return kind_of(line.record)
         lines = lines or [line]
-    raise _no_log(path, lines)
+    raise _not_a_log(path, lines)
 
 
-def _no_log(path: str | Path, lines: list[Line]) -> ValueError:
+def _not_a_log(path: str | Path, lines: list[Line]) -> ValueError:
     number, problem = (lines[0].number, lines[0].problem) if lines else (1, "is blank")
     return ValueError(f"{path}: is not a log: line {number} {problem}")
 
 
 def validate(path: str | Path) -> tuple[int, list[str]]:
-    """All that is wrong in a log: malformed lines, fields that the schema does not allow, run ids
-    that come twice.
+    """Check a log: malformed lines, fields that the schema does not allow, duplicate run ids.
 
-    A record `running` and one of how the run ended are no duplicates.
+    A record with status `running` and the record of how that run ended are not duplicates.
 
-    Returns: the number of records that can be read, and a line `line 7: ...` for each problem.
+    Returns: the number of readable records, and a line `line 7: ...` for each problem.
 
     Raises:
-        ValueError: as `check_log`.
+        ValueError: see `check_log`.
     """
     num_records, found = 0, []
     kind: Kind | None = None
@@ -184,9 +172,9 @@ def validate(path: str | Path) -> tuple[int, list[str]]:
         kind = kind or kind_of(line.record)
         errors = problems(line.record, kind)
         found += [f"line {line.number}: {error}" for error in errors]
-        if errors or get(line.record, kind.status) == "running":
+        name, running = run_state(line.record)
+        if errors or running:
             continue
-        name = identity(line.record)
         if name in ended:
             found.append(
                 f"line {line.number}: duplicate {kind.run_id} '{name}' (line {ended[name]})"
@@ -202,60 +190,49 @@ def append_records(
     skip_existing: bool = False,
     refuse_existing: bool = False,
 ) -> Appended:
-    """Append records, all or none, after checking them; safe with other processes that append.
+    """Check records and append them, all or none. Other processes may append at the same time.
 
-    NaN and infinity become null and are named under `non_finite`; times become UTC. The lock is on
-    the log itself; a torn last line that a crash left is moved to `<log>.torn`, one that only lacks
-    its line feed gets it.
+    NaN and infinity become null, and the field `non_finite` lists them; times become UTC. The lock
+    is on the log itself. A last line that a crash cut off is moved to `<log>.torn`; one that only
+    lacks its line feed gets it.
 
     Args:
-        path: Made when missing, with its folder.
-        skip_existing: Leave out records of runs that are there, as `identity` tells them; one that
-            says `running` and one of how the run ended are two.
+        path: The log; created if missing, with its folder.
+        skip_existing: Leave out records of runs that the log already has. A run that is running and
+            the same run when it has ended count as two.
         refuse_existing: Raise for them.
 
     Raises:
-        ValueError: a record is not valid, or of another kind than the log, or refused; the log
+        ValueError: a record is not valid, of another kind than the log, or refused; or the log
             cannot be written. Nothing is appended then.
     """
     path = Path(path)
-    checked = [_checked(record, number) for number, record in enumerate(records, start=1)]
-    kinds = {kind_of(record).name for record in checked}
+    new = []
+    for number, record in enumerate(records, start=1):
+        clean, errors = checked(record)
+        if errors:
+            raise ValueError(f"record {number}: {'; '.join(errors)}")
+        new.append(clean)
+    kinds = {kind_of(record).name for record in new}
     if len(kinds) > 1:
-        raise ValueError(f"records of {' and '.join(sorted(kinds))} belong in logs of their own")
-    if not checked:
+        raise ValueError(f"records of {' and '.join(sorted(kinds))} belong in separate logs")
+    if not new:
         return Appended(0)
     kind = KINDS[kinds.pop()]
     with _locked(path) as file:
         repaired = _repair(path, file)
-        there = bool(file.seek(0, os.SEEK_END))
-        if there and (found := kind_of_log(path)) is not kind:
+        exists = bool(file.seek(0, os.SEEK_END))
+        if exists and (found := kind_of_log(path)) is not kind:
             raise ValueError(f"{path}: is a log of {found.name}, not of {kind.name}")
-        done: set[Any] = set()
-        if there and (skip_existing or refuse_existing):
-            done = {_state(record) for record in read_records(path)}
-        skipped = tuple(str(identity(record)) for record in checked if _state(record) in done)
-        if skipped and refuse_existing:
-            raise ValueError(f"{path}: run '{skipped[0]}' is there already")
-        checked = [record for record in checked if _state(record) not in done]
-        _write(path, file, b"".join(_encode(record) for record in checked))
-    return Appended(len(checked), skipped, repaired)
-
-
-def _state(record: Mapping[str, Any]) -> tuple[str | None, bool]:
-    return identity(record), get(record, kind_of(record).status) == "running"
-
-
-def _checked(record: Mapping[str, Any], number: int) -> dict[str, Any]:
-    try:
-        clean = normalize(record)
-        _encode(clean)
-        errors = problems(clean, kind_of(clean))
-    except (TypeError, ValueError) as error:
-        errors = [str(error)]
-    if errors:
-        raise ValueError(f"record {number}: {'; '.join(errors)}")
-    return clean
+        done: set[tuple[str | None, bool]] = set()
+        if exists and (skip_existing or refuse_existing):
+            done = {run_state(record) for record in read_records(path)}
+        existing = [identity(record) for record in new if run_state(record) in done]
+        if existing and refuse_existing:
+            raise ValueError(f"{path}: already has run '{existing[0]}'")
+        new = [record for record in new if run_state(record) not in done]
+        _write(path, file, b"".join(_encode(record) for record in new))
+    return Appended(len(new), repaired)
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
@@ -271,7 +248,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
         while True:
             file = open(path, "a+b", buffering=0)  # noqa: SIM115
             fcntl.flock(file, fcntl.LOCK_EX)
-            try:  # another process may have put a new file in its place meanwhile
+            try:  # another process may have replaced the file while this one waited
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break
             except FileNotFoundError:
@@ -284,13 +261,17 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def _repair(path: Path, file: BinaryIO) -> str:
-    """Give the last line its line feed, or move what a crash left of it to `<log>.torn`."""
+    """Add the line feed that the last line lacks, or move a line that was cut off to `<log>.torn`.
+
+    Returns: what was done, in words; empty if nothing had to be.
+    """
     size = file.seek(0, os.SEEK_END)
     if not size or os.pread(file.fileno(), 1, size - 1) == b"\n":
         return ""
-    start = _start_of_last_line(file, size)
-    last = os.pread(file.fileno(), size - start, start)
-    if start or not last.startswith(b"{"):  # never mend what is no log
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.rfind(b"\n") + 1
+        last = data[start:]
+    if start or not last.startswith(b"{"):  # a file that is not a log stays as it is
         kind_of_log(path)
     try:
         whole = isinstance(json.loads(last), dict)
@@ -298,29 +279,18 @@ def _repair(path: Path, file: BinaryIO) -> str:
         whole = False
     if whole:
         _write(path, file, b"\n")
-        return "the last line had no line feed: added"
+        return "added the line feed that the last line lacked"
     torn = path.with_name(f"{path.name}.torn")
     with open(torn, "ab") as kept:
         kept.write(last + b"\n")
         kept.flush()
         os.fsync(kept.fileno())
     os.ftruncate(file.fileno(), start)
-    return f"the last line was torn ({len(last)} bytes): moved to {torn}"
-
-
-def _start_of_last_line(file: BinaryIO, size: int) -> int:
-    end, block = size, 2**16
-    while end:
-        start = max(0, end - block)
-        found = os.pread(file.fileno(), end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
+    return f"the last line was cut off ({len(last)} bytes): moved to {torn}"
 
 
 def _write(path: Path, file: BinaryIO, data: bytes) -> None:
-    """Append and sync; a disk that fills up on the way leaves the log as it was."""
+    """Append and sync. If the disk is full, the log stays as it was."""
     size = file.seek(0, os.SEEK_END)
     try:
         while data:

@@ -1,4 +1,4 @@
-"""Questions to a log: which runs, the best one, how they differ by a field."""
+"""Queries of a log: runs that match, the best run, runs grouped by a field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kimi_recursive.records.kinds import find, number
 from kimi_recursive.records.log import kind_of_log, read_lines
 from kimi_recursive.records.table import Table, read_table
 
-# The first that has a value is shown where none is asked for.
+# Shown by default: the first of these that has a value.
 DEFAULT_METRICS = {
     "training_log": ("best_val_accuracy", "best_val_loss"),
     "baselines": ("accuracy", "perplexity"),
@@ -23,12 +23,13 @@ LOWER_IS_BETTER = ("loss", "perplexity", "delta", "error", "seconds")
 
 @dataclass(frozen=True)
 class Filter:
-    """What a record has to be; None is anything.
+    """What a record must match; None matches all.
 
     Attributes:
-        domain: Of a baseline: its experiment.
-        where: Texts by field, dotted or short; a number or a flag as JSON has it (`true`).
-        metric: Must be there; with `above` and `below`, exclusive.
+        domain: For a baseline, its experiment.
+        where: Texts by dotted or short field; a number or a flag is written as in JSON (`true`).
+        metric: A number that the record must have.
+        above, below: Bounds of the metric, exclusive.
     """
 
     domain: str | None = None
@@ -43,13 +44,13 @@ class Filter:
 def select(
     path: str | Path, wanted: Filter, texts: Sequence[str] = (), numbers: Sequence[str] = ()
 ) -> Table:
-    """The records that a filter lets through, in the order of the log.
+    """The records that match, in the order of the log.
 
     Args:
-        texts, numbers: Further fields to read.
+        texts, numbers: More fields to read.
 
     Raises:
-        ValueError: no log, or an unknown field.
+        ValueError: the file is not a log, or a field is unknown.
     """
     where = dict(wanted.where or {})
     numbers = [*([wanted.metric] if wanted.metric else []), *numbers]
@@ -64,7 +65,7 @@ def select(
 
 
 def _is(name: str, value: str) -> pl.Expr:
-    """Whether a text column holds a value; 1e-4 is 0.0001."""
+    """Whether a text column equals a value, as a text or as a number: 1e-4 equals 0.0001."""
     same = pl.col(name) == value
     try:
         return same | (pl.col(name).cast(pl.Float64, strict=False) == float(value))
@@ -73,7 +74,7 @@ def _is(name: str, value: str) -> pl.Expr:
 
 
 def default_metric(path: str | Path) -> str:
-    """The first of its kind's default metrics that one of the first 1,000 records has."""
+    """The first default metric of the log's kind that one of the first 1,000 records has."""
     records = [line.record for line in islice(read_lines(path), 1000) if line.record]
     names = DEFAULT_METRICS[kind_of_log(path).name]
     has = (name for name in names if any(number(find(r, name)) is not None for r in records))
@@ -81,12 +82,12 @@ def default_metric(path: str | Path) -> str:
 
 
 def is_lower_better(metric: str) -> bool:
-    """Of losses and their like; by the field's name."""
+    """Whether a lower value is better, by the field's name: so for losses and the like."""
     return any(word in metric.rsplit(".", 1)[-1] for word in LOWER_IS_BETTER)
 
 
 def best(path: str | Path, wanted: Filter, lowest: bool) -> Table:
-    """The records of runs that did not fail, the best by `wanted.metric` first."""
+    """The matching runs that did not fail, the best by `wanted.metric` first."""
     table = select(path, wanted)
     assert wanted.metric is not None
     ended = table.rows.filter(pl.col("status").fill_null("") != "failed")
@@ -97,11 +98,11 @@ def best(path: str | Path, wanted: Filter, lowest: bool) -> Table:
 def compare(
     path: str | Path, by: str, metrics: Sequence[str], wanted: Filter = Filter()
 ) -> pl.DataFrame:
-    """Runs grouped by a field, for each metric.
+    """Statistics of each metric over the runs grouped by a field.
 
-    Returns: a row for each value of the field (`none` where a record lacks it) and metric: the
-        field, metric, num_runs, and over the runs that have the metric mean, std (of a sample),
-        best, and the run of the best.
+    Returns: a row for each value of the field (`none` for records without it) and metric. Columns:
+        the field, metric, num_runs, and of the runs that have the metric mean, std (of a sample),
+        best, and best run.
     """
     parts = []
     for metric in metrics:

@@ -1,7 +1,7 @@
-"""Records of what this project ran: from experiment directories, evaluations, and logs of failures.
+"""Records of this project's runs, from experiment directories, evaluations and job logs.
 
-A run is recorded once, when it has ended: the run id is its name and the time at which its last
-attempt began. One that was interrupted is recorded when it has been resumed and has ended.
+A run is recorded once, when it has ended. Its run id is its name and the time at which its last
+attempt began. An interrupted run is recorded when it has been resumed and has ended.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def record_runs(
     baselines: Path = BASELINES_PATH,
     training_log: Path = TRAINING_LOG_PATH,
 ) -> None:
-    """Append what lies in `results_dir` and is not in the logs yet; say what was appended.
+    """Append the runs in `results_dir` that the logs do not have yet, and print how many.
 
-    What cannot be read or written is said, and stops nothing: the results are complete without.
+    If a file cannot be read or written, a warning is printed: the results do not need the records.
     """
     layout = Layout(Path(results_dir))
     found = {
@@ -45,7 +45,7 @@ def record_runs(
         try:
             done = append_records(path, records, skip_existing=True)
         except ValueError as error:
-            print(f"warning: nothing is recorded: {error}", file=sys.stderr)
+            print(f"warning: nothing was recorded: {error}", file=sys.stderr)
             continue
         if done.repaired:
             print(f"warning: {path}: {done.repaired}", file=sys.stderr)
@@ -54,10 +54,10 @@ def record_runs(
 
 
 def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
-    """The training record of an experiment directory; None while the run has not ended.
+    """The training record of an experiment directory; None if the run has not ended.
 
     Raises:
-        ValueError: it holds no metadata that can be read.
+        ValueError: the directory has no readable metadata.
     """
     directory = Path(directory)
     meta = read_json_object(directory / METADATA_NAME)
@@ -108,7 +108,7 @@ def record_of_evaluation(path: str | Path) -> dict[str, Any]:
     """The baseline record of an evaluation's results file.
 
     Raises:
-        ValueError: it cannot be read, or lacks what every evaluation has.
+        ValueError: the file cannot be read, or lacks a key that every evaluation has.
     """
     path, found = Path(path), read_json_object(path)
     try:
@@ -171,7 +171,7 @@ def _or_warn(read: Any, path: Path) -> dict[str, Any] | None:
 
 
 def _failed_trainings(layout: Layout) -> Iterator[dict[str, Any]]:
-    """Jobs that ended in an error before the run began, or after its own record ended."""
+    """Jobs that ended in an error that the run's own metadata do not have."""
     places = [(layout.log("train_base"), layout.base.work)]
     places += [(log, layout.run(log.stem).work) for log in layout.logs_of("train_phase")]
     students = layout.logs_of("train_student")
@@ -242,7 +242,7 @@ def _evaluation_type(stage: str) -> str:
 
 
 def _dataset(paths: Mapping[str, str]) -> dict[str, Any]:
-    """Sizes of the data, as far as it is still there."""
+    """Paths of the data, and its sizes if the data still exists."""
     sizes: dict[str, Any] = {}
     try:
         if "teacher" in paths:

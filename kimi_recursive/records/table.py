@@ -1,11 +1,10 @@
-"""A log as a polars table: the fields that are asked for, a row a record."""
+"""A log as a polars table: a row for each record, a column for each field asked for."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,17 +13,19 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.records.kinds import Kind, get, number
-from kimi_recursive.records.log import MAX_LINE, check_log, kind_of_log, raw_lines, read_lines
+from kimi_recursive.records.log import check_log, kind_of_log, raw_lines, read_lines
 
-ROW = "record"  # which of the lines that are not blank, from 0
+ROW = "record"  # number of the line, from 0; blank lines do not count
 
 
 @dataclass(frozen=True)
 class Table:
-    """Attributes:
-    rows: One row for each record; a record `running` of a run that has a later one is left out.
-        Columns: `record`, and the fields by the names they were asked for.
-    problems: Lines that were left out or changed in reading, and why.
+    """Records, and what was wrong with the log.
+
+    Attributes:
+        rows: A row for each record, without records `running` of runs that have a later record.
+            Columns: `record`, and each field under the name by which it was asked for.
+        problems: Lines that were left out or changed, and why.
     """
 
     rows: pl.DataFrame
@@ -34,18 +35,18 @@ class Table:
 def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[str] = ()) -> Table:
     """Read run_id, domain, status, type and timestamp of every record, and the fields asked for.
 
-    A plain log is read by polars alone, of which only these fields become columns; one with damaged
-    lines or values of other types is read line by line, which is slower and takes what can be read.
+    Polars reads a log in one pass. If lines are damaged, or values have another type than the
+    schema says, the log is read line by line: slower, but all readable records are found.
 
     Args:
-        numbers: Fields to read as float64; null where there is no finite number.
-        texts: Fields to read as text; what is no text, as JSON.
-            A field is named as in the record (`run_data.best_val_loss`), or in short
-            (`best_val_loss`, `hyperparameters.seed`): see `Kind.parts`.
+        numbers: Fields to read as float64; null if the value is not a finite number.
+        texts: Fields to read as text; other values become JSON.
+            A field has its full name (`run_data.best_val_loss`) or a short one (`best_val_loss`,
+            `hyperparameters.seed`): see `Kind.parts`.
 
     Raises:
-        ValueError: no log; a field that no record has (the nearest one that there is); a field
-            asked for as number and as text.
+        ValueError: the file is not a log; no record has the field (the message names similar ones);
+            a field is asked for both as number and as text.
     """
     path = check_log(path)
     kind = kind_of_log(path)
@@ -54,14 +55,12 @@ def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[st
     numbers = list(dict.fromkeys(numbers))
     texts = [name for name in dict.fromkeys(texts) if name not in usual]
     if text := {*numbers} & {*texts, *usual}:
-        raise ValueError(f"'{text.pop()}' is asked for as a text, and cannot be a metric as well")
+        raise ValueError(f"'{text.pop()}' is asked for as text, so it cannot be a metric as well")
     wanted = {name: (name,) for name in usual.values()}
     wanted |= {name: _candidates(kind, name) for name in (*numbers, *texts)}
     columns = {field: pl.String for fields in wanted.values() for field in fields}
     columns |= {f: pl.Float64 for name in numbers for f in wanted[name] if kind.fields.get(f)}
     try:
-        if longest_line_exceeds(path, MAX_LINE):
-            raise pl.exceptions.ComputeError("a line that is too long")
         flat, problems = _read_plain(path, columns), []
     except pl.exceptions.PolarsError:
         flat, problems = _read_by_line(path, columns)
@@ -75,30 +74,15 @@ def read_table(path: str | Path, numbers: Sequence[str] = (), texts: Sequence[st
 
 
 def matching_lines(path: str | Path, rows: Sequence[int]) -> Iterator[str]:
-    """The lines of a log as they are, by the `record` numbers of its table."""
+    """The lines of a log, unchanged, by the `record` numbers of its table."""
     wanted = set(rows)
     for row, (_, raw) in enumerate(raw_lines(Path(path))):
         if row in wanted:
             yield raw.decode("utf-8-sig").rstrip("\r\n")
 
 
-def longest_line_exceeds(path: Path, limit: int) -> bool:
-    """Whether a line is longer than `limit` bytes, without reading all of the file."""
-    size = path.stat().st_size
-    if size <= limit:
-        return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = 0
-        while size - start > limit:
-            end = data.rfind(b"\n", start, start + limit + 1)
-            if end < 0:
-                return True
-            start = end + 1
-    return False
-
-
 def _candidates(kind: Kind, name: str) -> list[str]:
-    """What a short name can stand for: what the schema knows of it, else every place."""
+    """The fields that a short name may mean: those of the schema, else all possible ones."""
     fields = [part + name for part in kind.parts]
     return [field for field in fields if field in kind.fields] or fields
 
@@ -110,7 +94,7 @@ def _read_plain(path: Path, columns: Mapping[str, Any]) -> pl.DataFrame:
 
 
 def _nested(columns: Mapping[str, Any]) -> tuple[dict[str, Any], list[pl.Expr]]:
-    """The schema that holds these dotted fields, and what takes them out of it."""
+    """A polars schema with these dotted fields, and an expression that extracts each."""
     tree: dict[str, Any] = {}
     for field, dtype in columns.items():
         *path, leaf = field.split(".")
@@ -118,9 +102,9 @@ def _nested(columns: Mapping[str, Any]) -> tuple[dict[str, Any], list[pl.Expr]]:
         for part in path:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise pl.exceptions.SchemaError(f"{field} lies in a field that is read itself")
+                raise pl.exceptions.SchemaError(f"{field} is inside a field that is read itself")
         if isinstance(node.get(leaf), dict):
-            raise pl.exceptions.SchemaError(f"{field} holds a field that is read itself")
+            raise pl.exceptions.SchemaError(f"{field} contains a field that is read itself")
         node[leaf] = dtype
 
     def struct(node: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +130,8 @@ def _read_by_line(path: Path, columns: Mapping[str, Any]) -> tuple[pl.DataFrame,
             continue
         values[ROW].append(row)
         for field, dtype in columns.items():
-            as_column: Callable = number if dtype == pl.Float64 else _text
-            values[field].append(as_column(get(line.record, field)))
+            value = get(line.record, field)
+            values[field].append(number(value) if dtype == pl.Float64 else _text(value))
     return pl.DataFrame(values, schema={ROW: pl.Int64, **columns}), problems
 
 
@@ -158,7 +142,7 @@ def _text(value: Any) -> str | None:
 def _pick(
     flat: pl.DataFrame, kind: Kind, path: Path, name: str, fields: Sequence[str], dtype: Any
 ) -> pl.Expr:
-    """The first of the fields with a value anywhere; nulls, if the schema knows the field."""
+    """The first of the fields that has a value; a field of the schema may have only nulls."""
     filled = [field for field in fields if flat[field].null_count() < flat.height]
     if not filled and fields[0] not in kind.fields:
         raise ValueError(f"{path}: no record has a field '{name}'{_hint(path, kind, name)}")
@@ -185,7 +169,7 @@ def _leaves(record: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def _without_starts(rows: pl.DataFrame) -> pl.DataFrame:
-    """Without records `running` of runs that have a later record."""
+    """The rows without records `running` of runs that have a later record."""
     running = pl.col("status") == "running"
     if not rows.select(running.any()).item():
         return rows

@@ -1,8 +1,9 @@
-"""Logs from elsewhere: other formats (`migrate`), other machines (`merge`)."""
+"""Logs of another format (`migrate`) and of other machines (`merge`)."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +17,10 @@ from kimi_recursive.files import read_yaml_mapping, replacing
 from kimi_recursive.records.kinds import (
     KINDS,
     Kind,
+    checked,
     get,
-    identity,
     kind_of,
-    normalize,
-    problems,
-    without_nan,
+    run_state,
 )
 from kimi_recursive.records.log import append_records, kind_of_log, read_lines, read_records
 from kimi_recursive.text import unknown_key_message
@@ -29,14 +28,13 @@ from kimi_recursive.text import unknown_key_message
 
 @dataclass(frozen=True)
 class FieldMapping:
-    """How the records of another format become ours.
+    """How to convert records of another format.
 
     Attributes:
-        kind: What they become.
-        fields: Dotted field of the old record by that of the new one.
-        defaults: Values by field of the new record, where the old one has none; the time of a
-            record may be `now`.
-        keep: Field of the new record under which all that is not mapped is kept; None to leave it.
+        kind: Kind of the new records.
+        fields: The old field of each new one, both dotted.
+        defaults: Values for new fields that the old record lacks; a time may be `now`.
+        keep: New field that holds everything that is not mapped; None drops it.
     """
 
     kind: Kind
@@ -49,12 +47,12 @@ def read_mapping(path: str | Path) -> FieldMapping:
     """Read a mapping from YAML.
 
     Raises:
-        ValueError: no such file, no YAML, an unknown key, or no mapping of fields.
+        ValueError: the file cannot be read, is not YAML, has an unknown key, or lacks `fields`.
     """
     found = read_yaml_mapping(path)
     allowed = ("kind", "fields", "defaults", "keep")
     if not isinstance(found.get("fields"), dict):
-        raise ValueError(f"{path}: must have 'fields', the old field by the new one")
+        raise ValueError(f"{path}: must have 'fields', a mapping of new fields to old ones")
     for key in found:
         if key not in allowed:
             raise ValueError(unknown_key_message(key, allowed, str(path)))
@@ -69,18 +67,18 @@ def read_mapping(path: str | Path) -> FieldMapping:
 def migrate(
     old: Path, mapping: FieldMapping, new: Path | None = None
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Turn a log of another format into ours; the old file is only read.
+    """Convert a log of another format. The old file is only read.
 
     Args:
-        new: Written when every record is valid, and must not be there; None is a dry run.
+        new: The file to write if every record is valid. It must not exist; None is a dry run.
 
-    Returns: the new records, and how many old ones have each field that is not taken over.
+    Returns: the new records; and for each field that is dropped, how many old records have it.
 
     Raises:
-        ValueError: `new` is there, or a line that cannot be turned into a valid record; every one.
+        ValueError: `new` exists; or lines do not give valid records (the message lists them all).
     """
     if new is not None and new.exists():
-        raise ValueError(f"{new}: is there already; choose another name")
+        raise ValueError(f"{new}: already exists; choose another name")
     records, errors = [], []
     left: Counter[str] = Counter()
     for line in read_lines(old):
@@ -89,15 +87,11 @@ def migrate(
             continue
         record, unmapped = _convert(line.record, mapping)
         left.update(unmapped if mapping.keep is None else ())
-        try:
-            record = normalize(record)
-            found = problems(record, mapping.kind)
-        except (TypeError, ValueError) as error:
-            found = [str(error)]
+        record, found = checked(record, mapping.kind)
         errors += [f"{old}: line {line.number}: {problem}" for problem in found]
         records.append(record)
     if errors or not records:
-        raise ValueError("\n".join(errors) or f"{old}: holds no record")
+        raise ValueError("\n".join(errors) or f"{old}: contains no record")
     if new is not None:
         with replacing(new) as temporary:
             append_records(temporary, records)
@@ -125,18 +119,20 @@ def _set(record: dict[str, Any], target: str, value: Any) -> None:
     for part in path:
         record = record.setdefault(part, {})
         if not isinstance(record, dict):
-            raise ValueError(f"{target}: '{part}' holds a value already")
+            raise ValueError(f"{target}: '{part}' already has a value")
     record[leaf] = value
 
 
 @dataclass
 class Merged:
-    """Attributes:
-    new: Records that the target did not have.
-    num_same: Records that it had already, equal in content.
-    conflicts: A line for each run of which both have different records: where they differ.
-    problems: Lines of the sources that hold no valid record.
-    repaired: What was done about a torn last line of the target.
+    """What a merge did.
+
+    Attributes:
+        new: Records that the target did not have.
+        num_same: How many records the target already had.
+        conflicts: A line for each run whose records differ, with the fields that differ.
+        problems: A line for each line of a source without a valid record.
+        repaired: How the last line of the target was repaired; empty if it was whole.
     """
 
     new: list[dict[str, Any]] = field(default_factory=list)
@@ -147,86 +143,58 @@ class Merged:
 
 
 def merge(sources: Sequence[str], target: Path, dry_run: bool = False) -> Merged:
-    """Append to a log what other logs have and it has not.
+    """Append to a log the records of other logs that it does not have.
 
-    Records that are equal in content (whatever the order of their keys) are one. Of a run with
-    different content in both, the target's stays, and the conflict is listed; a record `running`
-    does not conflict with one of how the run ended.
+    Records are the same if their content is; the order of keys does not matter. If a run differs,
+    the target keeps its own record, and the conflict is listed. A record `running` does not
+    conflict with the record of how the run ended.
 
     Args:
         sources: Paths, or URLs that fsspec opens (`s3://...`, `https://...`, `sftp://...`).
 
     Raises:
-        ValueError: a source is no log or of another kind, or the target cannot be written.
+        ValueError: a source is not a log or is of another kind; the target cannot be written.
     """
     merged = Merged()
-    there = read_records(target) if target.exists() and target.stat().st_size else []
-    kind = kind_of(there[0]) if there else None
-    contents = {_content(record) for record in there}
-    runs = {(identity(r), _status(r)): (r, str(target)) for r in there}
+    own = read_records(target) if target.exists() and target.stat().st_size else []
+    kind = kind_of(own[0]) if own else None
+    seen = {run_state(record): (record, str(target)) for record in own}
+    contents = {_content(record) for record in own}
     for source in sources:
         with _local(source) as path:
             found = kind_of_log(path)
             kind = kind or found
             if found is not kind:
-                raise ValueError(f"{source}: is a log of {found.name}, the others of {kind.name}")
+                raise ValueError(
+                    f"{source}: is a log of {found.name}, but the others are of {kind.name}"
+                )
             for line in read_lines(path):
                 where = f"{source}: line {line.number}"
                 if line.problem:
                     merged.problems.append(f"{where}: {line.problem}")
                 if line.record is None:
                     continue
-                _take(line.record, where, kind, merged, contents, runs)
+                record, errors = checked(line.record, kind)
+                content, run = _content(record), run_state(record)
+                if errors:
+                    merged.problems += [f"{where}: {error}" for error in errors]
+                elif content in contents:
+                    merged.num_same += 1
+                elif run in seen:
+                    other, place = seen[run]
+                    fields = ", ".join(sorted(_differences(checked(other)[0], record)))
+                    merged.conflicts.append(f"'{run[0]}' differs in {where} and {place}: {fields}")
+                else:
+                    merged.new.append(record)
+                    contents.add(content)
+                    seen[run] = (record, where)
     if merged.new and not dry_run:
         merged.repaired = append_records(target, merged.new).repaired
     return merged
 
 
-def _take(
-    record: dict[str, Any],
-    where: str,
-    kind: Kind,
-    merged: Merged,
-    contents: set[str],
-    runs: dict[Any, tuple[dict[str, Any], str]],
-) -> None:
-    try:
-        record = normalize(record)
-        found = problems(record, kind)
-    except (TypeError, ValueError) as error:
-        found = [str(error)]
-    if found:
-        merged.problems += [f"{where}: {problem}" for problem in found]
-        return
-    content, run = _content(record), (identity(record), _status(record))
-    if content in contents:
-        merged.num_same += 1
-    elif run in runs:
-        other, there = runs[run]
-        fields = sorted(_differences(_normal(other), record))
-        merged.conflicts.append(
-            f"'{run[0]}' is different in {where} and {there}: {', '.join(fields)}"
-        )
-    else:
-        merged.new.append(record)
-        contents.add(content)
-        runs[run] = (record, where)
-
-
-def _status(record: Mapping[str, Any]) -> bool:
-    return get(record, kind_of(record).status) == "running"
-
-
 def _content(record: Mapping[str, Any]) -> str:
-    return json.dumps(_normal(record), sort_keys=True)
-
-
-def _normal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """As it would be written; the target may hold times that are none."""
-    try:
-        return normalize(record)
-    except ValueError:
-        return without_nan(record)
+    return json.dumps(checked(record)[0], sort_keys=True)
 
 
 def _differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
@@ -249,10 +217,10 @@ def _local(source: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / (source.rsplit("/", 1)[-1] or "log.jsonl")
         try:
-            with fsspec.open(source, "rb") as remote, open(path, "wb") as local:
-                while block := remote.read(2**20):
-                    local.write(block)
-        except Exception as error:  # each file system of fsspec has errors of its own
+            opened: Any = fsspec.open(source, "rb")
+            with opened as remote, open(path, "wb") as local:
+                shutil.copyfileobj(remote, local)
+        except Exception as error:  # each file system of fsspec raises its own errors
             first = (str(error).splitlines() or [""])[0]
             raise ValueError(
                 f"{source}: cannot be read ({type(error).__name__}: {first})"

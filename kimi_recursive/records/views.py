@@ -1,8 +1,9 @@
-"""A log for people: a report in markdown, and progress as a figure."""
+"""What people read of a log: a report in markdown, a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kimi_recursive.records.kinds import TRAINING_LOG, Kind, find, get, number, 
 from kimi_recursive.records.query import Filter, is_lower_better, select
 from kimi_recursive.tables import Column, Table, cut
 
-# Of the guide; then those that ours have, shown where a domain has any of them.
+# Always shown; then the columns that are shown if a run of the domain has a value.
 GUIDE_COLUMNS = {
     "Accuracy": ("best_val_accuracy", "accuracy"),
     "Balance": ("class_balance_delta", "balance_delta"),
@@ -28,7 +29,7 @@ OUR_COLUMNS = {
 
 
 def times() -> pl.Expr:
-    """The column `timestamp` in UTC; null where it is no time."""
+    """The column `timestamp` in UTC; null if it is not a time."""
 
     def utc(text: str) -> datetime | None:
         try:
@@ -40,7 +41,7 @@ def times() -> pl.Expr:
 
 
 def report_text(records: Sequence[Mapping[str, Any]], kind: Kind) -> str:
-    """The guide's report as markdown: a table for each domain; `N/A` where there is no number."""
+    """A markdown report with a table for each domain; `N/A` if a run has no such number."""
     lines = ["# Experiment Report", "", f"Total Experiments: {len(records)}", ""]
     domains: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -76,17 +77,17 @@ def _notes(record: Mapping[str, Any]) -> str:
 
 
 def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -> int:
-    """A metric over time: a line for each experiment type, dashed the best so far of all.
+    """Plot a metric over time: a line for each experiment type, and dashed the best so far.
 
-    Returns: the number of runs in it.
+    Returns: the number of runs in the figure.
 
     Raises:
-        ValueError: no log, an unknown field, or no run with a number there and a time.
+        ValueError: the file is not a log, the field is unknown, or no run has a number and a time.
     """
-    rows = select(path, Filter(**{**vars(wanted), "metric": metric})).rows
+    rows = select(path, replace(wanted, metric=metric)).rows
     rows = rows.with_columns(time=times()).drop_nulls("time").sort("time", maintain_order=True)
     if rows.is_empty():
-        raise ValueError(f"{path}: no record with a number in '{metric}' and a time")
+        raise ValueError(f"{path}: no record has both a number in '{metric}' and a time")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -97,7 +98,7 @@ def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for index, (key, group) in enumerate(rows.group_by("type", maintain_order=True)):
-        look = {"color": COLOURS[1:][index % 5], "marker": MARKERS[1:][index % 5]}
+        look: dict[str, Any] = {"color": COLOURS[1:][index % 5], "marker": MARKERS[1:][index % 5]}
         label = str(key[0] or "no type").replace("_", " ")
         axes.plot(group["time"], group[metric], **look, linewidth=1, label=label)
     lowest = is_lower_better(metric)

@@ -1,1 +1,1 @@
-"""Track-B: distil an embedding teacher into a small student, and see what a student is worth."""
+"""Track-B: distil an embedding teacher into small students, and measure how good they are."""

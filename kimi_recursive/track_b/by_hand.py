@@ -1,4 +1,4 @@
-"""One experiment by hand: a row of the sheet with some of its hyperparameters changed."""
+"""Run one experiment by hand: a row of the sheet with some hyperparameters changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kimi_recursive.files import file_digest
 from kimi_recursive.processes.logs import logging_to
 from kimi_recursive.text import unknown_key_message
 from kimi_recursive.track_b.collect import collect_experiment
-from kimi_recursive.track_b.sheet import Experiment, neighbour_settings, parse_row, read_sheet
+from kimi_recursive.track_b.sheet import SheetRow, neighbour_settings, parse_row, read_sheet
 from kimi_recursive.track_b.summary import Result, read_results
 from kimi_recursive.track_b.train import train_student
 from kimi_recursive.track_b.truth import find_neighbours
@@ -26,15 +26,15 @@ def run_by_hand(
     """Train all seeds of an experiment into one folder.
 
     Args:
-        sheet, name: Which row to start from.
-        changed: Texts by column that take the place of the row's.
-        teacher_dir: What `encode_sentences` or `import_vectors` wrote.
-        run_id: The folder's name; by default the guide's id without the time.
+        sheet, name: The row to start from.
+        changed: Texts by column that replace those of the row.
+        teacher_dir: Folder that `encode_sentences` or `import_vectors` wrote.
+        run_id: Name of the folder; by default `SheetRow.run_id`.
 
-    Returns: what became of it, and the folder: the guide's, with `students/<key>` for each seed.
+    Returns: the result, and the folder: see `track_b.collect`, with `students/<key>` for each seed.
 
     Raises:
-        ValueError: an unknown experiment, bad hyperparameters, or a diverged run.
+        ValueError: the experiment is unknown, hyperparameters are invalid, or a run diverged.
     """
     rows = {experiment.name: experiment for experiment in read_sheet(sheet)}
     if name not in rows:
@@ -59,8 +59,8 @@ def run_by_hand(
     return result, folder
 
 
-def _neighbours(experiment: Experiment, teacher_dir: Path, folder: Path) -> Path:
-    """The teacher's neighbours for these settings, found when they are not there yet."""
+def _neighbours(experiment: SheetRow, teacher_dir: Path, folder: Path) -> Path:
+    """The file of the teacher's neighbours for these settings; made if missing."""
     vectors = file_digest(teacher_dir / "vectors.npy")
     (settings,) = neighbour_settings([experiment])
     name = f"neighbours_k{settings['k']}_{settings['false_neg_mode']}{settings['threshold']:g}"

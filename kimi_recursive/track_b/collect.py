@@ -1,9 +1,9 @@
-"""The folder of an experiment, as the guide has it: the logs of its seeds, and their students.
+"""The folder of an experiment: the logs of its seeds, and links to their students.
 
 logs/train_logs.parquet, .jsonl   rows of all seeds, with a column `seed`
 logs/train_summary.json           run_id, status, and the summary of each seed
-logs/sweep_seed<N>.log            what the run printed
-checkpoints/seed<N>               link to the checkpoints of a seed
+logs/sweep_seed<N>.log            output of the run
+checkpoints/seed<N>               link to the checkpoints of that seed
 checkpoints/student_best.*, student_step_<N>.*   links to those of the best seed
 """
 
@@ -23,16 +23,15 @@ from kimi_recursive.track_b.summary import Result, run_id
 
 
 def seed_logs(results: Sequence[Result], students_dir: Path) -> dict[str, pl.DataFrame]:
-    """By experiment the logs of its seeds that can be read, with a column `seed`."""
+    """The logs of all seeds of each experiment, if they can be read, with a column `seed`."""
     logs = {}
     for result in results:
-        tables = [
-            read_logs(students_dir / result.experiment.keys[seed]).insert_column(
-                0, pl.lit(seed).alias("seed")
-            )
-            for seed, run in result.runs.items()
-            if run.status in SCORED
-        ]
+        tables = []
+        for seed, run in result.runs.items():
+            if result.experiment and run.status in SCORED:
+                table = read_logs(students_dir / result.experiment.keys[seed])
+                assert table is not None
+                tables.append(table.insert_column(0, pl.lit(seed).alias("seed")))
         if tables:
             logs[result.name] = pl.concat(tables, how="diagonal_relaxed")
     return logs
@@ -44,12 +43,13 @@ def collect_experiment(
     run_logs: Mapping[int, Path],
     run_dir: Path,
 ) -> None:
-    """Fill an experiment's folder from the runs of its seeds, as far as they are there.
+    """Fill an experiment's folder from the runs of its seeds that exist.
 
     Args:
-        students_dir: Where the runs are, by key.
-        run_logs: What each seed's run printed.
+        students_dir: Folder of the runs, by key.
+        run_logs: File with the output of each seed's run.
     """
+    assert result.experiment is not None
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     for logs in seed_logs([result], students_dir).values():
@@ -61,15 +61,15 @@ def collect_experiment(
         target = run_dir / f"logs/sweep_seed{seed}.log"
         if path.is_file() and path != target:
             shutil.copyfile(path, target)
-    _link_checkpoints(result, students_dir, run_dir / "checkpoints")
+    folders = {s: students_dir / key / "checkpoints" for s, key in result.experiment.keys.items()}
+    _link_checkpoints(result, folders, run_dir / "checkpoints")
 
 
-def _link_checkpoints(result: Result, students_dir: Path, folder: Path) -> None:
+def _link_checkpoints(result: Result, found: Mapping[int, Path], folder: Path) -> None:
     def link(name: str, target: Path) -> None:
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(os.path.relpath(target, folder))
 
-    found = {s: students_dir / key / "checkpoints" for s, key in result.experiment.keys.items()}
     for seed, target in found.items():
         if target.is_dir():
             link(f"seed{seed}", target)

@@ -1,11 +1,11 @@
-"""Scores of a student and of the references, query by query, also as a vector database stores them.
+"""Scores of students and references for each query, also in the precisions of a vector database.
 
 A table has a row for each method, precision, split and query:
 
-    method      `student`, or a reference with the length it shortens to, such as `svd_128`
+    method      `student`, or a reference with its number of dimensions, such as `svd_128`
     precision   `float32`; `int8`, each vector up to its largest entry, ranked by cosine; `binary`,
-                signs, by Hamming distance; `binary_float_query`, signs, by the query as it is
-    split       `validation`, `test`, or `train`: training sentences asked like queries
+                signs, by Hamming distance; `binary_float_query`, signs, with an unquantized query
+    split       `validation`, `test`, or `train`: training sentences used as queries
     row         of the query in `vectors.npy`
     recall@10, ndcg@10
 """
@@ -31,13 +31,13 @@ TEACHER = "teacher"
 
 
 def bytes_per_vector(dim: int, precision: str) -> int:
-    """What a vector takes in a database, without the database's own overhead."""
+    """Bytes of one vector in a database, without the database's own overhead."""
     return -(-dim * PRECISIONS[precision] // 8)
 
 
 def quantize(vectors: Floats, precision: str) -> Floats:
-    """What is left of vectors [N, dim] in a precision, in float32 and ready for inner products:
-    int8 of unit length again, binary as signs."""
+    """Vectors [N, dim] rounded to a precision, as float32 for inner products: int8 vectors have
+    unit length again, binary ones are signs."""
     if precision == "int8":
         whole = np.rint(vectors * (127 / np.abs(vectors).max(1, keepdims=True)))
         return whole / np.linalg.norm(whole, axis=1, keepdims=True)
@@ -50,7 +50,7 @@ def score_all(method: str, encoded: Floats, truth: Truth) -> pl.DataFrame:
     """The table of one method.
 
     Args:
-        encoded: Of all sentences [N, dim], unit length.
+        encoded: Vectors of all sentences [N, dim], of unit length.
     """
     tables = []
     for precision in PRECISIONS:
@@ -87,8 +87,8 @@ def evaluate_references(
     dims: Sequence[int],
     output_path: str | Path,
 ) -> None:
-    """Write the table of all references at these lengths and of the teacher itself, with a column
-    `dim`."""
+    """Write the table of all references with these dimensions, and of the teacher itself. It has a
+    column `dim`."""
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
     methods = {
         f"{name}_{dim}": shorten

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def draw_recall_by_step(results: Sequence[Result], curves: Mapping[str, pl.DataFrame]) -> Figure:
     """vs_teacher_recall@10 on the validation queries over optimizer steps: a line for each
-    experiment, the mean over its seeds with their range; references are lines across.
+    experiment, the mean over its seeds with their range. References are horizontal lines.
 
     Args:
-        results: Of `track_b.summary.read_results`.
-        curves: By experiment the logs of all its seeds, of those that have one.
+        results: From `track_b.summary.read_results`.
+        curves: Logs of all seeds by experiment, from `track_b.collect.seed_logs`.
     """
     figure, (axes,) = panels(1, size=(8.5, 4.8))
     experiments = [r for r in results if r.experiment is not None]

@@ -1,8 +1,8 @@
-"""How well vectors keep the teacher's neighbours: exact search over all sentences, self removed.
+"""How well vectors keep the teacher's neighbours: exact search over all other sentences.
 
 `recall@10` is the share of the teacher's ten nearest that are among the student's ten nearest;
-`ndcg@10` takes the teacher's ten as equally relevant: sum of 1 / log2(rank + 1) over hits, divided
-by that of ten hits in front (Jarvelin and Kekalainen, 2002).
+`ndcg@10` takes the teacher's ten as equally relevant: the sum of 1 / log2(rank + 1) over hits,
+divided by the sum for ten hits at ranks 1 to 10 (Jarvelin and Kekalainen, 2002).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def score_rankings(found: Rows, relevant: Rows) -> tuple[Scores, Scores]:
     """Recall and nDCG of each query.
 
     Args:
-        found: [Q, n], best first; -1 where nothing was found.
-        relevant: [Q, n] without order, the teacher's.
+        found: Rows [Q, n], best first; -1 if there are fewer.
+        relevant: Rows that the teacher finds [Q, n], in any order.
     """
     hits = (found[:, :, None] == relevant[:, None, :]).any(2)
     discounts = 1 / np.log2(np.arange(found.shape[1]) + 2.0)
@@ -36,7 +36,7 @@ def score_vectors(
 
     Args:
         queries: [Q, D].
-        database: [N, D], of all sentences.
+        database: [N, D], all sentences.
         query_rows: [Q], rows of the queries in the database.
         relevant: [Q, TOP], the teacher's nearest rows.
     """

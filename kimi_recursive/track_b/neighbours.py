@@ -1,8 +1,9 @@
 """Exact nearest neighbours by cosine, blockwise: no approximate index, bounded memory.
 
-All vectors have unit length, so an inner product is a cosine. Beside the vectors and the result,
-memory is a handful of blocks of `BLOCK` x `BLOCK` similarities (16 MiB each). numpy, not torch:
-its matrix product is the faster one on AMD, and its partition is vectorised (docs/log.md).
+All vectors have unit length, so an inner product is a cosine. Besides the vectors and the result,
+memory holds a few blocks of `BLOCK` x `BLOCK` similarities (16 MiB each). Products and the bound
+are numpy's: its matrix product is faster on AMD, and its partition is vectorised. `torch.topk` of
+whole blocks takes 1.7 times as long (docs/log.md).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 BLOCK = 2048
-NUM_GROUPS = 16  # of columns whose maxima bound the k-th largest from below
+NUM_GROUPS = 16  # groups of columns; their maxima bound the k-th largest from below
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -23,7 +24,7 @@ class _Best:
     """The k nearest rows found so far for each query, nearest first.
 
     Attributes:
-        pairs: Query and row of everything at least as similar as `threshold`.
+        pairs: Query and row of all similarities of at least `threshold`.
     """
 
     def __init__(self, num_queries: int, k: int, threshold: float = np.inf):
@@ -33,7 +34,7 @@ class _Best:
         self.pairs: list[Rows] = []
 
     def update(self, block: Floats, start: int, queries_are_columns: bool = False) -> None:
-        """Take in similarities [queries, rows] to the rows from `start` on, or [rows, queries]."""
+        """Add similarities to the rows from `start` on: [queries, rows], or [rows, queries]."""
         k, axis = self.rows.shape[1], 0 if queries_are_columns else 1
         bound = np.minimum(
             np.maximum(self.similarities[:, -1], _bound(block, k, axis)), self.threshold
@@ -58,7 +59,7 @@ class _Best:
 
 
 def _bound(block: Floats, k: int, axis: int) -> Floats:
-    """A lower bound on the k-th largest similarity along an axis: the k-th largest maximum of
+    """A lower bound of the k-th largest similarity along an axis: the k-th largest of the maxima of
     groups."""
     group = block.shape[axis] // NUM_GROUPS
     if group <= k:
@@ -78,7 +79,7 @@ def nearest(
     Args:
         queries: [Q, D].
         database: [N, D], N at least k, and above k with `exclude`.
-        exclude: [Q]; for each query a row that is not to be found (itself).
+        exclude: [Q]; a row that each query must not find (itself).
 
     Returns: similarities [Q, k], descending, and rows [Q, k].
     """
@@ -101,15 +102,16 @@ def nearest(
 def nearest_to_each_other(
     vectors: Floats, k: int, threshold: float | None = None
 ) -> tuple[Floats, Rows, Rows]:
-    """The k nearest other rows of every row, and all pairs at least as similar as a threshold.
+    """The k nearest other rows of every row, and all pairs with a similarity of at least a
+    threshold.
 
-    Similarities are symmetric, so each block is computed once and read both ways.
+    Similarities are symmetric, so each block is computed once and used for rows and columns.
 
     Args:
         vectors: [N, D], N above k.
 
-    Returns: similarities [N, k], descending; rows [N, k]; pairs [P, 2], both directions of each,
-        in order.
+    Returns: similarities [N, k], descending; rows [N, k]; sorted pairs [P, 2], each in both
+        directions.
     """
     assert len(vectors) > k
     starts = range(0, len(vectors), BLOCK)

@@ -1,7 +1,7 @@
-"""What a student is trained to do: InfoNCE with a queue (v1), or the teacher's ranking (listwise).
+"""Training objectives of a student: InfoNCE with a queue, or the teacher's ranking (listwise).
 
-What a step draws is a function of (seed, step) alone, so a resumed run needs no random state; what
-is not, the queue, is kept in buffers.
+A step draws its samples from (seed, step) alone, so a resumed run needs no random state. The queue
+depends on earlier steps; it is kept in buffers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOVED_SHARE = 0.5
 def build_objective(
     student: Student, vectors: Floats, truth: Truth, settings: Mapping[str, Any], seed: int
 ) -> nn.Module:
-    """The objective that a row of the sheet names, over training vectors [N, D]."""
+    """The objective of a row of the sheet, for training vectors [N, D]."""
     if settings["objective"] == "listwise":
         return Listwise(student, vectors, truth.train, settings, seed)
     close = truth.close_pairs(vectors, settings)
@@ -32,32 +32,38 @@ def build_objective(
 
 
 def _encode(student: nn.Module, vectors: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """The student's vectors in float32; with `amp: bf16` its matrix products are in bfloat16. What
-    the teacher says, similarities and loss stay in float32."""
+    """The student's vectors in float32. With `amp: bf16` its matrix products are in bfloat16; the
+    teacher's vectors, similarities and loss stay in float32."""
     bf16 = settings["amp"] == "bf16"
     with torch.autocast(vectors.device.type, torch.bfloat16, enabled=bf16):
         return student(vectors).float()
 
 
 class InfoNCE(nn.Module):
-    """InfoNCE (van den Oord et al., 2018) with negatives from a queue of rows of the teacher.
+    """InfoNCE (van den Oord et al., 2018) with negatives from a queue of the teacher's rows.
 
-    Each anchor has one positive, drawn from its k nearest by the teacher, and shares m negatives
-    with the batch, drawn from the queue. An entry is masked for an anchor when it is the anchor,
-    one of its k nearest, or, with `false_neg_mode: threshold`, at least that similar by the
-    teacher. Similarities of the teacher never change: they are looked up as lists of rows. The
-    queue holds rows, not outputs, and what is drawn is encoded again, so no key is ever stale.
+    Each anchor has one positive, drawn from its k nearest by the teacher. All anchors of a batch
+    share m negatives, drawn from the queue. A negative is masked for an anchor if it is the anchor
+    itself, one of its k nearest, or, with `false_neg_mode: threshold`, if the teacher's similarity
+    reaches the threshold. The teacher's similarities never change: they are kept as lists of rows.
+    The queue holds rows, not outputs, and drawn rows are encoded again, so no key is ever stale.
 
     Args:
-        vectors: Of the teacher, for training [N, D].
+        vectors: The teacher's training vectors [N, D].
         nearest_rows: [N, k].
-        close_pairs: [P, 2], rows whose similarity reaches the threshold, ordered.
-        settings: A row of the sheet; `batch_size` anchors a step.
+        close_pairs: Sorted pairs [P, 2] of rows whose similarity reaches the threshold.
+        settings: A row of the sheet; `batch_size` is the number of anchors per step.
 
     Attributes:
-        queue: [queue_size] int64, the last anchors; `pointer` is the place of the next one, `fill`
-            how many places are taken.
+        queue: [queue_size] int64, the last anchors.
+        pointer: Place of the next anchor in the queue.
+        fill: How many places of the queue are taken.
     """
+
+    vectors: Tensor
+    queue: Tensor
+    pointer: Tensor
+    fill: Tensor
 
     def __init__(
         self,
@@ -76,7 +82,7 @@ class InfoNCE(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fill", torch.zeros((), dtype=torch.int64))
         self._starts, self._masked = _lists(self.nearest_rows, close_pairs)
-        self._slot_of = np.full(self.num_rows, -1)  # of the rows drawn in this step, else -1
+        self._slot_of = np.full(self.num_rows, -1)  # place among the rows drawn in this step, or -1
 
     def forward(self, _batch: None, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the step from `step` to the next, and what the log shows of it."""
@@ -110,8 +116,8 @@ class InfoNCE(nn.Module):
         self.fill.fill_(min(size, int(self.fill) + len(rows)))
 
     def _mask(self, anchors: Rows, negatives: Rows) -> np.ndarray:
-        """Which negatives [m] an anchor must not be pushed away from [B, m]; of a row that was
-        drawn twice only one counts."""
+        """True for negatives [m] that an anchor must not be pushed away from [B, m]. If a row was
+        drawn twice, one of the two is masked."""
         slots = np.arange(len(negatives))
         self._slot_of[negatives] = slots
         counts = self._starts[anchors + 1] - self._starts[anchors]
@@ -126,8 +132,10 @@ class InfoNCE(nn.Module):
 
 
 def _lists(nearest_rows: Rows, close_pairs: Rows) -> tuple[Rows, Rows]:
-    """For each row those it must not be pushed away from: itself, its nearest, all that are close;
-    starts [N + 1] into one array."""
+    """The rows that each row must not be pushed away from: itself, its nearest, and close ones.
+
+    Returns: starts [N + 1] of each row's part in the second array.
+    """
     num_rows, k = nearest_rows.shape
     own = np.arange(num_rows)
     first = np.concatenate([own, np.repeat(own, k), close_pairs[:, 0]])
@@ -138,18 +146,22 @@ def _lists(nearest_rows: Rows, close_pairs: Rows) -> tuple[Rows, Rows]:
 
 
 class Listwise(nn.Module):
-    """KL divergence from the teacher's softmax over a batch to the student's, for each point of it.
+    """KL divergence from the teacher's softmax over a batch to the student's, mean over points.
 
-    A batch is `batch_size` anchors with `num_positives` each of their k nearest, and `neg_m` other
-    rows, each once. Both softmaxes are over similarities to the other points, at temperature tau.
+    A batch is `batch_size` anchors, `num_positives` of the k nearest rows of each, and `neg_m`
+    other rows, without repeats. Both softmaxes are over similarities to the other points, at
+    temperature tau.
 
-    Any unit vector is a point whose similarities the teacher knows, so there is no end of training
-    data: with `mix`, half of the points are moved towards one of their k nearest, by at most that
-    share of the way; with `noise`, half are moved by that share of a draw from a normal
-    distribution with the covariance of the vectors. Teacher and student see the moved points.
+    Any unit vector is a valid training point, because the teacher's similarities follow from it.
+    With `mix`, half of the points move towards one of their k nearest, by at most that share of the
+    way. With `noise`, half move by that share of a normal draw with the covariance of the vectors.
+    Teacher and student see the moved points.
 
-    Args: as for `InfoNCE`.
+    Args: see `InfoNCE`.
     """
+
+    vectors: Tensor
+    factor: Tensor
 
     def __init__(
         self,
@@ -165,7 +177,7 @@ class Listwise(nn.Module):
         self.register_buffer("vectors", torch.tensor(vectors), persistent=False)
         if settings["noise"]:
             covariance = scatter(vectors, centred=True) / (len(vectors) - 1)
-            covariance += 1e-7 * np.eye(len(covariance))  # some directions may be empty
+            covariance += 1e-7 * np.eye(len(covariance))  # it may be singular
             factor = settings["noise"] * np.linalg.cholesky(covariance).T
             self.register_buffer("factor", torch.from_numpy(factor).float(), persistent=False)
 
@@ -200,6 +212,6 @@ class Listwise(nn.Module):
 
 
 def _log_softmax(x: Tensor, tau: float) -> Tensor:
-    """Of each point's similarities to the others [n, n]; the point itself has a logarithm far
-    below all others, yet finite."""
+    """Log-softmax of each point's similarities to the others [n, n]. The logit of the point itself
+    is far below all others, but finite."""
     return ((x @ x.T) / tau).fill_diagonal_(-1e4).log_softmax(1)

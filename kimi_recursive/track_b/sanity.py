@@ -1,4 +1,4 @@
-"""A quick look at Track-B on the real vectors, before hours are spent: it warns, it never stops."""
+"""Quick checks of Track-B on the real vectors before training: they warn, and never stop a run."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ NUM_STEPS = 20
 def check_sanity(
     teacher_dir: str | Path, neighbours_path: str | Path, output_path: str | Path
 ) -> list[dict[str, Any]]:
-    """Write which checks passed; what fails is printed as a warning.
+    """Write which checks passed, and print a warning for each that failed.
 
-    Both objectives are tried with the default hyperparameters, so that an edit of the sheet does
-    not ask for the check again.
+    Both objectives run with default hyperparameters, so an edit of the sheet does not repeat the
+    checks.
     """
     checks: list[dict[str, Any]] = []
 
@@ -59,7 +59,7 @@ def check_sanity(
 
 
 def _tried(vectors: Floats, truth: Truth) -> dict[str, dict[str, Any]]:
-    """Settings of each objective that fit this teacher."""
+    """Settings for each objective that fit this teacher."""
     shared = {
         "experiment": "sanity",
         "dim": min(128, vectors.shape[1]),
@@ -98,7 +98,7 @@ def _random_scores_low(vectors: Floats, truth: Truth) -> tuple[bool, str]:
 
 
 def _learns(vectors: Floats, truth: Truth, settings: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether the mean loss of the last quarter is below that of the first."""
+    """Whether the mean loss of the last quarter of the steps is below that of the first."""
     student = build_student(settings, vectors, seed=0)
     objective = build_objective(student, vectors, truth, settings, seed=0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings["lr"], weight_decay=0.0)
@@ -111,4 +111,4 @@ def _learns(vectors: Floats, truth: Truth, settings: Mapping[str, Any]) -> tuple
         losses.append(float(loss.detach()))
     quarter = NUM_STEPS // 4
     first, last = np.mean(losses[:quarter]), np.mean(losses[-quarter:])
-    return last < first, f"{first:.4g} to {last:.4g}"
+    return bool(last < first), f"{first:.4g} to {last:.4g}"

@@ -1,7 +1,7 @@
-"""Sentences for Track-B: split from the corpus, each once, drawn and divided by a hash of the text.
+"""Distinct sentences of the corpus, chosen and divided into splits by a hash of their text.
 
-The order in which sentences are drawn depends on nothing but the text and the seed, so 8,000
-sentences are the first half of 16,000, and a sentence is a query in both or in neither.
+Their order depends only on the text and the seed, so 8,000 sentences are the first half of 16,000,
+and a sentence is a query in both or in neither.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kimi_recursive.files import write_parquet
 
 MIN_WORDS = 4
 _PARAGRAPH = re.compile(r"\n\s*\n")
-# After a closing mark, with or without a closing quote, before what can start a sentence.
+# After . ! or ?, with or without a closing quote, and before a possible start of a sentence.
 _BREAK = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+(?=[\"'“‘(\[]*[A-Z0-9])")
 _ABBREVIATION = re.compile(
     r"\b(?:Mr|Mrs|Ms|Dr|Messrs|Gen|Gov|Sen|Rep|Hon|Col|Capt|Lieut|Lt|Maj|Rev|St|Ste|Nos?|Arts?|"
@@ -28,8 +28,8 @@ _ABBREVIATION = re.compile(
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, white space collapsed. A blank line ends one too; the full stop of
-    a title (`Mr.`), an initial or a reference (`No.`) does not."""
+    """The sentences of a text, with white space collapsed. A blank line also ends a sentence; the
+    full stop of a title (`Mr.`), an initial or a reference (`No.`) does not."""
     sentences = []
     for paragraph in _PARAGRAPH.split(text):
         open_end = False
@@ -53,11 +53,11 @@ def prepare_sentences(
     """Write the sentences of a corpus: columns `sentence`, `document_id`, `split`.
 
     Training sentences come first, then the validation and the test queries. Sentences of fewer
-    than four words and repeats (case aside) are left out.
+    than four words are left out, and so are repeats that differ at most in case.
 
     Args:
-        num_sentences: How many in all, queries among them; None for every one.
-        num_validation_queries, num_test_queries: Held-out queries.
+        num_sentences: Number of sentences, including the queries; None for all.
+        num_validation_queries, num_test_queries: Numbers of held-out queries.
 
     Raises:
         ValueError: the corpus cannot be read, or has too few distinct sentences.
@@ -77,7 +77,7 @@ def prepare_sentences(
     if table.height < max(wanted, num_queries + 2):
         raise ValueError(
             f"track_b: {max(wanted, num_queries + 2)} distinct sentences of at least {MIN_WORDS} "
-            f"words are needed ({num_queries} of them queries), the corpus has {table.height}"
+            f"words are needed ({num_queries} of them queries), but the corpus has {table.height}"
         )
     order = pl.col("sentence").map_elements(lambda text: _order(text, seed), pl.String)
     table = table.sort(order).head(wanted)

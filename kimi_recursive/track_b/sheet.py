@@ -1,6 +1,6 @@
-"""The sheet of experiments: one row each, its hyperparameters checked before anything runs.
+"""The sheet of experiments: a row for each, checked before anything runs.
 
-A run is one student: one set of hyperparameters and one seed. It is keyed by both, so two
+A run trains one student: one set of hyperparameters and one seed. Its key names both, so two
 experiments that need the same student share it.
 """
 
@@ -31,11 +31,11 @@ _CASTS = {"integer": int, "number": float, "string": str}
 
 
 @dataclass(frozen=True)
-class Experiment:
+class SheetRow:
     """A row of the sheet.
 
     Attributes:
-        settings: Hyperparameters by column, without name and seeds.
+        settings: Hyperparameters by column, without the name and the seeds.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Experiment:
 
     @property
     def run_id(self) -> str:
-        """The guide's id, without the time; names the folder, so that a rerun resumes."""
+        """Name of the experiment's folder; without the time, so that a rerun resumes."""
         s = self.settings
         seeds = ",".join(map(str, self.seeds))
         return (
@@ -59,31 +59,31 @@ class Experiment:
 
 
 def student_key(settings: Mapping[str, Any], seed: int) -> str:
-    """Names a run by what it computes."""
+    """Name of a run, from what it computes."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{settings['objective']}_{settings['steps']}_tau{settings['tau']:g}_{digest}_s{seed}"
 
 
-def runs_of(experiments: list[Experiment]) -> dict[str, tuple[dict[str, Any], int]]:
-    """Settings and seed of every run, each once, by key."""
+def runs_of(experiments: list[SheetRow]) -> dict[str, tuple[dict[str, Any], int]]:
+    """Settings and seed of every run, by key."""
     return {key: (e.settings, seed) for e in experiments for seed, key in e.keys.items()}
 
 
-def neighbour_settings(experiments: list[Experiment]) -> list[dict[str, Any]]:
-    """What finding neighbours reads of the sheet, each combination once."""
+def neighbour_settings(experiments: list[SheetRow]) -> list[dict[str, Any]]:
+    """The settings that finding neighbours needs, each combination once."""
     keys = ("dim", "k", "false_neg_mode", "threshold")
     found = [{key: e.settings[key] for key in keys} for e in experiments]
     return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
-def select_experiments(track_b: Mapping[str, Any]) -> list[Experiment]:
-    """The experiments that the config asks for, at its scale.
+def select_experiments(track_b: Mapping[str, Any]) -> list[SheetRow]:
+    """The experiments of the config, at its scale.
 
     Args:
         track_b: The `track_b` subtree of the workflow config.
 
     Raises:
-        ValueError: one line for each error of the sheet, or of the choice from it.
+        ValueError: one line for each error in the sheet, or in the config's choice of rows.
     """
     if not track_b["enabled"]:
         return []
@@ -93,7 +93,7 @@ def select_experiments(track_b: Mapping[str, Any]) -> list[Experiment]:
         where = "track_b.experiments"
         raise ValueError("\n".join(unknown_key_message(name, found, where) for name in unknown))
     chosen = [
-        Experiment(e.name, e.seeds, _scaled(e.settings, track_b["scale"], track_b["quick"]))
+        SheetRow(e.name, e.seeds, _scaled(e.settings, track_b["scale"], track_b["quick"]))
         for e in (found[name] for name in wanted)
     ]
     if errors := list(_check_corpus(chosen, track_b)):
@@ -108,11 +108,11 @@ def read_schema() -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def read_sheet(path: str | Path) -> list[Experiment]:
-    """All experiments of a sheet: tab-separated, with a header; an empty cell takes the default.
+def read_sheet(path: str | Path) -> list[SheetRow]:
+    """All experiments of a sheet: tab-separated, with a header; an empty cell means the default.
 
     Raises:
-        ValueError: one line for each error: line, column, what it holds, what is allowed.
+        ValueError: one line for each error, with line, column, value, and what is allowed.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file (track_b.sheet)")
@@ -156,8 +156,8 @@ def read_sheet(path: str | Path) -> list[Experiment]:
     return experiments
 
 
-def parse_row(values: Mapping[str, Any], where: str) -> Experiment:
-    """An experiment from texts by column; what is left out takes the schema's default.
+def parse_row(values: Mapping[str, Any], where: str) -> SheetRow:
+    """An experiment from texts by column; a missing column takes the schema's default.
 
     Raises:
         ValueError: one line for each error.
@@ -171,11 +171,11 @@ def parse_row(values: Mapping[str, Any], where: str) -> Experiment:
     if errors:
         raise ValueError("\n".join(f"{where}: {error}" for error in errors))
     name, seeds = row.pop("experiment"), row.pop("seeds")
-    return Experiment(name, tuple(seeds), row)
+    return SheetRow(name, tuple(seeds), row)
 
 
 def _cast(value: Any, column: Mapping[str, Any]) -> Any:
-    """A text as the type of its column, or as it is where it is none of that type."""
+    """A text as a value of its column's type; unchanged if it is not one."""
     if not isinstance(value, str):
         return value
     try:
@@ -207,7 +207,7 @@ def _check_row(row: Mapping[str, Any]) -> Iterator[str]:
 def check_against_teacher(
     settings: Mapping[str, Any], teacher_dim: float, num_train: float
 ) -> None:
-    """Raises ValueError where a student does not fit its teacher."""
+    """Raises ValueError if a student does not fit its teacher."""
     if settings["dim"] > teacher_dim:
         raise ValueError(
             f"dim: must be at most the teacher's ({teacher_dim}), got {settings['dim']}"
@@ -218,8 +218,8 @@ def check_against_teacher(
         )
 
 
-def _check_corpus(experiments: list[Experiment], track_b: Mapping[str, Any]) -> Iterator[str]:
-    """What would fail only after the teacher has encoded, where it can be known before."""
+def _check_corpus(experiments: list[SheetRow], track_b: Mapping[str, Any]) -> Iterator[str]:
+    """Errors that would otherwise appear only after the teacher has encoded."""
     total, dim = _known_shape(track_b["teacher"])
     total = track_b["num_sentences"] or total
     queries = track_b["num_validation_queries"] + track_b["num_test_queries"]
@@ -235,7 +235,7 @@ def _check_corpus(experiments: list[Experiment], track_b: Mapping[str, Any]) -> 
 
 
 def _known_shape(teacher: Mapping[str, Any]) -> tuple[int | None, float]:
-    """Number and length of the teacher's vectors, as far as one can tell without loading it."""
+    """Number and length of the teacher's vectors, if known without loading the teacher."""
     if teacher["kind"] == "minilm":
         return None, MINILM_DIM
     path = str(teacher["path"])

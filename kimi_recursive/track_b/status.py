@@ -1,4 +1,4 @@
-"""The log of a run, and what became of it: its best and final scores, or what is wrong.
+"""The log of a run, and its status: best and final scores, or what is wrong.
 
 Status of a run:
 
@@ -8,25 +8,24 @@ Status of a run:
     no_eval       the log has no evaluation
     parse_error   the log cannot be read
     missing_logs  there is no log: not started, or killed before the first attempt ended
-
-The guide's `skipped` is none of them: the driver says `skip` of a run that is a success already.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from kimi_recursive.files import write_parquet, write_text
+from kimi_recursive.files import read_json_object, write_parquet, write_text
 from kimi_recursive.layout import StudentFolder
 from kimi_recursive.status import Status
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 
-# From worst to best: an experiment has the worst status of its seeds.
+# From worst to best. The status of an experiment is the worst of its seeds.
 STATUSES = tuple(
     status.in_track_b
     for status in (
@@ -45,11 +44,14 @@ SCORED = (SUCCESS, Status.INTERRUPTED.in_track_b)
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Attributes:
-    best_recall: Highest `vs_teacher_recall@10` of all evaluations.
-    final_ndcg: `vs_teacher_ndcg@10` of the last one.
-    detail: What is wrong, in words; empty for a success.
-    summary: What `train_summary.json` holds.
+    """Status of one run, and its scores.
+
+    Attributes:
+        status: One of `STATUSES`.
+        best_recall: Highest `vs_teacher_recall@10` of all evaluations.
+        final_ndcg: `vs_teacher_ndcg@10` of the last evaluation.
+        detail: What is wrong, in words; empty for a success.
+        summary: Content of `train_summary.json`.
     """
 
     status: str
@@ -60,7 +62,7 @@ class RunStatus:
 
 
 def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
-    """Read a run: its log as parquet, else as JSON lines."""
+    """The status of a run, from its summary and its log."""
     folder = StudentFolder(Path(run_dir))
     summary = _read_summary(folder.summary)
     if summary.get("status") == Status.FAILED.in_experiment:
@@ -78,17 +80,12 @@ def read_status(run_dir: str | Path, num_steps: int) -> RunStatus:
     evaluations = table.drop_nulls(RECALL)
     if evaluations.is_empty():
         return RunStatus(Status.UNSCORED.in_track_b, detail=f"no {RECALL}", summary=summary)
-    scores = {
-        "best_recall": evaluations[RECALL].max(),
-        "final_ndcg": evaluations[NDCG][-1],
-        "summary": summary,
-    }
     last = table["step"][-1]
+    status, detail = SUCCESS, ""
     if last != num_steps:
-        return RunStatus(
-            Status.INTERRUPTED.in_track_b, detail=f"step {last} of {num_steps}", **scores
-        )
-    return RunStatus(Status.OK.in_track_b, **scores)
+        status, detail = Status.INTERRUPTED.in_track_b, f"step {last} of {num_steps}"
+    recall, ndcg = max(evaluations[RECALL].to_list()), evaluations[NDCG][-1]
+    return RunStatus(status, recall, ndcg, detail, summary)
 
 
 def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
@@ -99,13 +96,14 @@ def write_logs(run_dir: Path, logs: pl.DataFrame) -> None:
 
 
 def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
-    """The log of a run, from parquet, else from JSON lines; None when there is neither.
+    """The log of a run, from parquet, else from JSON lines; None if it has neither.
 
     Raises:
-        ValueError: none that is there can be read; what is wrong with each.
+        ValueError: no file can be read; the message says what is wrong with each.
     """
     errors, folder = [], StudentFolder(Path(run_dir))
-    for path, read in {folder.logs: pl.read_parquet, folder.log_lines: _read_json_lines}.items():
+    read_lines = partial(pl.read_ndjson, infer_schema_length=None)
+    for path, read in {folder.logs: pl.read_parquet, folder.log_lines: read_lines}.items():
         if path.is_file():
             try:
                 return _checked(read(path))
@@ -116,12 +114,8 @@ def read_logs(run_dir: str | Path) -> pl.DataFrame | None:
     return None
 
 
-def _read_json_lines(path: Path) -> pl.DataFrame:
-    return pl.read_ndjson(path, infer_schema_length=None)
-
-
 def _checked(table: pl.DataFrame) -> pl.DataFrame:
-    """A log with `step` and finite scores; the columns of scores are there, if only of nulls."""
+    """A log with `step` and finite scores; a missing column of scores is added, with nulls."""
     if table.is_empty():
         raise ValueError("empty")
     if "step" not in table.columns or not table["step"].dtype.is_integer():
@@ -136,7 +130,6 @@ def _checked(table: pl.DataFrame) -> pl.DataFrame:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}

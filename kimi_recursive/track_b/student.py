@@ -1,4 +1,4 @@
-"""The student: a small network from the teacher's vector to a short one of unit length."""
+"""The student: a small network that maps the teacher's vector to a short one of unit length."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ENCODE_BLOCK = 8192
 
 
 class Student(nn.Module):
-    """Teacher's vectors [..., D] to unit vectors [..., dim].
+    """Maps the teacher's vectors [..., D] to unit vectors [..., dim].
 
-    `mlp`: `out(gelu(inp(x)))`. `residual`: a linear map with an MLP beside it that starts at zero,
-    `map(x) + s * out(gelu(inp(x)))`; without the MLP when `hidden` is 0. Inputs of the MLP are
+    `mlp`: `out(gelu(inp(x)))`. `residual`: a linear map plus an MLP that starts at zero,
+    `map(x) + s * out(gelu(inp(x)))`; with `hidden` 0, the linear map alone. Inputs of the MLP are
     scaled by sqrt(D), so that their entries are of order 1.
     """
 
@@ -41,15 +41,16 @@ class Student(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = 0.0 if self.map is None else self.map(x)
-        if self.inp is not None:
+        y = None if self.map is None else self.map(x)
+        if self.inp is not None and self.out is not None:
             update = self.out(F.gelu(self.inp(x * x.shape[-1] ** 0.5)))
-            y = update if self.map is None else y + RESIDUAL_SCALE * update
+            y = update if y is None else y + RESIDUAL_SCALE * update
+        assert y is not None
         return F.normalize(y, dim=-1)
 
     @torch.no_grad()
     def encode(self, vectors: Floats) -> Floats:
-        """Vectors [N, D] to [N, dim], block by block, in float32."""
+        """Encode vectors [N, D] to [N, dim], block by block, in float32."""
         device = next(self.parameters()).device
         blocks = [
             self(torch.tensor(vectors[i : i + ENCODE_BLOCK], device=device)).float().cpu().numpy()
@@ -58,7 +59,7 @@ class Student(nn.Module):
         return np.concatenate(blocks)
 
     def save(self, path: str | Path) -> None:
-        """Write weights as safetensors, with what rebuilds the module in the metadata."""
+        """Write weights as safetensors; the metadata holds the arguments of the module."""
         from safetensors.torch import save_file
 
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
@@ -70,7 +71,7 @@ class Student(nn.Module):
         """Read what `save` wrote.
 
         Raises:
-            ValueError: missing or damaged file, or not a student.
+            ValueError: the file is missing, damaged, or not a student.
         """
         weights, metadata = read_safetensors(path)
         try:
@@ -82,24 +83,25 @@ class Student(nn.Module):
 
 
 def build_student(settings: Mapping[str, Any], vectors: Floats, seed: int) -> Student:
-    """A student as a run starts it; `svd` puts the projection of least squared error into its map.
+    """A new student. With `init: svd` its map starts as the projection of least squared error.
 
     Args:
         settings: A row of the sheet.
-        vectors: Of the teacher, for training [N, D].
+        vectors: The teacher's training vectors [N, D].
     """
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     student = Student(settings["student"], vectors.shape[1], settings["dim"], settings["hidden"])
     torch.set_rng_state(generator_state)
     if settings["init"] == "svd":
+        assert student.map is not None
         with torch.no_grad():
             student.map.weight.copy_(torch.from_numpy(svd_projection(vectors, settings["dim"])))
     return student
 
 
 def scatter(vectors: Floats, centred: bool) -> NDArray[np.float64]:
-    """Sum over rows of their outer products [D, D], block by block; centred: minus their mean."""
+    """Sum of the outer products of all rows [D, D]; `centred`: of the rows minus their mean."""
     total = np.zeros((vectors.shape[1],) * 2)
     for start in range(0, len(vectors), ENCODE_BLOCK):
         block = np.asarray(vectors[start : start + ENCODE_BLOCK], np.float64)
@@ -111,8 +113,8 @@ def scatter(vectors: Floats, centred: bool) -> NDArray[np.float64]:
 
 
 def svd_projection(vectors: Floats, dim: int, centred: bool = False) -> Floats:
-    """The first right singular vectors [dim, D]: of the vectors as they are (truncated SVD), or
-    minus their mean (PCA). Signs are such that the largest entry of each is positive."""
+    """The first right singular vectors [dim, D] of the vectors (truncated SVD), or of the vectors
+    minus their mean (PCA). The sign of each makes its largest entry positive."""
     gram = scatter(vectors, centred)
     axes = np.linalg.eigh(gram)[1][:, ::-1][:, :dim].T
     largest = np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)

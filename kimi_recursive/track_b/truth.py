@@ -1,12 +1,12 @@
-"""What the teacher says: the nearest rows of each training row and of each query, found once.
+"""The teacher's neighbours: the nearest rows of each training row and of each query, found once.
 
 `neighbours.npz` holds int32 rows of `vectors.npy`:
 
     train             [N, k]        nearest training rows of each training row
-    close             [P, 2]        pairs of training rows at least as similar as `threshold`
-    validation, test  [Q, 10]       nearest of all rows but itself, of each held-out query
-    train_queries     [<= 500]      training rows that are asked like queries, to see overfitting
-    train_query       [<= 500, 10]  their nearest of all rows
+    close             [P, 2]        pairs of training rows with a similarity of at least `threshold`
+    validation, test  [Q, 10]       nearest other rows of each held-out query
+    train_queries     [<= 500]      training rows used as queries, to see overfitting
+    train_query       [<= 500, 10]  their nearest other rows
     threshold         []
 """
 
@@ -31,11 +31,11 @@ NUM_TRAIN_QUERIES = 500
 
 @dataclass(frozen=True)
 class Truth:
-    """What `neighbours.npz` holds.
+    """Content of `neighbours.npz`.
 
     Attributes:
-        queries: Rows in the database of `validation`, `test` and `train` queries.
-        relevant: Their ten nearest by the teacher.
+        queries: Rows of the `validation`, `test` and `train` queries in the database.
+        relevant: Their ten nearest rows by the teacher.
     """
 
     train: Rows
@@ -45,7 +45,7 @@ class Truth:
     relevant: dict[str, Rows]
 
     def close_pairs(self, vectors: Floats, settings: Mapping[str, Any]) -> Rows:
-        """The pairs [P, 2] that the false-negative filter of these settings masks.
+        """The pairs [P, 2] that are false negatives under these settings.
 
         Args:
             vectors: Training vectors [N, D].
@@ -57,7 +57,7 @@ class Truth:
         return self.close[np.einsum("ij,ij->i", first, second) >= settings["threshold"]]
 
     def digest(self, vectors: Floats, settings: Mapping[str, Any]) -> str:
-        """Of what a run with these settings reads: more neighbours for others change nothing."""
+        """Digest of the rows that a run with these settings reads; other rows do not change it."""
         used = [self.train[:, : settings["k"]], self.close_pairs(vectors, settings)]
         used += [
             rows for split in self.queries for rows in (self.queries[split], self.relevant[split])
@@ -74,7 +74,7 @@ def find_neighbours(
     """Write `neighbours.npz` for students with these settings.
 
     Raises:
-        ValueError: settings that do not fit the teacher, or too few vectors to rank ten.
+        ValueError: settings do not fit the teacher, or it has too few vectors to rank ten.
     """
     vectors = load_vectors(teacher_dir)
     num_train, dim = vectors["train"].shape
@@ -98,7 +98,7 @@ def find_neighbours(
     found = {n: nearest(database[q], database, TOP, exclude=q)[1] for n, q in queries.items()}
     arrays = {"train": train, "close": close, "train_queries": queries["train_query"], **found}
     with replacing(output_path) as temporary, open(temporary, "wb") as file:
-        small = {name: rows.astype(np.int32) for name, rows in arrays.items()}
+        small: dict[str, Any] = {name: rows.astype(np.int32) for name, rows in arrays.items()}
         np.savez(file, **small, threshold=np.float64(min(limits, default=np.inf)))
 
 

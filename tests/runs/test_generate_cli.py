@@ -84,7 +84,7 @@ def test_a_prompt_can_come_from_standard_input(model_dir, generated, monkeypatch
     assert json.loads(capsys.readouterr().out)["token_ids"] == generated[1][3]
     monkeypatch.setattr(stdin, "isatty", lambda: True)
     assert call(monkeypatch, *arguments) == 2
-    assert "give --prompt, or a text on standard input" in capsys.readouterr().err
+    assert "no prompt: use --prompt" in capsys.readouterr().err
 
 
 def test_stream_prints_prompt_and_text(model_dir, generated, monkeypatch, capsys):
@@ -103,8 +103,8 @@ def test_compare_shows_each_and_says_how_far_they_agree(model_dir, generated, mo
     assert [name.strip() for name in out.splitlines()[1].split("|")] == [
         "base", "verified", "learned",
     ]  # fmt: skip
-    assert f"the first {same} tokens are those of base" in err
-    assert "tokens are those of verified" in err
+    assert f"the first {same} tokens equal those of base" in err
+    assert "tokens equal those of verified" in err
 
 
 def test_columns_wrap_and_give_way_on_a_narrow_terminal():
@@ -135,7 +135,7 @@ def test_a_base_alone_generates_and_is_not_compared(model_dir, generated, monkey
         (("--stream", "--prompt", "two"), "--stream: takes one prompt, got 2"),
         (("--top-k", 4), "--temperature, --top-k, --top-p and --seed need --sample"),
         (("--num-steps", 2, "--commit", "learned"), "num_steps needs commit='verified'"),
-        (("--stream", "--json"), "give one of --stream, --compare and --json"),
+        (("--stream", "--json"), "--stream, --compare and --json exclude each other"),
         (("--sample", "--top-p", 3), "top_p must be above 0 and at most 1, got 3.0"),
         (("--sample", "--commit", "learned"), "do_sample needs commit='verified'"),
         (("--max-new-tokens", 10**6), "positions"),

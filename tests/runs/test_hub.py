@@ -54,7 +54,7 @@ def test_the_folder_of_a_dry_run(lab, experiment, tmp_path, monkeypatch, capfd):
     }  # fmt: skip
     for name, content in found.items():
         assert f"{len(content):,}  {name}\n" in printed.out
-    assert "nothing was sent" in printed.out and "the base is a folder here" in printed.err
+    assert "nothing was sent" in printed.out and "the base is a local folder" in printed.err
     assert files(experiment) == before
     assert found["notes/notes.txt"] == b"plateau after step 2, see loss.png, 3/4 of the way\n"
     assert found["recursive_config.json"] == (experiment / "recursive_config.json").read_bytes()
@@ -268,7 +268,7 @@ def test_an_unfinished_experiment_is_published_only_by_force(experiment, tmp_pat
         (["--base-model", "a/b/c"], "Repo id must be in the form"),
         (["--base-model", "a/b", "--include-base"], "either --base-model or --include-base"),
         (["--output-dir", "out"], "--output-dir is where --dry-run writes"),
-        (["--hf-token", TOKEN], "HF_HUB_OFFLINE is set: nothing can be sent"),
+        (["--hf-token", TOKEN], "HF_HUB_OFFLINE is set, so nothing can be sent"),
     ],
 )
 def test_options_that_make_no_sense(experiment, options, message, monkeypatch, capfd):

@@ -220,7 +220,7 @@ def test_tokens_that_are_wrong(lab, hub, client):
     assert status == 2 and "no token: set HF_TOKEN" in error_line(output)
     broken = f"{TOKEN}\nX-Evil: 1"
     status, output = upload(client, directory, repo, "--hf-token", broken)
-    assert status == 2 and "holds characters that no token has" in error_line(output)
+    assert status == 2 and "has an invalid character" in error_line(output)
     assert "Evil" not in output and repo not in hub.repos
     status, output = upload(client, directory, repo, "--hf-token", TOKEN, token="hf_wrong")
     assert status == 0, output

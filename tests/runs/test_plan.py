@@ -167,7 +167,7 @@ def test_the_command_shows_the_plan(tmp_path, monkeypatch, capsys, planned):
     [
         (("--config", "no.yaml"), "no.yaml: no such file"),
         (("--mfu", "0"), "--mfu: must be above 0"),
-        (("--config", "hub.yaml"), "give its config.json as base.config_json"),
+        (("--config", "hub.yaml"), "set base.config_json to its config.json"),
     ],
 )
 def test_a_wrong_plan_is_one_line(tmp_path, monkeypatch, capsys, arguments, expected):

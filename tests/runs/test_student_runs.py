@@ -164,8 +164,8 @@ def test_a_batch_that_does_not_fit_is_halved(teacher, tmp_path, monkeypatch, cap
     monkeypatch.setattr(InfoNCE, "forward", greedy)
     summary = run(teacher, tmp_path, V1)
     printed = capsys.readouterr().err
-    assert "a batch of 16 does not fit in memory; going on with 8" in printed
-    assert "a batch of 8 does not fit in memory; going on with 4" in printed
+    assert "a batch of 16 does not fit in memory; continuing with 8" in printed
+    assert "a batch of 8 does not fit in memory; continuing with 4" in printed
     assert summary["status"] == "completed" and summary["batch_size"] == 4
     logs = pl.read_parquet(tmp_path / "run/logs/train_logs.parquet")
     sizes = logs["batch_size"].to_list()[1:]

@@ -195,7 +195,7 @@ def test_a_teacher_that_is_not_the_pinned_one(three_sentences, tmp_path, monkeyp
     message = error_of(encode_sentences, MINILM, *arguments)
     assert "sha256 must be 000" in message and "got 53aa5117" in message
     monkeypatch.setattr(teacher, "PACKAGE_VERSION", "0.2.0")
-    assert "version 0.2.0 is needed, 0.1.0 is installed" in error_of(
+    assert "version 0.2.0 is needed, but 0.1.0 is installed" in error_of(
         encode_sentences, MINILM, *arguments
     )
     monkeypatch.setattr(teacher, "PACKAGE", "no-such-package")

@@ -24,7 +24,7 @@ from kimi_recursive.track_b.evaluate import (
 )
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 from kimi_recursive.track_b.sanity import check_sanity
-from kimi_recursive.track_b.sheet import Experiment
+from kimi_recursive.track_b.sheet import SheetRow
 from kimi_recursive.track_b.status import read_status
 from kimi_recursive.track_b.summary import COLUMNS, read_results, score_methods
 from kimi_recursive.track_b.teacher import load_vectors
@@ -47,14 +47,14 @@ def finished(tmp_path_factory):
     evaluate_references(folder / "teacher", folder / "neighbours.npz", [8], folder / "refs.parquet")
     for name, values in (("v1", V1), ("v2", V2)):
         for seed in (0, 1):
-            experiment = Experiment(name, (0, 1), settings_of(values))
+            experiment = SheetRow(name, (0, 1), settings_of(values))
             target = folder / "students" / experiment.keys[seed]
             inputs = (folder / "teacher", folder / "neighbours.npz")
             train_student(experiment.settings, seed, *inputs, target)
     return folder
 
 
-EXPERIMENTS = [Experiment("v1", (0, 1), settings_of(V1)), Experiment("v2", (0, 1), settings_of(V2))]
+EXPERIMENTS = [SheetRow("v1", (0, 1), settings_of(V1)), SheetRow("v2", (0, 1), settings_of(V2))]
 
 
 @pytest.fixture

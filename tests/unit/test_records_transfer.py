@@ -47,7 +47,7 @@ def test_migration_maps_fields_and_keeps_the_original(old, monkeypatch, capsys):
     assert call(monkeypatch, *arguments, "--dry-run") == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["run_data"]["run_id"] == "a" and not new.exists()
-    assert "'gpu' of 1 records is not taken over" in shown.err
+    assert "field 'gpu' of 1 records is dropped" in shown.err
     assert call(monkeypatch, *arguments) == 0
     assert old.read_bytes() == before and validate(new) == (2, [])
     first, second = read_records(new)
@@ -55,7 +55,7 @@ def test_migration_maps_fields_and_keeps_the_original(old, monkeypatch, capsys):
     assert first["run_data"]["best_val_accuracy"] == 0.5 and first["timestamp"] > "2026"
     assert second["timestamp"] == "2024-01-01T00:00:00+00:00"
     assert call(monkeypatch, *arguments) == 2  # never over what is there
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_what_is_not_mapped_can_be_kept(old, monkeypatch):
@@ -113,12 +113,12 @@ def test_logs_are_merged_by_content(tmp_path, monkeypatch, capsys):
     ]
     there.write_text("\n".join(lines))
     assert call(monkeypatch, "log", "merge", there, "--into", here, "--dry-run") == 1
-    assert here.read_bytes() == mine and "2 would be added, 2 there already" in (
+    assert here.read_bytes() == mine and "2 would be added, 2 already in the log" in (
         capsys.readouterr().out
     )
     assert call(monkeypatch, "log", "merge", there, "--into", here) == 1
     shown = capsys.readouterr()
-    assert "conflict: 'differs' is different in" in shown.out and "run_data.loss" in shown.out
+    assert "conflict: 'differs' differs in" in shown.out and "run_data.loss" in shown.out
     assert "line 6: is not JSON" in shown.err and "NaN" in shown.err
     assert here.read_bytes().startswith(mine)
     assert [r["run_data"]["run_id"] for r in read_records(here)][3:] == ["new", "ran"]
@@ -145,7 +145,7 @@ def test_logs_of_two_kinds_are_not_merged(tmp_path, monkeypatch, capsys):
     append_records(tmp_path / "b.jsonl", [BASELINE])
     paths = (tmp_path / "b.jsonl", "--into", tmp_path / "a.jsonl")
     assert call(monkeypatch, "log", "merge", *paths) == 2
-    assert "is a log of baselines, the others of training_log" in capsys.readouterr().err
+    assert "is a log of baselines, but the others are of training_log" in capsys.readouterr().err
 
 
 # ---- criteria ----

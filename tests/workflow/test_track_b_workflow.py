@@ -183,7 +183,7 @@ def test_force_trains_everything_again_and_keeps_the_old_until_then(copied):
     copied.path(f"{FOLDER}/neighbours.npz").write_bytes(b"torn")
     os.utime(copied.path(f"{FOLDER}/neighbours.npz"))
     done = track_b(copied, "--force", "--configfile", "tiny.yaml")
-    assert done.returncode != 0 and "the students of before are in" in done.stderr
+    assert done.returncode != 0 and "the previous students are in" in done.stderr
     (kept,) = copied.path(FOLDER).glob("students_before_*")
     assert len(list(kept.iterdir())) == 3
 
@@ -326,26 +326,26 @@ def test_an_error_of_the_user_in_a_job_is_the_last_line_and_exit_code_2(copied):
 
 def test_errors_of_the_user_are_told_from_other_failures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    logs, own = tmp_path / "results/logs/train_student", tmp_path / ".snakemake/log"
+    logs = tmp_path / "results/logs/train_student"
     logs.mkdir(parents=True)
-    own.mkdir(parents=True)
 
-    def failures(num_failed: int, since: float = 0.0, **texts: str) -> tuple[list[str], int]:
+    def failures(since: float = 0.0, done: str = "", **texts: str) -> tuple[list[str], bool]:
         for path in logs.iterdir():
             path.unlink()
         for name, text in texts.items():
             (logs / f"{name}.log").write_text(text)
-        (own / "now.snakemake.log").write_text("\nError in rule train_student:\n" * num_failed)
-        return _failures(since)
+        states = {name: ("success" if name in done else "incomplete", "") for name in texts}
+        return _failures(states, since)
 
     wrong = "step 1\nerror: x\nerror: bad row\n"
-    assert failures(1, a=wrong, b="done\n") == (["bad row"], 0)
-    assert failures(2, a=wrong, b=wrong) == (["bad row"], 0), "said once"
-    assert failures(2, a=wrong, b="error: worse\n") == (["bad row", "worse"], 0)
-    assert failures(2, a=wrong, b="Traceback ...\nerror: KeyError: 1\n") == (["bad row"], 1)
-    assert failures(2, a=wrong, b="killed at step 2\n") == (["bad row"], 1)
-    assert failures(1, a="Traceback ... of a check\n", b=wrong) == (["bad row"], 0)
-    assert failures(1, since=time.time() + 60, a=wrong) == ([], 0), "of before"
+    assert failures(done="b", a=wrong, b="done\n") == (["bad row"], False)
+    assert failures(a=wrong, b=wrong) == (["bad row"], False), "said once"
+    assert failures(a=wrong, b="error: worse\n") == (["bad row", "worse"], False)
+    assert failures(a=wrong, b="Traceback ...\nerror: KeyError: 1\n") == (["bad row"], True)
+    assert failures(a=wrong, b="killed at step 2\n") == (["bad row"], True)
+    assert failures(since=time.time() + 60, a=wrong) == ([], False), "of before"
+    (logs.parent / "check_sanity.log").write_text("Traceback ... of a check\n")
+    assert failures(a=wrong) == (["bad row"], False), "a check warns, and does not fail"
 
 
 def test_it_is_part_of_all_and_of_the_summary_alone(copied):
