@@ -46,6 +46,7 @@ def test_a_last_column_of_text_is_wrapped_and_loses_no_word():
     table = Table("", [Column("run", NAME), Column("detail")], [["x" * 30, words], ["y", words]])
     text = table.to_text()
     assert max(map(len, text.splitlines())) <= 100
+    assert text.splitlines()[1].startswith("x" * 30 + "  word0 word1 "), "beside its name"
     assert text.split().count("word39") == 2 and " ".join(text.split()).count(words) == 2
 
 
@@ -64,6 +65,8 @@ def test_html_escapes_every_cell_and_marks_verdicts():
     assert '<td class="verdict good"><span aria-hidden="true">▼</span> helps</td>' in html
     assert '<td class="verdict">other</td>' in html and '<td class="number">–</td>' in html
     assert '<p class="note">A note &amp; more.</p>' in html
+    cell = Table("", [Column("run", NAME), Column("detail")], [["x", "<u>"]]).to_html()
+    assert '<td class="text">&lt;u&gt;</td>' in cell
     assert "nothing is there yet" in Table("", TABLE.columns, []).to_html()
 
 
