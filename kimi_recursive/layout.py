@@ -6,17 +6,38 @@ each file is; a test compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 RESULTS_SUFFIX = "_results.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TextFolder:
-    """The corpus or its tokens, by split, with the facts about them as JSON."""
+class Folder:
+    """A folder; its parts are attributes."""
 
     folder: Path
+
+
+class Part(Generic[T]):
+    """A part of a folder: the path `name` in it, as what `make` makes of a path."""
+
+    def __init__(self, name: str, make: Callable[[Path], T]):
+        self.name, self.make = name, make
+
+    def __get__(self, owner: Folder, _owner_type: type[Folder] | None = None) -> T:
+        return self.make(owner.folder / self.name)
+
+
+def _at(name: str) -> Part[Path]:
+    return Part(name, Path)
+
+
+class TextFolder(Folder):
+    """The corpus or its tokens, by split, with the facts about them as JSON."""
 
     def split(self, split: str) -> Path:
         """`split` is `train`, `validation` or `test`."""
@@ -27,96 +48,44 @@ class TextFolder:
         return self.folder / f"{self.folder.name}.json"
 
 
-@dataclass(frozen=True)
-class WorkFolder:
+class WorkFolder(Folder):
     """The experiment directory of a training, from which an interrupted one resumes."""
 
-    folder: Path
-
-    @property
-    def metadata(self) -> Path:
-        return self.folder / "experiment_metadata.json"
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "recursive_config.json"
-
-    @property
-    def fingerprint(self) -> Path:
-        return self.folder / "fingerprint.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.folder / "lock"
-
-    @property
-    def best_checkpoint(self) -> Path:
-        return self.folder / "checkpoints/best"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-    @property
-    def notes(self) -> Path:
-        return self.folder / "notes"
+    metadata = _at("experiment_metadata.json")
+    config = _at("recursive_config.json")
+    fingerprint = _at("fingerprint.json")
+    lock = _at("lock")
+    best_checkpoint = _at("checkpoints/best")
+    metrics = _at("metrics")
+    logs = _at("logs")
+    notes = _at("notes")
 
     def checkpoint(self, step: int | str) -> Path:
         name = step if isinstance(step, str) else f"{step:06d}"
         return self.folder / f"checkpoints/step_{name}"
 
 
-@dataclass(frozen=True)
-class BaseFolder:
+class BaseFolder(Folder):
     """The base model and, of one from scratch, its training."""
 
-    folder: Path
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "train_logs.parquet"
-
-    @property
-    def work(self) -> WorkFolder:
-        return WorkFolder(self.folder / "work")
+    model = _at("model")
+    logs = _at("train_logs.parquet")
+    work = Part("work", WorkFolder)
 
 
-@dataclass(frozen=True)
-class RunFolder:
+class RunFolder(Folder):
     """The training of a phase."""
 
-    folder: Path
-
-    @property
-    def sidecar(self) -> Path:
-        return self.folder / "sidecar"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "train_logs.parquet"
-
-    @property
-    def summary(self) -> Path:
-        return self.folder / "train_summary.json"
-
-    @property
-    def work(self) -> WorkFolder:
-        return WorkFolder(self.folder / "work")
+    sidecar = _at("sidecar")
+    logs = _at("train_logs.parquet")
+    summary = _at("train_summary.json")
+    work = Part("work", WorkFolder)
 
 
 @dataclass(frozen=True)
-class EvaluationFiles:
+class EvaluationFiles(Folder):
     """What one evaluation writes into a folder."""
 
-    folder: Path
     name: str
 
     @property
@@ -134,108 +103,42 @@ class EvaluationFiles:
         return [cls(folder, path.name.removesuffix(RESULTS_SUFFIX)) for path in paths]
 
 
-@dataclass(frozen=True)
-class StudentFolder:
+class StudentFolder(Folder):
     """The training of a student of Track-B."""
 
-    folder: Path
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs/train_logs.parquet"
-
-    @property
-    def log_lines(self) -> Path:
-        return self.folder / "logs/train_logs.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.folder / "logs/train_summary.json"
-
-    @property
-    def best(self) -> Path:
-        return self.folder / "checkpoints/student_best.safetensors"
-
-    @property
-    def scores(self) -> Path:
-        return self.folder / "evaluation.parquet"
-
-    @property
-    def work(self) -> WorkFolder:
-        return WorkFolder(self.folder / "work")
+    logs = _at("logs/train_logs.parquet")
+    log_lines = _at("logs/train_logs.jsonl")
+    summary = _at("logs/train_summary.json")
+    best = _at("checkpoints/student_best.safetensors")
+    scores = _at("evaluation.parquet")
+    work = Part("work", WorkFolder)
 
     def checkpoint(self, step: int | str) -> Path:
         return self.folder / f"checkpoints/student_step_{step}.safetensors"
 
 
-@dataclass(frozen=True)
-class TrackBSummary:
+class TrackBSummary(Folder):
     """What Track-B's summary writes."""
 
-    folder: Path
-
-    @property
-    def table(self) -> Path:
-        return self.folder / "summary.csv"
-
-    @property
-    def text(self) -> Path:
-        return self.folder / "summary.txt"
-
-    @property
-    def comparison(self) -> Path:
-        return self.folder / "comparison.csv"
-
-    @property
-    def runs(self) -> Path:
-        return self.folder / "runs"
-
-    @property
-    def figure(self) -> Path:
-        return self.folder / "recall_by_step.png"
+    table = _at("summary.csv")
+    text = _at("summary.txt")
+    comparison = _at("comparison.csv")
+    runs = _at("runs")
+    figure = _at("recall_by_step.png")
 
 
-@dataclass(frozen=True)
-class TrackBFolder:
+class TrackBFolder(Folder):
     """Track-B: the teacher's vectors, the students, and what they are compared with."""
 
-    folder: Path
-
-    @property
-    def sentences(self) -> Path:
-        return self.folder / "sentences.parquet"
-
-    @property
-    def teacher(self) -> Path:
-        return self.folder / "teacher"
-
-    @property
-    def teacher_facts(self) -> Path:
-        return self.teacher / "teacher.json"
-
-    @property
-    def teacher_vectors(self) -> Path:
-        return self.teacher / "vectors.npy"
-
-    @property
-    def teacher_work(self) -> Path:
-        return self.folder / "teacher_work"
-
-    @property
-    def neighbours(self) -> Path:
-        return self.folder / "neighbours.npz"
-
-    @property
-    def sanity(self) -> Path:
-        return self.folder / "sanity.json"
-
-    @property
-    def references(self) -> Path:
-        return self.folder / "references.parquet"
-
-    @property
-    def students(self) -> Path:
-        return self.folder / "students"
+    sentences = _at("sentences.parquet")
+    teacher = _at("teacher")
+    teacher_facts = _at("teacher/teacher.json")
+    teacher_vectors = _at("teacher/vectors.npy")
+    teacher_work = _at("teacher_work")
+    neighbours = _at("neighbours.npz")
+    sanity = _at("sanity.json")
+    references = _at("references.parquet")
+    students = _at("students")
 
     @property
     def summary(self) -> TrackBSummary:
@@ -246,79 +149,41 @@ class TrackBFolder:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Folder):
     """The results folder of one matrix.
 
     Attributes:
-        root: By default `results`, in the folder that Snakemake runs in.
+        folder: By default `results`, in the folder that Snakemake runs in.
     """
 
-    root: Path = Path("results")
+    folder: Path = Path("results")
 
-    @property
-    def corpus(self) -> TextFolder:
-        return TextFolder(self.root / "corpus")
-
-    @property
-    def tokens(self) -> TextFolder:
-        return TextFolder(self.root / "tokens")
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.root / "tokenizer"
-
-    @property
-    def base(self) -> BaseFolder:
-        return BaseFolder(self.root / "base")
-
-    @property
-    def repeat(self) -> Path:
-        return self.root / "compare/repeat.json"
-
-    @property
-    def table(self) -> Path:
-        return self.root / "summary.csv"
-
-    @property
-    def text(self) -> Path:
-        return self.root / "summary.txt"
-
-    @property
-    def verdicts(self) -> Path:
-        return self.root / "verdicts.json"
-
-    @property
-    def perplexity_by_step(self) -> Path:
-        return self.root / "figures/perplexity_by_step.png"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def track_b(self) -> TrackBFolder:
-        return TrackBFolder(self.root / "track_b")
-
-    @property
-    def track_b_quick(self) -> Path:
-        return self.root / "track_b_quick"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
+    corpus = Part("corpus", TextFolder)
+    tokens = Part("tokens", TextFolder)
+    tokenizer = _at("tokenizer")
+    base = Part("base", BaseFolder)
+    repeat = _at("compare/repeat.json")
+    table = _at("summary.csv")
+    text = _at("summary.txt")
+    verdicts = _at("verdicts.json")
+    perplexity_by_step = _at("figures/perplexity_by_step.png")
+    report = _at("report.html")
+    track_b = Part("track_b", TrackBFolder)
+    track_b_quick = _at("track_b_quick")
+    logs = _at("logs")
 
     def surgery(self, seed: int | str) -> Path:
-        return self.root / f"surgery/s{seed}"
+        return self.folder / f"surgery/s{seed}"
 
     def run(self, key: str) -> RunFolder:
-        return RunFolder(self.root / "runs" / key)
+        return RunFolder(self.folder / "runs" / key)
 
     def evaluation(self, name: str) -> EvaluationFiles:
-        return EvaluationFiles(self.root / "eval", name)
+        return EvaluationFiles(self.folder / "eval", name)
 
     def proof(self, proof: str) -> Path:
         """`proof` is `zero_init`, with `_s<seed>` behind it for every seed but the first."""
-        return self.root / f"compare/{proof}.json"
+        return self.folder / f"compare/{proof}.json"
 
     def log(self, rule: str, wildcard: str | None = None) -> Path:
         """The log of a job; `wildcard` is what tells the jobs of one rule apart."""
@@ -330,7 +195,7 @@ class Layout:
 
     def evaluations(self) -> list[EvaluationFiles]:
         """The evaluations that exist, by name."""
-        return EvaluationFiles.all_in(self.root / "eval")
+        return EvaluationFiles.all_in(self.folder / "eval")
 
     def works(self) -> list[WorkFolder]:
         """The experiment directories that exist: of the base, the phases, and the students."""
@@ -352,7 +217,7 @@ class Layout:
         return [*self.read_by_summary(), *self.read_by_track_b(), *self._found(*patterns, *more)]
 
     def _found(self, *patterns: str) -> list[Path]:
-        return [path for pattern in patterns for path in sorted(self.root.glob(pattern))]
+        return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
 
     def track_b_summary(self, quick: bool) -> TrackBSummary:
         """Where Track-B's summary goes; `quick` is `track_b.quick` of the config."""

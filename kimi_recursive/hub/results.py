@@ -42,7 +42,7 @@ class Scores:
 def workflow_results(directory: Path) -> Path | None:
     """The results folder around an experiment directory of the workflow, None for any other."""
     layout = Layout.of_work(directory)
-    return layout and layout.root
+    return layout and layout.folder
 
 
 def read_scores(

@@ -28,7 +28,7 @@ def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
     Returns: the rows of `summary.csv`.
     """
     matrix = read_matrix(config, layout)
-    text = summary_text(matrix, layout.root)
+    text = summary_text(matrix, layout.folder)
     write_text(layout.table, Table.of_records(COLUMNS, matrix.rows).to_csv())
     write_json(layout.verdicts, [pair.to_json() for pair in matrix.comparisons])
     write_text(layout.text, text)

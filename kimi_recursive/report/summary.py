@@ -105,7 +105,7 @@ def read_matrix(config: Config, layout: Layout) -> Matrix:
         repeat = _read_repeat(layout, rows)
         if repeat == (None, ""):
             repeat = None, _logged_error(layout, run)
-    return Matrix(rows, proofs, compare_arms(layout.root, rows), repeat)
+    return Matrix(rows, proofs, compare_arms(layout.folder, rows), repeat)
 
 
 def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from kimi_recursive.layout import EvaluationFiles, Layout, WorkFolder
+from kimi_recursive.layout import EvaluationFiles, Layout, Part, WorkFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,7 +14,7 @@ def paths_of(place) -> set[str]:
     """Every path below a part of the layout, with `<name>` for what a path depends on."""
     found = set()
     for name, member in vars(type(place)).items():
-        if isinstance(member, property):
+        if isinstance(member, property | Part):
             value = getattr(place, name)
         elif inspect.isfunction(member) and not name.startswith("_"):
             names = [p for p in inspect.signature(member).parameters if p != "self"]
@@ -33,11 +33,13 @@ def paths_of(place) -> set[str]:
 
 
 def paths_of_readme() -> dict[str, set[str]]:
-    """By heading the paths in the first column of the tables."""
-    found, heading = {}, ""
+    """By heading the paths in the first column of the tables of paths."""
+    found, heading, paths = {}, "", False
     for line in (ROOT / "results/README.md").read_text().splitlines():
         heading = line if line.startswith("#") else heading
-        if line.startswith("| `"):
+        if line.startswith("| ") and not line.startswith(("| `", "| -")):
+            paths = line.startswith("| path |")  # the heading of a table
+        if paths and line.startswith("| `"):
             names = re.findall(r"`([^`]+)`", line.split("|")[1])
             found.setdefault(heading, set()).update(name.rstrip("/") for name in names)
     return found

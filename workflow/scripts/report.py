@@ -4,4 +4,4 @@ with job(snakemake):
     from kimi_recursive.layout import Layout
     from kimi_recursive.report.page import write_report
 
-    write_report(snakemake.config, Layout().root, snakemake.output.page)
+    write_report(snakemake.config, Layout().folder, snakemake.output.page)

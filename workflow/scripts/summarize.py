@@ -7,4 +7,4 @@ with job(snakemake):
     from kimi_recursive.report.answers import summarize
 
     summarize(Config.from_mapping(snakemake.config), Layout())
-    record_runs(Layout().root)
+    record_runs(Layout().folder)

@@ -5,5 +5,5 @@ with job(snakemake):
     from kimi_recursive.records.runs import record_runs
     from kimi_recursive.track_b.publish import summarize_track_b
 
-    summarize_track_b(snakemake.params.track_b, Layout().root, **snakemake.output)
-    record_runs(Layout().root)
+    summarize_track_b(snakemake.params.track_b, Layout().folder, **snakemake.output)
+    record_runs(Layout().folder)
