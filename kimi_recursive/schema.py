@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kimi_recursive.text import unknown_key_message
-
-if TYPE_CHECKING:
-    from jsonschema.exceptions import ValidationError
 
 
 @functools.cache
@@ -30,7 +27,7 @@ def schema_errors(value: Mapping[str, Any], schema: Mapping[str, Any]) -> list[s
     return [line for error in found for line in _explain(error)]
 
 
-def _where(error: ValidationError) -> str:
+def _where(error: Any) -> str:
     return ".".join(str(part) for part in error.absolute_path)
 
 
@@ -40,7 +37,7 @@ def _other_types(schema: Mapping[str, Any]) -> str:
     return " or ".join(names.get(kind, kind) for kind in schema["type"] if kind != "string")
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _explain(error: Any) -> Iterator[str]:
     where, value, want = _where(error) or "config", error.instance, error.validator_value
     if error.validator == "additionalProperties":
         allowed = error.schema.get("properties", {})
