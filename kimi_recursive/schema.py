@@ -34,7 +34,7 @@ def _where(error: Any) -> str:
 def _other_types(schema: Mapping[str, Any]) -> str:
     """The types allowed beside a text."""
     names = {"array": "list", "object": "mapping"}
-    return " or ".join(names.get(kind, kind) for kind in schema["type"] if kind != "string")
+    return " or ".join(str(names.get(kind, kind)) for kind in schema["type"] if kind != "string")
 
 
 def _explain(error: Any) -> Iterator[str]:
