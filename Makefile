@@ -75,7 +75,7 @@ lint: env
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/lint-imports
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 dry-run: env config
 	$(SNAKEMAKE) --dry-run all

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jsonschema import Draft202012Validator, validators
-from jsonschema.exceptions import ValidationError
-
 from kimi_recursive.text import unknown_key_message
 
-# JSON Schema accepts 16.0 as an integer; Python's range does not.
-_Validator = validators.extend(
-    Draft202012Validator,
-    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+
+@functools.cache
+def _validator() -> Any:
+    # Imported late: the command line starts without jsonschema.
+    from jsonschema import Draft202012Validator, validators
+
+    # JSON Schema accepts 16.0 as an integer; Python's range does not.
+    integer = Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _checker, value: type(value) is int
-    ),
-)
+    )
+    return validators.extend(Draft202012Validator, type_checker=integer)
 
 
 def schema_errors(value: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
     """One line for each thing that a JSON Schema does not allow."""
-    found = sorted(_Validator(schema).iter_errors(value), key=_where)
+    found = sorted(_validator()(schema).iter_errors(value), key=_where)
     return [line for error in found for line in _explain(error)]
 
 
-def _where(error: ValidationError) -> str:
+def _where(error: Any) -> str:
     return ".".join(str(part) for part in error.absolute_path)
 
 
 def _other_types(schema: Mapping[str, Any]) -> str:
     """The types allowed beside a text."""
     names = {"array": "list", "object": "mapping"}
-    return " or ".join(names.get(kind, kind) for kind in schema["type"] if kind != "string")
+    return " or ".join(str(names.get(kind, kind)) for kind in schema["type"] if kind != "string")
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _explain(error: Any) -> Iterator[str]:
     where, value, want = _where(error) or "config", error.instance, error.validator_value
     if error.validator == "additionalProperties":
         allowed = error.schema.get("properties", {})

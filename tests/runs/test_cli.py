@@ -123,3 +123,24 @@ def test_the_package_exports_the_names_of_the_seed():
         assert getattr(kimi_recursive, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         kimi_recursive.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("missing, command, extra", [
+    ("jsonschema_rs", ["log", "query", "."], "records"),
+    ("polars", ["evaluate", "--model_path", ".", "--stage", "baseline", "--tokens-dir", ".",
+                "--output_dir", "."], "train"),
+])  # fmt: skip
+def test_a_plain_install_has_the_command_and_names_the_extra(missing, command, extra):
+    code = """
+import sys
+for name in ("accelerate", "jsonschema", "jsonschema_rs", "matplotlib", "peft", "polars"):
+    sys.modules[name] = None
+sys.argv[0] = "kimi-recursive"
+from kimi_recursive.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    wanted = f"error: `kimi-recursive {command[0]}` needs pip install 'kimi-recursive[{extra}]'"
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(wanted) and missing in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
