@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Tests by module, those first that notice most in the least time.
 TESTS = {
-    "model/cells": ["model/test_invariants.py", "model/test_losses.py"],
+    "model/cells": ["model/test_cells.py", "model/test_invariants.py"],
     "model/loop": ["model/test_invariants.py", "model/test_losses.py", "model/test_generate.py"],
     "model/wrapper": ["model/test_invariants.py", "model/test_generate.py"],
     "model/cache": ["model/test_decode.py", "model/test_invariants.py", "model/test_verified.py"],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, load_model_with_
 from kimi_recursive.files import read_safetensors
 from kimi_recursive.kimi.kda import install_fast_kda
 from kimi_recursive.model.loading import build_wrapper, load_base
-from kimi_recursive.model.sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
+from kimi_recursive.model.sidecar import (
+    METADATA_KEY,
+    SIDECAR_NAME,
+    Sidecar,
+    load_sidecar,
+    save_sidecar,
+)
 from kimi_recursive.training.base import fetch_base
 
 
@@ -52,6 +59,35 @@ def test_the_sidecar_alone_is_saved_and_loads_back_onto_the_base(saved, tmp_path
         load_model_with_config(moved / "sidecar")
     model, _, _ = load_model_with_config(moved / "sidecar", base_path=moved / "renamed")
     assert torch.equal(model.step_logits(ids), expected)
+
+
+def test_a_copy_of_a_sidecar_may_name_another_base(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    wrapper = perturb(make_wrapper(load_base(tmp_path / "base")))
+    save_sidecar(wrapper, tmp_path / "a", tmp_path / "base", "a")
+    (tmp_path / "b").mkdir()
+    Sidecar.open(tmp_path / "a").renamed("org/model", "v1", tmp_path / "b" / SIDECAR_NAME)
+    mine, other = (Sidecar.open(tmp_path / name) for name in "ab")
+    assert (other.base_name, other.revision, other.base_path()) == ("org/model", "v1", "org/model")
+    assert replace(other, folder=mine.folder, base_name=mine.base_name, revision=None) == mine
+    ours, theirs = mine.tensors(), other.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_sidecar_from_before_there_were_phases_has_no_adapter(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    save_sidecar(make_wrapper(make_base("llama")), tmp_path / "a", tmp_path / "base")
+    path = tmp_path / "a" / SIDECAR_NAME
+    tensors, metadata = read_safetensors(path)
+    facts = json.loads(metadata[METADATA_KEY])
+    for key in ("revision", "phase", "lora", "unfrozen_layers", "dtype"):
+        del facts[key]
+    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(facts)})
+    found = Sidecar.open(tmp_path / "a")
+    assert (found.revision, found.phase, found.lora) == (None, None, False)
+    assert (found.unfrozen_layers, found.dtype) == ([], "auto")
+    assert load_model_with_config(tmp_path / "a")[0].adapter is None
 
 
 def test_config_may_come_as_path_object_or_flag(saved, tmp_path):
