@@ -272,6 +272,7 @@ def _refine(
         wanted = 0 if step == num_steps or loop.reads_logits else 1  # of logits: 0 is all
         h_top, logits, one = _pass(run, origin, mask, states, wanted, inputs_embeds=embeds)
         passes.append(one)
+    assert logits is not None, "a round has an inner step"
     return logits, passes
 
 
