@@ -31,7 +31,7 @@ from kimi_recursive.training.settings import BaseSettings
 ROOT = Path(__file__).parents[1]
 
 
-class _Tokenizer:
+class Tokenizer:
     """As much of a tokenizer as `kimi_config` reads."""
 
     bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
@@ -54,7 +54,7 @@ def main() -> None:
     base = BaseSettings.from_mapping(config["base"])
     training = base.training
     torch.manual_seed(0)
-    tokenizer = _Tokenizer(config["tokenizer"]["vocab_size"])
+    tokenizer = Tokenizer(config["tokenizer"]["vocab_size"])
     plain = KimiLinearForCausalLM(kimi_config(base.architecture, tokenizer))
     ours = copy.deepcopy(plain)
     install_fast_kda(ours)

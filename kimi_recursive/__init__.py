@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = offer(
     __name__,
     model="RecursiveConfig get_baseline_config get_after_surgery_config get_phase_a_config "
-    "get_phase_b_config get_phase_c_config RefineCell LatentToken BoundaryHead ChunkRefineWrapper "
-    "generate_chunks load_model_with_config",
+    "get_phase_b_config get_phase_c_config RefineCell LatentToken TokenFeedback BoundaryHead "
+    "ChunkRefineWrapper generate_chunks load_model_with_config",
     training="ExperimentTracker",
 )

@@ -62,6 +62,9 @@ def run_experiment(
     lr_heads: Annotated[
         float | None, typer.Option(help="For the boundary head. Default: --lr.")
     ] = None,
+    lr_feedback: Annotated[
+        float | None, typer.Option(help="For the token feedback's gate. Default: 30 times --lr.")
+    ] = None,
     lr_lora: Annotated[float | None, typer.Option(help="For LoRA. Default: --lr.")] = None,
     lr_layers: Annotated[
         float | None, typer.Option(help="For unfrozen layers. Default: a tenth of --lr.")
@@ -127,6 +130,7 @@ def run_experiment(
     rates = {
         "lr": lr,
         "lr_heads": lr if lr_heads is None else lr_heads,
+        "lr_feedback": 30 * lr if lr_feedback is None else lr_feedback,
         "lr_lora": lr if lr_lora is None else lr_lora,
         "lr_layers": lr / 10 if lr_layers is None else lr_layers,
     }

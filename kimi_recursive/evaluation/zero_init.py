@@ -64,6 +64,8 @@ def perturbed_difference(wrapper: ChunkRefineWrapper, windows: list[Window]) -> 
     targets = {f"refine_cells.{i}": cell.out.weight for i, cell in enumerate(wrapper.refine_cells)}
     if wrapper.latent is not None:
         targets["latent"] = wrapper.latent.proj.weight
+    if wrapper.feedback is not None and wrapper.reads_logits:
+        targets["feedback"] = wrapper.feedback.gate.weight
     differences = {}
     generator = torch.Generator().manual_seed(0)
     for name, weight in targets.items():

@@ -6,7 +6,7 @@ __getattr__, __dir__ = offer(
     __name__,
     config="RecursiveConfig get_baseline_config get_after_surgery_config "
     "get_phase_a_config get_phase_b_config get_phase_c_config",
-    cells="RefineCell LatentToken BoundaryHead",
+    cells="RefineCell LatentToken TokenFeedback BoundaryHead",
     loop="ChunkLoop ChunkState",
     wrapper="ChunkRefineWrapper",
     generation="generate_chunks",

@@ -1,12 +1,14 @@
-"""The trainable parts of the loop: `RefineCell`, `LatentToken`, `BoundaryHead`.
+"""The trainable parts of the loop: `RefineCell`, `LatentToken`, `TokenFeedback`, `BoundaryHead`.
 
-Shapes: B batch, W chunk width, D hidden size, S state size. Both updates of the stream are scaled
-by its root mean square, and in each product exactly one factor starts at zero: the loop starts as
-the identity, and gradients flow from the first step. Parameters stay in float32; the stream keeps
-the dtype of the base.
+Shapes: B batch, W chunk width, D hidden size, S state size, V vocabulary. The updates of cell and
+latent path are scaled by the root mean square of the stream. In each product exactly one factor
+starts at zero: the loop starts as the identity, and gradients flow from the first step. Parameters
+stay in float32; the stream keeps the dtype of the base.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,41 @@ class LatentToken(nn.Module):
         """
         update = self.proj(self.norm(h_top_BWD.float()) + self.z)
         return e_BWD + (rms(e_BWD) * update).to(e_BWD.dtype)
+
+
+class TokenFeedback(nn.Module):
+    """Lets each position read its own prediction: `g * (Ebar - e)` is added to its embedding e.
+
+    Ebar is the expected embedding of the prediction of the step before, over its `top_k` most
+    probable tokens; `g = tanh(w . norm(h_top) + b)` is one number per position. At g = 1 the
+    position reads the predicted token instead of its own. w and b start at zero, and with them g.
+    """
+
+    def __init__(self, d_model: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.gate = nn.Linear(d_model, 1)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(
+        self,
+        e_BWD: Tensor,
+        h_top_BWD: Tensor,
+        logits_BWV: Tensor,
+        embed: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Args: token embeddings [B, W, D]; top hidden state [B, W, D] and logits [B, W, V] of the
+        step before; the base's embedding of token ids, with its scale.
+
+        Returns: what is added to the embeddings [B, W, D], in the dtype of e.
+        """
+        top = logits_BWV.topk(self.top_k, dim=-1)
+        weights = top.values.float().softmax(-1).unsqueeze(-2)  # [B, W, 1, k]
+        expected = (weights @ embed(top.indices).float()).squeeze(-2)
+        g = torch.tanh(self.gate(self.norm(h_top_BWD.float())))
+        return (g * (expected - e_BWD.float())).to(e_BWD.dtype)
 
 
 class BoundaryHead(nn.Module):

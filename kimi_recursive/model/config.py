@@ -38,6 +38,9 @@ class RecursiveConfig:
         commit: How drafted tokens are committed, `verified` (exact) or `learned` (boundary head).
         layers_to_refine: `"all"` or a list of decoder layer indices, each with one `RefineCell`.
         use_latent_token: Feed the top hidden state of one step into the embeddings of the next.
+        use_token_feedback: Let each position read the model's own prediction of the step before in
+            place of its token, as far as a trained gate opens.
+        feedback_top_k: How many of the most probable tokens that prediction averages.
         d_state: Width of the state that each cell carries over the inner steps.
         gate_hidden: Hidden width of the boundary head.
         max_chunk_len: Longest length the boundary head can predict; at least `chunk_width`.
@@ -64,6 +67,8 @@ class RecursiveConfig:
     commit: str = "verified"
     layers_to_refine: str | list[int] = "all"
     use_latent_token: bool = True
+    use_token_feedback: bool = False
+    feedback_top_k: int = 8
     d_state: int = 512
     gate_hidden: int = 1024
     max_chunk_len: int = 128
@@ -94,9 +99,13 @@ class RecursiveConfig:
         def is_number(value: Any) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool)
 
-        for name in ("recursive_enabled", "use_latent_token", "single_pass"):
+        switches = ("recursive_enabled", "use_latent_token", "use_token_feedback", "single_pass")
+        for name in switches:
             check(name, isinstance(getattr(self, name), bool), "true or false")
-        counts = ("chunk_width", "max_inner_steps", "d_state", "gate_hidden", "max_chunk_len")
+        counts = (
+            "chunk_width", "max_inner_steps", "d_state", "gate_hidden", "max_chunk_len",
+            "feedback_top_k",
+        )  # fmt: skip
         counts_ok = [
             check(name, is_int(v := getattr(self, name)) and v >= 1, "an integer of at least 1")
             for name in counts

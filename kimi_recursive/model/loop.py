@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 from kimi_recursive.kimi.short_passes import MAX_TOKENS, ShortPasses
 from kimi_recursive.model.cache import fork
-from kimi_recursive.model.cells import BoundaryHead, LatentToken, RefineCell
+from kimi_recursive.model.cells import BoundaryHead, LatentToken, RefineCell, TokenFeedback
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.placement import Refetching, execution_device, is_offloaded
 
@@ -47,6 +47,31 @@ def find_decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     if not found:
         raise ValueError(f"{type(base).__name__}: found no ModuleList of {num_layers} layers")
     return min(found, key=lambda item: item[0])[1]
+
+
+def _check_embeddings(base: PreTrainedModel, config: RecursiveConfig, d_model: int) -> None:
+    """Raises ValueError where the base's embeddings do not allow what a step reads of the one
+    before."""
+    num_tokens, width = cast("Any", base.get_input_embeddings()).weight.shape
+    for key in ("use_latent_token", "use_token_feedback"):
+        if getattr(config, key) and width != d_model:
+            raise ValueError(
+                f"{key} needs embeddings as wide as the hidden states, {width} is not {d_model}; "
+                "set it to false for this base"
+            )
+    if not config.use_token_feedback:
+        return
+    num_logits: int = getattr(base.get_output_embeddings(), "out_features", num_tokens)
+    if num_logits > num_tokens:
+        raise ValueError(
+            f"use_token_feedback needs an embedding for every token that the model predicts, and "
+            f"there are {num_tokens} for {num_logits}; set it to false for this base"
+        )
+    if config.feedback_top_k > num_logits:
+        raise ValueError(
+            f"feedback_top_k must be at most the {num_logits} tokens that the base predicts, "
+            f"got {config.feedback_top_k}"
+        )
 
 
 @dataclass
@@ -102,11 +127,14 @@ class ChunkLoop(nn.Module):
         refined_layers: Layers with a refinement cell, ascending; empty when disabled.
         refine_cells: A `RefineCell` for each refined layer, or None when disabled.
         latent: `LatentToken`, or None when disabled or `use_latent_token` is False.
+        feedback: `TokenFeedback`, or None when disabled or `use_token_feedback` is False. A single
+            pass has no step before, and does not use it.
         boundary: `BoundaryHead`, or None when disabled.
         adapter: The trained changes inside the base (`kimi_recursive.model.adapter`), or None.
 
     Raises:
-        ValueError: invalid config, or layers that the base does not have.
+        ValueError: invalid config, layers that the base does not have, or a path from step to step
+            that its embeddings do not allow.
     """
 
     def __init__(self, base: PreTrainedModel, config: RecursiveConfig | None = None, **legacy: Any):
@@ -125,6 +153,7 @@ class ChunkLoop(nn.Module):
         self.refined_layers: list[int] = []
         self.refine_cells: nn.ModuleList | None = None
         self.latent: LatentToken | None = None
+        self.feedback: TokenFeedback | None = None
         self.boundary: BoundaryHead | None = None
         self.adapter: Adapter | None = None
         self._active = config.recursive_enabled
@@ -135,20 +164,17 @@ class ChunkLoop(nn.Module):
         self.refine_cells = nn.ModuleList(
             RefineCell(d_model, config.d_state) for _ in self.refined_layers
         )
+        _check_embeddings(base, config, d_model)
         if config.use_latent_token:
-            width = cast("Any", base.get_input_embeddings()).weight.shape[1]
-            if width != d_model:
-                raise ValueError(
-                    f"use_latent_token needs embeddings as wide as the hidden states, {width} is "
-                    f"not {d_model}; set it to false for this base"
-                )
             self.latent = LatentToken(d_model)
+        if config.use_token_feedback:
+            self.feedback = TokenFeedback(d_model, config.feedback_top_k)
         self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
         # A device_map may have spread the layers. Each refinement cell goes to the device of its
         # layer, the other cells to the device of the embeddings.
         for index, cell in self._cell_of.items():
             cell.to(execution_device(self.layers[index]))
-        for module in (self.latent, self.boundary):
+        for module in (self.latent, self.feedback, self.boundary):
             if module is not None:
                 module.to(self.device)
 
@@ -169,7 +195,8 @@ class ChunkLoop(nn.Module):
 
     def cells(self) -> list[nn.Module]:
         """The components around the base; empty when recursion is disabled."""
-        return [m for m in (self.refine_cells, self.latent, self.boundary) if m is not None]
+        parts = (self.refine_cells, self.latent, self.feedback, self.boundary)
+        return [m for m in parts if m is not None]
 
     def cells_state_dict(self) -> dict[str, Tensor]:
         """The weights of the cells by name, without those of the base."""
@@ -287,19 +314,37 @@ class ChunkLoop(nn.Module):
             input_ids: The chunk's tokens [B, W], if they were edited since the step before.
         """
         ids = chunk.input_ids if input_ids is None else input_ids
-        embeds, states = self.next_inputs(ids, chunk.h_top), self.next_states(chunk.states)
+        embeds = self.next_inputs(ids, chunk.h_top, chunk.logits)
+        states = self.next_states(chunk.states)
         h_top, logits = self.run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
         return ChunkState(
             chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states
         )
 
-    def next_inputs(self, input_ids: Tensor, h_top: Tensor) -> Tensor:
-        """Input embeddings of the next step [B, W, D], from tokens [B, W] and the top hidden state
-        of the step before [B, W, D]."""
-        embeds = self.base.get_input_embeddings()(input_ids)
-        if self.latent is None:
-            return embeds
-        return self.latent(embeds, torch.zeros_like(h_top) if self.config.single_pass else h_top)
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a step reads the logits of the step before, at every position."""
+        return self.feedback is not None and not self.config.single_pass
+
+    def next_inputs(self, input_ids: Tensor, h_top: Tensor, logits: Tensor | None) -> Tensor:
+        """What the next step reads.
+
+        Args:
+            input_ids: The tokens [B, W].
+            h_top: Top hidden state of the step before [B, W, D].
+            logits: Of the step before [B, W, V]; read only with `reads_logits`.
+
+        Returns: [B, W, D].
+        """
+        embed = self.base.get_input_embeddings()
+        inputs = embeds = embed(input_ids)
+        if self.latent is not None:
+            before = torch.zeros_like(h_top) if self.config.single_pass else h_top
+            inputs = self.latent(embeds, before)
+        if self.reads_logits:
+            assert self.feedback is not None and logits is not None
+            inputs = inputs + self.feedback(embeds, h_top, logits, embed)
+        return inputs
 
     def next_states(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
         """The cell states that the next step starts from: a copy that it may update."""

@@ -160,9 +160,12 @@ def decode(
         room = loop.config.chunk_width - rows.done
         limit = min(base.max_tokens, int(room.max()), *map(output.remaining, rows.index))
         with stats.timing("draft"):
-            drafted, h_top, proposals, draft = _draft(run, rows, limit, lookahead, sampling)
+            keep_logits = loop.reads_logits and num_steps > 0
+            drafted, step_0, proposals, draft = _draft(
+                run, rows, limit, lookahead, sampling, keep_logits
+            )
         with stats.timing("refine"):
-            logits, passes = _refine(loop, run, rows, num_steps, drafted, h_top)
+            logits, passes = _refine(loop, run, rows, num_steps, drafted, *step_0)
             tokens, agreed = _verify(drafted, proposals, logits, sampling)
         lookahead.learn(agreed.tolist())
         num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
@@ -193,16 +196,22 @@ def _start(loop: ChunkLoop, output: Output, num_caches: int) -> Rows:
 
 
 def _draft(
-    run: Run, rows: Rows, limit: int, lookahead: Lookahead, sampling: Sampling | None
-) -> tuple[Tensor, Tensor, Tensor | None, Pass]:
+    run: Run,
+    rows: Rows,
+    limit: int,
+    lookahead: Lookahead,
+    sampling: Sampling | None,
+    keep_logits: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor | None], Tensor | None, Pass]:
     """The base drafts up to `limit` tokens, one at a time.
 
-    Returns: tokens [B, L], top hidden states of their inputs [B, L, D], the distributions that the
-        tokens were drawn from [B, L, V] (None without sampling), and the pass.
+    Returns: tokens [B, L]; of their inputs the top hidden states [B, L, D] and, with `keep_logits`,
+        the logits [B, L, V]; with sampling the distributions that the tokens were drawn from
+        [B, L, V]; and the pass.
     """
     origin, mask = rows.base, rows.mask(limit)
     cache, feed = record(origin), rows.last
-    inputs, tokens, tops, proposals = [], [], [], []
+    inputs, tokens, tops, kept, proposals = [], [], [], [], []
     lookahead.start(len(feed))
     while True:
         h_top, logits = run(cache, _shortened(mask, limit - len(tokens) - 1), input_ids=feed)
@@ -214,6 +223,8 @@ def _draft(
             feed = sampling.draw(proposals[-1][:, -1])[:, None]
         tokens.append(feed)
         tops.append(h_top)
+        if keep_logits:
+            kept.append(logits)
         if not lookahead.go_on(logits[:, -1]) or len(tokens) == limit:
             break
 
@@ -223,7 +234,8 @@ def _draft(
         return cache
 
     drawn_from = torch.cat(proposals, 1) if proposals else None
-    return torch.cat(tokens, 1), torch.cat(tops, 1), drawn_from, Pass(cache, again)
+    step_0 = torch.cat(tops, 1), torch.cat(kept, 1) if kept else None
+    return torch.cat(tokens, 1), step_0, drawn_from, Pass(cache, again)
 
 
 def _shortened(mask: Tensor | None, by: int) -> Tensor | None:
@@ -237,10 +249,14 @@ def _refine(
     num_steps: int,
     drafted: Tensor,
     h_top: Tensor,
+    logits: Tensor | None,
 ) -> tuple[Tensor, list[Pass]]:
     """Read the inputs of the drafted tokens at every inner step.
 
     With `num_steps` 0 the base reads them, which equals a step with untrained cells bit for bit.
+
+    Args:
+        h_top, logits: Of these inputs at step 0; logits only where a step reads them.
 
     Returns: logits of the last step [B, L, V], and the pass of each step.
     """
@@ -250,12 +266,13 @@ def _refine(
         return logits, [one]
     states: dict[int, Tensor] = {}
     passes: list[Pass] = []
-    logits = h_top
     for step, origin in enumerate(rows.refined, 1):
-        embeds, states = loop.next_inputs(inputs, h_top), loop.next_states(states)
-        wanted = 0 if step == num_steps else 1  # of logits: 0 is all
+        embeds = loop.next_inputs(inputs, h_top, logits)
+        states = loop.next_states(states)
+        wanted = 0 if step == num_steps or loop.reads_logits else 1  # of logits: 0 is all
         h_top, logits, one = _pass(run, origin, mask, states, wanted, inputs_embeds=embeds)
         passes.append(one)
+    assert logits is not None, "a round has an inner step"
     return logits, passes
 
 

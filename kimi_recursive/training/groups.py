@@ -18,16 +18,21 @@ def parameter_groups(
 ) -> Groups:
     """Put into the base what the phase adds, and mark what trains.
 
-    Returns: the parameters that train, by group (`sidecar`, `heads`, `lora`, `layers`) and name.
+    Returns: the parameters that train, by group (`sidecar`, `heads`, `feedback`, `lora`,
+        `layers`) and name.
 
     Raises:
         ValueError: LoRA targets or layers that the base does not have, or a base below float32
             whose own weights would train.
     """
     groups: Groups = {"sidecar": {}, "heads": {}}
+    if wrapper.reads_logits:  # A single pass leaves the feedback as it is.
+        groups["feedback"] = {}
+    home = {"base": None, "boundary": "heads", "feedback": "feedback"}
     for name, parameter in wrapper.named_parameters():
-        if not name.startswith("base."):
-            groups["heads" if name.startswith("boundary.") else "sidecar"][name] = parameter
+        group = home.get(name.partition(".")[0], "sidecar")
+        if group in groups:
+            groups[group][name] = parameter
     if phase != "a":
         from kimi_recursive.model.adapter import Adapter, every_nth_layer, lora_config
 
@@ -47,7 +52,7 @@ def parameter_groups(
         groups["lora"] = adapter.lora_parameters()
         if adapter.layers:
             groups["layers"] = adapter.layer_parameters()
-    wrapper.base.requires_grad_(False)
+    wrapper.requires_grad_(False)
     for members in groups.values():
         for parameter in members.values():
             parameter.requires_grad_(True)
@@ -59,6 +64,7 @@ def group_optimizer(groups: Groups, settings: PhaseSettings) -> torch.optim.Opti
     rates = {
         "sidecar": settings.lr,
         "heads": settings.lr_heads,
+        "feedback": settings.lr_feedback,
         "lora": settings.lr_lora,
         "layers": settings.lr_layers,
     }

@@ -314,4 +314,4 @@ def chunk_losses(
 
 def _detached(chunk: ChunkState) -> ChunkState:
     states = {i: s.detach() for i, s in chunk.states.items()}
-    return replace(chunk, h_top=chunk.h_top.detach(), states=states)
+    return replace(chunk, h_top=chunk.h_top.detach(), logits=chunk.logits.detach(), states=states)

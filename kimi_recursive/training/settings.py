@@ -86,8 +86,8 @@ class PhaseSettings(_Training):
         num_steps: Optimizer steps of the recursive arm.
         batch_size: Windows a step, one chunk of each.
         context_length: Tokens a window; a multiple of the chunk width.
-        lr, lr_heads, lr_lora, lr_layers: Peak learning rate of cells and latent path, boundary
-            head, LoRA (phases b and c), unfrozen layers (c).
+        lr, lr_heads, lr_feedback, lr_lora, lr_layers: Peak learning rate of cells and latent path,
+            boundary head, gate of the token feedback, LoRA (phases b and c), unfrozen layers (c).
         lora: Phase b.
         unfreeze_every: Phase c: every so many layers of the base, one trains.
         l2_pull: Phase c: weight of half the squared distance to the pretrained weights.
@@ -103,6 +103,7 @@ class PhaseSettings(_Training):
     context_length: int
     lr: float
     lr_heads: float
+    lr_feedback: float
     lr_lora: float | None = None
     lora: LoraSettings | None = None
     lr_layers: float | None = None

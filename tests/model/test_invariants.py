@@ -11,7 +11,15 @@ from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
 from kimi_recursive.model.cache import fork
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
-DISABLED = RecursiveConfig(recursive_enabled=False, chunk_width=8, max_chunk_len=8)
+DISABLED = RecursiveConfig(
+    recursive_enabled=False, use_token_feedback=True, chunk_width=8, max_chunk_len=8
+)
+
+
+@pytest.fixture(params=[False, True], ids=["", "feedback"])
+def wrapper(request, base) -> ChunkRefineWrapper:
+    """An untrained loop around `base`, without and with token feedback."""
+    return make_wrapper(base, use_token_feedback=request.param)
 
 
 def num_hooks(model: nn.Module) -> int:
@@ -26,9 +34,8 @@ def num_hooks(model: nn.Module) -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunk_start", [0, 1, 5])
-def test_zero_init_parity_is_bitwise_and_not_vacuous(base, chunk_start):
+def test_zero_init_parity_is_bitwise_and_not_vacuous(base, wrapper, chunk_start):
     ids = random_ids(2, chunk_start + 8)
-    wrapper = make_wrapper(base)
     changed = perturb(copy.deepcopy(wrapper)).step_logits(ids, chunk_start)
     assert all((changed[t] - changed[0]).abs().max() > 1e-2 for t in (1, 2, 3))
     assert not torch.equal(changed[1], changed[2])
@@ -39,14 +46,15 @@ def test_zero_init_parity_is_bitwise_and_not_vacuous(base, chunk_start):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", ["first cell", "last cell", "latent"])
+@pytest.mark.parametrize("part", ["first cell", "last cell", "latent", "feedback"])
 def test_each_component_alone_reaches_the_logits(base, part):
-    wrapper = make_wrapper(base)
+    wrapper = make_wrapper(base, use_token_feedback=True)
     cells = wrapper.refine_cells
     weight = {
         "first cell": cells[0].out.weight,
         "last cell": cells[-1].out.weight,
         "latent": wrapper.latent.proj.weight,
+        "feedback": wrapper.feedback.gate.weight,
     }[part]
     weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     logits = wrapper.step_logits(random_ids(1, 8))
@@ -61,12 +69,14 @@ def test_the_state_carries_from_step_to_step():
     assert (logits[2] - logits[1]).abs().max() > 1e-3
 
 
-def test_gradients_reach_every_zero_factor_from_the_first_step(base):
-    wrapper = make_wrapper(base)
+def test_gradients_reach_every_zero_factor_from_the_first_step(wrapper):
     wrapper.step_logits(random_ids(2, 8))[-1].square().mean().backward()
     for cell in wrapper.refine_cells:
         assert cell.out.weight.grad.abs().max() > 0
     assert wrapper.latent.proj.weight.grad.abs().max() > 0
+    if wrapper.feedback is not None:
+        assert wrapper.feedback.gate.weight.grad.abs().max() > 0
+        assert wrapper.feedback.gate.bias.grad.abs().max() > 0
 
 
 # ---- 2. pass-through ----------------------------------------------------------------------------
@@ -74,7 +84,7 @@ def test_gradients_reach_every_zero_factor_from_the_first_step(base):
 
 def test_disabled_wrapper_has_no_component_and_leaves_no_hook(base):
     wrapper = ChunkRefineWrapper(base, DISABLED)
-    assert wrapper.refine_cells is None and wrapper.boundary is None and wrapper.latent is None
+    assert wrapper.cells() == [] and wrapper.refine_cells is None and wrapper.feedback is None
     assert wrapper.cells_state_dict() == {}
     wrapper.step_logits(random_ids(1, 8))
     assert num_hooks(base) == 0
@@ -97,8 +107,8 @@ def test_disabled_generate_is_the_base_with_every_argument_passed_on(base, monke
 
 
 @torch.no_grad()
-def test_no_hook_is_left_on_the_base_even_after_an_error(base):
-    wrapper = perturb(make_wrapper(base))
+def test_no_hook_is_left_on_the_base_even_after_an_error(base, wrapper):
+    perturb(wrapper)
     wrapper.step_logits(random_ids(1, 8))
     wrapper.generate_chunks(random_ids(1, 4), max_new_tokens=9)
     assert num_hooks(base) == 0
@@ -113,8 +123,8 @@ def test_no_hook_is_left_on_the_base_even_after_an_error(base):
 
 @torch.no_grad()
 @pytest.mark.parametrize("position", [3, 6, 10])
-def test_a_later_token_changes_no_earlier_logits(base, position):
-    wrapper = perturb(make_wrapper(base))
+def test_a_later_token_changes_no_earlier_logits(wrapper, position):
+    perturb(wrapper)
     ids = random_ids(2, 12)
     other = ids.clone()
     other[:, position] = (other[:, position] - 3 + 1) % 94 + 3
@@ -145,8 +155,8 @@ def test_base_logits_do_not_depend_on_where_a_prefix_is_cut(base, cuts, forked):
 
 @torch.no_grad()
 @pytest.mark.parametrize("width", [1, 2, 5, 7])
-def test_a_refine_pass_does_not_depend_on_later_tokens_of_its_chunk(base, width):
-    wrapper = perturb(make_wrapper(base))
+def test_a_refine_pass_does_not_depend_on_later_tokens_of_its_chunk(wrapper, width):
+    perturb(wrapper)
     ids = random_ids(2, 12)
     whole = wrapper.step_logits(ids, 4)
     part = wrapper.step_logits(ids[:, : 4 + width], 4)
@@ -154,9 +164,9 @@ def test_a_refine_pass_does_not_depend_on_later_tokens_of_its_chunk(base, width)
 
 
 @torch.no_grad()
-def test_the_committed_cache_equals_one_made_from_scratch(base):
+def test_the_committed_cache_equals_one_made_from_scratch(base, wrapper):
     """Refinement must not leak into the cache: what follows is as if it had never run."""
-    wrapper = perturb(make_wrapper(base))
+    perturb(wrapper)
     ids = random_ids(2, 20)
     for chunk in wrapper.chunks(ids[:, :16]):
         before = [t.clone() for t in cache_tensors(chunk.prefix)]
@@ -184,8 +194,8 @@ def cache_tensors(cache) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_left_padding_changes_nothing(base):
-    wrapper = perturb(make_wrapper(base))
+def test_left_padding_changes_nothing(wrapper):
+    perturb(wrapper)
     ids = random_ids(2, 12)
     padded = torch.cat([torch.full((2, 3), 2), ids], 1)
     mask = torch.ones_like(padded)
@@ -197,10 +207,9 @@ def test_left_padding_changes_nothing(base):
 # ---- 5. disable restores ------------------------------------------------------------------------
 
 
-def test_disabled_context_is_the_base_exactly_also_after_training(base):
+def test_disabled_context_is_the_base_exactly_also_after_training(base, wrapper):
     ids = random_ids(2, 8)
     untouched = copy.deepcopy(base)
-    wrapper = make_wrapper(base)
     base.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in wrapper.parameters() if p.requires_grad], lr=1e-2)
     wrapper.train()
@@ -246,7 +255,7 @@ def test_train_never_flips_the_base_and_gradients_flow_through_it():
     for mlp in gates:
         mlp.gate = EvalOnlyGate(mlp.gate).eval()
     base.requires_grad_(False)
-    wrapper = make_wrapper(base)
+    wrapper = make_wrapper(base, use_token_feedback=True)
     assert wrapper.train() is wrapper and wrapper.training
     assert all(m.training for part in wrapper.cells() for m in part.modules())
     assert not any(m.training for m in base.modules())
@@ -273,8 +282,8 @@ def test_eval_turns_the_dropout_of_the_base_off():
 
 
 @torch.no_grad()
-def test_forward_is_the_last_step_on_the_chunk_grid(base):
-    wrapper = perturb(make_wrapper(base))
+def test_forward_is_the_last_step_on_the_chunk_grid(wrapper):
+    perturb(wrapper)
     ids = random_ids(2, 20)
     logits = wrapper(ids, labels=ids)
     for start in (0, 8, 16):
@@ -303,7 +312,7 @@ def test_step_logits_refuses_what_is_not_one_chunk():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity_and_causality_on_a_gpu(base, dtype):
-    wrapper = make_wrapper(base.to("cuda", dtype))
+    wrapper = make_wrapper(base.to("cuda", dtype), use_token_feedback=True)
     ids = random_ids(2, 12).cuda()
     fresh = wrapper.step_logits(ids, 4)
     assert all(torch.equal(fresh[t], fresh[0]) for t in (1, 2, 3))

@@ -141,9 +141,11 @@ def test_every_loss_has_a_gradient_where_it_should():
         assert (grads[1] is None) == (not of_the_head), name
 
 
-def test_backprop_steps_truncates():
+@pytest.mark.parametrize("feedback", [False, True])
+def test_backprop_steps_truncates(feedback):
     def cell_gradient(steps):
-        wrapper, chunk, draft = setup(backprop_steps=steps, use_latent_token=False)
+        path = {"use_latent_token": False, "use_token_feedback": feedback}
+        wrapper, chunk, draft = setup(backprop_steps=steps, **path)
         wrapper.base.requires_grad_(False)
         chunk_losses(wrapper, chunk, draft)["final"].backward()
         return wrapper.refine_cells[0].gru.weight_hh.grad, wrapper

@@ -26,14 +26,14 @@ def passes(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "seed"),
-    [("kimi", seed) for seed in range(6)]
-    + [(kind, seed) for kind in CONFIGS if kind != "kimi" for seed in (1, 2, 3)],
+    [("kimi", seed) for seed in range(8)]
+    + [(kind, seed) for kind in CONFIGS if kind != "kimi" for seed in (1, 2, 3, 6)],
 )
 def test_verified_equals_token_by_token_decoding_of_the_refined_model(kind, seed):
     draw = random.Random(f"{kind} {seed}")
     width, steps = draw.choice([1, 2, 3, 5, 8, 16]), draw.choice([1, 2, 3, 4])
-    base = make_base(kind, seed)
-    wrapper = make_wrapper(base, chunk_width=width, max_chunk_len=width, max_inner_steps=steps)
+    sizes = {"chunk_width": width, "max_chunk_len": width, "max_inner_steps": steps}
+    wrapper = make_wrapper(make_base(kind, seed), **sizes, use_token_feedback=seed >= 6)
     perturb(wrapper, draw.choice([0.02, 0.1, 0.3]), seed)
     lengths = [draw.choice([1, 2, 4, 7, 17]) for _ in range(draw.choice([1, 2, 3]))]
     prompts = [random_ids(1, n, seed=10 * seed + i)[0] for i, n in enumerate(lengths)]
@@ -56,8 +56,10 @@ def test_the_loop_has_a_say_in_what_is_generated(base):
     )
 
 
-def test_both_ways_to_compute_a_pass_generate_the_same(passes):
-    wrapper = perturb(make_wrapper(make_base("kimi")), UNEVEN)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_both_ways_to_compute_a_pass_generate_the_same(passes, feedback):
+    wrapper = make_wrapper(make_base("kimi"), use_token_feedback=feedback)
+    perturb(wrapper, UNEVEN)
     prompts = [random_ids(1, n, seed=n)[0] for n in (9, 1)]
     ids, mask = padded(prompts)
     output = wrapper.generate_chunks(ids, max_new_tokens=11, attention_mask=mask, eos_token_id=[])
@@ -178,15 +180,16 @@ def refined_caches(wrapper, ids, before):
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def small_vocabulary():
+@pytest.fixture(scope="module", params=[False, True], ids=["", "feedback"])
+def small_vocabulary(request):
     """A refined model over 5 tokens, with chunks of 2, whose base says something else."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=5, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
                     num_attention_heads=2, initializer_range=0.2, eos_token_id=None)
     ).eval()  # fmt: skip
-    return perturb(make_wrapper(base, chunk_width=2, max_chunk_len=2, max_inner_steps=2), 0.3)
+    sizes = {"chunk_width": 2, "max_chunk_len": 2, "max_inner_steps": 2, "feedback_top_k": 3}
+    return perturb(make_wrapper(base, **sizes, use_token_feedback=request.param), 0.3)
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
     generator = torch.Generator().manual_seed(seed)
     weights = [cell.out.weight for cell in wrapper.refine_cells]
     weights += [] if wrapper.latent is None else [wrapper.latent.proj.weight]
+    weights += [] if wrapper.feedback is None else [wrapper.feedback.gate.weight]
     for weight in weights:
         weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * std)
     return wrapper

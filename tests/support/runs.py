@@ -14,6 +14,7 @@ from kimi_recursive.training.spec import LoadOptions, PhaseSpec, RunFiles
 
 PHASE = {
     "num_steps": 6, "batch_size": 4, "context_length": 16, "lr": 1e-3, "lr_heads": 2e-3,
+    "lr_feedback": 3e-2,
     "lr_schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
     "own_draft_share": 0.5, "eval_interval": 3, "save_interval": 2, "log_interval": 2,
     "num_validation_windows": 4, "mixed_precision": "no",
