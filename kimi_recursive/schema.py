@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError
@@ -29,16 +29,17 @@ def _where(error: ValidationError) -> str:
     return ".".join(str(part) for part in error.absolute_path)
 
 
-def _other_types(schema: Mapping[str, Any]) -> str:
+def _other_types(kinds: list[str]) -> str:
     """The types allowed beside a text."""
     names = {"array": "list", "object": "mapping"}
-    return " or ".join(names.get(kind, kind) for kind in schema["type"] if kind != "string")
+    return " or ".join(names.get(kind, kind) for kind in kinds if kind != "string")
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    where, value, want = _where(error) or "config", error.instance, error.validator_value
+    where, value = _where(error) or "config", error.instance
+    want, schema = cast("Any", error.validator_value), cast("Any", error.schema)
     if error.validator == "additionalProperties":
-        allowed = error.schema.get("properties", {})
+        allowed = schema.get("properties", {})
         for key in sorted(set(value) - set(allowed)):
             yield unknown_key_message(key, allowed, where)
     elif error.validator == "required":
@@ -54,9 +55,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
             "exclusiveMaximum": lambda: f"below {want}",
             "minItems": lambda: f"a list of at least {want}",
             "minLength": lambda: "a non-empty text",
-            "pattern": lambda: f"a text that matches {want}, or a {_other_types(error.schema)}",
+            "pattern": lambda: f"a text that matches {want}, or a {_other_types(schema['type'])}",
             "uniqueItems": lambda: "a list without repetition",
         }
-        phrase = phrases.get(error.validator)
+        phrase = phrases.get(str(error.validator))
         allowed = phrase() if phrase else f"valid ({error.message})"
         yield f"{where}: must be {allowed}, got {value!r}"

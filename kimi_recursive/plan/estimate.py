@@ -101,8 +101,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
             print(f"planning phase {phase}", file=sys.stderr)
             changed = settings.phase_overrides(phase) | ARMS["recursive"]
             wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
-            settings = PhaseSettings.from_mapping(config["training"][phase])
-            runs[phase] = _training(wrapper, phase, settings)
+            runs[phase] = _training(wrapper, phase, settings.training[phase])
     return {"num_parameters": sizes, "dtype": str(dtype).removeprefix("torch."), "runs": runs}
 
 
