@@ -20,8 +20,6 @@ MARKERS = ("", "o", "s", "^", "D", "v")
 LINES = ("-", "--", "-.", ":")
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-# Text stays text; the same figure gives the same bytes.
-SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "kimi"}
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -40,7 +38,8 @@ def to_svg(figure: Figure, name: str, text: str) -> str:
     """
     _without_formulas(figure)
     written = io.BytesIO()
-    with rc_context(SVG_SETTINGS):
+    # Text stays text; the same figure gives the same bytes.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kimi"}):
         figure.savefig(written, format="svg", metadata={"Date": None})
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)

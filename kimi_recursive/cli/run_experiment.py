@@ -127,7 +127,7 @@ def run_experiment(
     check_choice("--mixed-precision", mixed_precision, ("no", "bf16"))
     if experiment_name in ("", ".", "..") or Path(experiment_name).name != experiment_name:
         raise ValueError(f"--experiment-name: must be a plain folder name, got '{experiment_name}'")
-    rates = {
+    rates: dict[str, Any] = {
         "lr": lr,
         "lr_heads": lr if lr_heads is None else lr_heads,
         "lr_feedback": 30 * lr if lr_feedback is None else lr_feedback,

@@ -98,7 +98,7 @@ def _records(source: Any, split: str, field: str) -> Iterator[tuple[str, Any]]:
                 rows = data.split(b"\n") if kind == ".jsonl" else [{field: data.decode()}]
         for number, row in enumerate(rows, 1):
             place = path if kind == ".txt" else f"{path}:{number}"
-            if kind == ".jsonl" and row.strip():
+            if isinstance(row, bytes) and row.strip():
                 with located(f"{place}: not valid JSON"):
                     row = json.loads(row.decode())
                     json.dumps(row, ensure_ascii=False).encode()  # fails on unpaired surrogates

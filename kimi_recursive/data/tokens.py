@@ -30,7 +30,7 @@ def _batches(corpus_dir: Path, split: str) -> Iterator[pl.DataFrame]:
         path = Path(corpus_dir, f"{split}.parquet")
         table = pq.ParquetFile(path).read().select(["document_id", "text", "num_characters"])
     batch = pl.col("num_characters").cum_sum() // BATCH_CHARACTERS
-    return (part for _, part in pl.from_arrow(table).group_by(batch, maintain_order=True))
+    return (part for _, part in pl.DataFrame(table).group_by(batch, maintain_order=True))
 
 
 def train_tokenizer(corpus_dir: Path, output_dir: Path, vocab_size: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,7 +95,7 @@ def _weights(
 @lru_cache(maxsize=1)
 def _kept_weights(
     num_documents: int, seed: int, resamples: int
-) -> tuple[list[np.ndarray], dict[str, Any]]:
+) -> tuple[list[np.ndarray], Mapping[str, Any]]:
     """The weights, which many comparisons over the same documents share, and the generator's state
     behind them."""
     generator = np.random.default_rng(seed)
@@ -115,7 +115,7 @@ def compare_documents(
             same documents.
     """
     reference = list(reference) * (len(arm) if len(reference) == 1 else 1)
-    rows, tokens = [], None
+    rows, tokens = [], np.empty(0)
     for mine, other in zip(arm, reference, strict=True):
         joined = _losses(mine, arm_step).join(
             _losses(other, reference_step),

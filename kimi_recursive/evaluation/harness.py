@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.registry import register_model
@@ -34,11 +34,12 @@ HF_OPTIONS = (
     "logits_cache", "max_batch_size", "max_length", "prefix_token_id", "softmax_dtype",
     "think_end_token", "tokenizer", "truncation", "trust_remote_code", "use_fast_tokenizer",
 )  # fmt: skip
+_HFLM = cast("Any", HFLM)  # To a type checker, `register_model` returns another class.
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
 @register_model("kimi_recursive")
-class RecursiveLM(HFLM):
+class RecursiveLM(_HFLM):
     """A base, or a sidecar and the base that it names, at one inner step.
 
     Args:
@@ -129,7 +130,9 @@ class RecursiveLM(HFLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         for request in requests:
-            new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            assert "max_gen_toks" in options
+            new = options["max_gen_toks"]
             if new >= self.max_length:
                 raise ValueError(
                     f"{request.task_name}: max_gen_toks = {new} leaves no room for a prompt in "

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from kimi_recursive.evaluation.scores import largest_difference
 from kimi_recursive.files import file_digest, read_safetensors, write_json
 from kimi_recursive.model.sidecar import SIDECAR_NAME
 
@@ -38,8 +39,8 @@ def compare_repeat(
     scores = [pl.read_parquet(path) for path in documents]
     differences = {
         "weights": max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]),
-        "training_loss": float((tables[0]["loss"] - tables[1]["loss"]).abs().max()),
-        "document_loss": float((scores[0]["loss_sum"] - scores[1]["loss_sum"]).abs().max()),
+        "training_loss": largest_difference(tables[0]["loss"], tables[1]["loss"]),
+        "document_loss": largest_difference(scores[0]["loss_sum"], scores[1]["loss_sum"]),
     }
     result = {
         "run": key,
@@ -48,7 +49,7 @@ def compare_repeat(
         and scores[0].equals(scores[1]),
         "sidecar_sha256": file_digest(sidecars[0] / SIDECAR_NAME),
         "files_identical": files_identical,
-        "num_steps": int(tables[0]["step"].max()),
+        "num_steps": tables[0].select(pl.col("step").max()).item(),
         "num_documents": scores[0]["document_id"].n_unique(),
         "max_differences": differences,
     }

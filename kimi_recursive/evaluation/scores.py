@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -74,6 +74,7 @@ def score_windows(
                 correct = (state.logits.argmax(-1) == gold).sum(1)
                 p_commit: list[float | None] = [None] * len(batch)
                 if state.step:
+                    assert wrapper.boundary is not None, "a step refines"
                     p_commit = wrapper.boundary(state.h_top)[0].tolist()
                 rows["document"] += [w.document for w in batch]
                 rows["start"] += [w.start for w in batch]
@@ -133,6 +134,11 @@ def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
     return table.to_dicts()
 
 
+def largest_difference(one: pl.Series, other: pl.Series) -> float:
+    """Largest absolute difference of two columns of numbers."""
+    return float(cast("float", (one - other).abs().max()))
+
+
 def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, Any] | None:
     """What stopping early would give: each chunk at its first step with p_commit >= `threshold`, or
     at its last step. None when the loop is not active.
@@ -143,13 +149,15 @@ def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, Any] | N
     refined = scores.filter(pl.col("step") > 0)
     if refined.is_empty():
         return None
-    last = refined["step"].max()
+    last = refined.select(pl.col("step").max()).item()
     stop = pl.when(pl.col("p_commit") >= threshold).then(pl.col("step")).otherwise(last).min()
     stopped = refined.filter(pl.col("step") == stop.over("document", "start", "chunk"))
-    loss = stopped["loss_sum"].sum() / stopped["num_tokens"].sum()
+    loss_sum, num_tokens, inner_steps = stopped.select(
+        pl.col("loss_sum", "num_tokens").sum(), pl.col("step").mean()
+    ).row(0)
     return {
-        "mean_inner_steps": float(stopped["step"].mean()),
-        "perplexity": math.exp(loss),
+        "mean_inner_steps": inner_steps,
+        "perplexity": math.exp(loss_sum / num_tokens),
         "num_chunks_by_step": _counts(stopped["step"], last),
     }
 

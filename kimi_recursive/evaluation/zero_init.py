@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -11,10 +12,11 @@ import torch
 
 from kimi_recursive.data.tokens import TokenSplit, load_tokens
 from kimi_recursive.data.windows import Window, document_windows
-from kimi_recursive.evaluation.scores import batches, prompt_ids
+from kimi_recursive.evaluation.scores import batches, largest_difference, prompt_ids
 from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, write_json
 from kimi_recursive.layout import EvaluationFiles
+from kimi_recursive.model.cells import RefineCell
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.placement import placed
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
@@ -61,7 +63,8 @@ def perturbed_difference(wrapper: ChunkRefineWrapper, windows: list[Window]) -> 
     It shows that the loop is in the path: a difference of 0 would make parity worthless. The
     weights are restored.
     """
-    targets = {f"refine_cells.{i}": cell.out.weight for i, cell in enumerate(wrapper.refine_cells)}
+    cells = cast("Iterable[RefineCell]", wrapper.refine_cells)
+    targets = {f"refine_cells.{i}": cell.out.weight for i, cell in enumerate(cells)}
     if wrapper.latent is not None:
         targets["latent"] = wrapper.latent.proj.weight
     if wrapper.feedback is not None and wrapper.reads_logits:
@@ -187,4 +190,4 @@ def _document_difference(baseline: str | Path, surgery: str | Path) -> float:
         how="left",
     )
     assert joined["base_loss"].null_count() == 0, "baseline and surgery scored different documents"
-    return float((joined["loss_sum"] - joined["base_loss"]).abs().max())
+    return largest_difference(joined["loss_sum"], joined["base_loss"])

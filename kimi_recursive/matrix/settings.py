@@ -112,7 +112,7 @@ class Config:
 @functools.cache
 def read_schema() -> dict[str, Any]:
     """JSON Schema of the config: what is allowed."""
-    text = files(__package__).joinpath("schemas/config.schema.yaml").read_text("utf-8")
+    text = files("kimi_recursive.matrix").joinpath("schemas/config.schema.yaml").read_text("utf-8")
     return yaml.safe_load(text)
 
 

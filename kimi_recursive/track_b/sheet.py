@@ -104,7 +104,9 @@ def select_experiments(track_b: Mapping[str, Any]) -> list[SheetRow]:
 @functools.cache
 def read_schema() -> dict[str, Any]:
     """JSON Schema of a row."""
-    text = files(__package__).joinpath("schemas/track_b.schema.yaml").read_text("utf-8")
+    text = (
+        files("kimi_recursive.track_b").joinpath("schemas/track_b.schema.yaml").read_text("utf-8")
+    )
     return yaml.safe_load(text)
 
 

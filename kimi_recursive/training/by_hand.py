@@ -27,7 +27,7 @@ from kimi_recursive.training.phases import train_phase
 from kimi_recursive.training.spec import LoadOptions, PhaseSpec, Record, RunFiles
 
 
-def starting_config(model_path: str, given: RecursiveConfig | None) -> RecursiveConfig:
+def starting_config(model_path: str | Path, given: RecursiveConfig | None) -> RecursiveConfig:
     """The config that is given; else the model's own, or that of phase A for a base."""
     if given is not None:
         return given
@@ -38,7 +38,7 @@ def starting_config(model_path: str, given: RecursiveConfig | None) -> Recursive
 
 def run_experiment(
     spec: PhaseSpec,
-    model_path: str,
+    model_path: str | Path,
     tokens_dir: Path,
     directory: Path,
     load: LoadOptions,

@@ -269,6 +269,7 @@ def chunk_losses(
     keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
     inputs, previous = draft.inputs, None
     masked, stability, chunk_ce, commit_logits = [], [], [], []
+    ce = log_length = chunk.logits.new_empty(0)  # of the last of the K >= 1 steps
     if trains_step_0:
         logits = chunk.logits.float().transpose(1, 2)
         ce = F.cross_entropy(logits, draft.targets, reduction="none")
