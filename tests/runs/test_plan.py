@@ -32,7 +32,8 @@ from kimi_recursive.training.settings import PhaseSettings
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "tiny.yaml"
     (path.parent / "docs").mkdir()
-    path.write_text(yaml.safe_dump({**TINY, "phases": ["a", "b", "c"]}))
+    recursive = {**TINY["recursive"], "use_token_feedback": True}
+    path.write_text(yaml.safe_dump({**TINY, "recursive": recursive, "phases": ["a", "b", "c"]}))
     return read_config([ROOT / "config/config.yaml", path])
 
 

@@ -9,12 +9,12 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from models import make_base, random_ids
+from models import make_base, make_wrapper, random_ids
 from runs import PHASE, same, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive.model.loading import load_base, load_model_with_config
-from kimi_recursive.model.sidecar import SIDECAR_NAME
+from kimi_recursive.model.sidecar import SIDECAR_NAME, save_sidecar
 from kimi_recursive.training.base import ExpertBalancer, train_base
 from kimi_recursive.training.settings import BaseSettings
 
@@ -114,6 +114,22 @@ def test_the_flops_matched_arm_starts_afresh_when_its_budget_changes(world, capf
     assert long["num_steps"] > short["num_steps"] > PHASE["num_steps"]
     assert "num_steps" in capfd.readouterr().err.split("starting afresh, ")[1]
     assert long["training_flops"] > short["training_flops"]
+
+
+def test_token_feedback_trains_at_its_own_rate_and_not_in_a_single_pass(world):
+    base = load_base(world / "models/base")
+    wrapper = make_wrapper(base, use_token_feedback=True)
+    save_sidecar(wrapper, world / "models/surgery", world / "models/base")
+    gates = {}
+    for arm in ("recursive", "vanilla_flops"):
+        summary = train_in(world, arm)
+        logs = pl.read_parquet(world / "train_logs.parquet")
+        gates[arm] = load_file(world / "sidecar" / SIDECAR_NAME)["feedback.gate.weight"]
+        assert ("feedback" in summary["num_trainable_by_group"]) == (arm == "recursive")
+        assert ("lr_feedback" in logs.columns) == (arm == "recursive")
+        if arm == "recursive":
+            assert logs["lr_feedback"].max() == PHASE["lr_feedback"]
+    assert gates["recursive"].abs().max() > 0 and not gates["vanilla_flops"].any()
 
 
 def test_phase_a_can_fit(tmp_path, surgery_dir, tokens_dir):
