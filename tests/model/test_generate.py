@@ -144,6 +144,8 @@ def test_learned_commit_stops_and_commits_by_the_thresholds_of_the_config():
 
     sure = run(0.6, commit_threshold=0.5)
     assert (sure.inner_steps, sure.num_committed) == ([1, 1], [5, 5])
+    exactly = run(0.5, commit_threshold=0.5, min_commit_threshold=0.5)
+    assert exactly.inner_steps == [1, 1] and exactly.num_committed == [5, 5], "enough is enough"
     unsure = run(0.6, commit_threshold=0.7, min_commit_threshold=0.3)
     assert (unsure.inner_steps, unsure.num_committed) == ([3, 3], [5, 5])
     refused = run(0.6, commit_threshold=0.9, min_commit_threshold=0.7)

@@ -180,6 +180,25 @@ def test_the_objective_is_a_pure_function_of_seed_and_step_and_the_weighted_sum(
     assert parts["corruption_rate"] == pytest.approx(0.3 - 0.2 * 4 / 9)
 
 
+@pytest.mark.parametrize(
+    ("single_pass", "rate", "trains", "num_passes"),
+    [(False, 0.0, False, 1), (False, 0.3, False, 2), (False, 0.0, True, 2),
+     (True, 0.3, False, 1), (True, 0.3, True, 1)],
+)  # fmt: skip
+def test_step_0_is_read_again_only_where_that_says_something_new(
+    single_pass, rate, trains, num_passes
+):
+    """What is not needed would cost FLOPs that the matched arm would be given, too."""
+    rates = {"corruption_rate": rate, "corruption_rate_final": rate}
+    steps = {"single_pass": True, "max_inner_steps": 1} if single_pass else {}
+    wrapper = make_wrapper(make_base("llama"), **rates, **steps)
+    wrapper.base.requires_grad_(trains)
+    start_chunk, passes = wrapper.start_chunk, []
+    wrapper.start_chunk = lambda *a, **k: passes.append(1) or start_chunk(*a, **k)
+    DraftRepair(wrapper, 10, 0.5, seed=0)(random_ids(1, 33), 0)
+    assert len(passes) == num_passes
+
+
 def test_chunks_are_drawn_from_the_whole_grid():
     wrapper = make_wrapper(make_base("llama"))
     objective, encode, starts = DraftRepair(wrapper, 10, 0.5, seed=0), wrapper.encode, []

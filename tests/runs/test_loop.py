@@ -13,6 +13,7 @@ from runs import same
 from safetensors.torch import load_file, save_file
 
 from kimi_recursive.processes.signals import RESUMABLE_EXIT_CODE, Interrupted, stop_signals
+from kimi_recursive.training import checkpoint
 from kimi_recursive.training.checkpoint import WorkDirectory
 from kimi_recursive.training.experiment import ExperimentTracker
 from kimi_recursive.training.loop import Task, lr_factor, train_loop
@@ -298,6 +299,26 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
     again = run(tmp_path / "cut")
     assert len(again[3]) == 8
     assert same(run(tmp_path / "straight")[0].logs, again[0].logs)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut leaves it whole or not at all: all of it is synced, then renamed, then the folder
+    of the name is synced."""
+    events, sync, replace = [], checkpoint._sync, os.replace
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: events.append(path) or sync(path))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append((a, b)) or replace(a, b))
+    run(tmp_path, num_steps=2)
+    folder = tmp_path / "checkpoints"
+    final, temporary = folder / "step_000002", folder / ".step_000002.tmp"
+    renamed = events.index((temporary, final))
+    for path in final.rglob("*"):
+        synced = temporary / path.relative_to(final)
+        if path.name == "checkpoint_metadata.json":
+            written = events.index((synced.with_name(f".{path.name}.tmp"), synced))
+            assert synced.with_name(f".{path.name}.tmp") in events[:written]
+        else:
+            assert synced in events[:renamed], path
+    assert temporary in events[:renamed] and folder in events[renamed:]
 
 
 def test_half_a_checkpoint_is_no_checkpoint(tmp_path):
