@@ -146,7 +146,8 @@ def run_experiment(
     from kimi_recursive.processes.distributed import is_main
     from kimi_recursive.training.by_hand import run_experiment, starting_config
 
-    fetched, revision = local_model(model_path, revision)
+    path, revision = local_model(model_path, revision)
+    fetched = str(path)
     config = starting_config(fetched, config)
     targets = "all-linear" if lora_target in (None, [], ["all-linear"]) else lora_target
     settings = PhaseSettings(

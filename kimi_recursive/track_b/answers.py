@@ -76,7 +76,7 @@ def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
 def summary_text(
     results: Sequence[Result], scored: Sequence[Mapping[str, Any]], heading: str
 ) -> str:
-    """The guide's four sections, in lines of at most 100 characters.
+    """The four sections of summary.txt, in lines of at most 100 characters.
 
     Args:
         scored: Rows of `score_methods`.

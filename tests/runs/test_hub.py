@@ -267,7 +267,7 @@ def test_an_unfinished_experiment_is_published_only_by_force(experiment, tmp_pat
         (["--hf-repo", "name"], "--hf-repo: must be USER/NAME, got 'name'"),
         (["--base-model", "a/b/c"], "Repo id must be in the form"),
         (["--base-model", "a/b", "--include-base"], "either --base-model or --include-base"),
-        (["--output-dir", "out"], "--output-dir is where --dry-run writes"),
+        (["--output-dir", "out"], "--output-dir needs --dry-run"),
         (["--hf-token", TOKEN], "HF_HUB_OFFLINE is set, so nothing can be sent"),
     ],
 )
@@ -287,7 +287,7 @@ def test_a_dry_run_replaces_nothing_but_an_earlier_one(experiment, tmp_path, mon
     mine.mkdir()
     (mine / "README.md").write_text("mine")
     assert dry_run(monkeypatch, experiment, mine) == 2
-    assert "is there and not of an earlier --dry-run" in capfd.readouterr().err
+    assert "exists, but no --dry-run wrote it" in capfd.readouterr().err
     assert files(mine) == {"README.md": b"mine"}
     given = ["upload", "--experiment-dir", experiment, "--hf-repo", "user/name", "--dry-run"]
     assert call(monkeypatch, *given) == 0
