@@ -92,7 +92,7 @@ def test_another_attempt_does_not_repeat_what_ended_in_a_user_error(tmp_path, mo
     assert bodies("crash", *on_slurm) == 2
     assert bodies("user", *on_slurm) == 1
     log = (tmp_path / "logs/one.log").read_text()
-    assert "attempt 2 of what cannot work" in log
+    assert "Not retrying: " in log
     assert logged_error(tmp_path / "logs/one.log") == ("no good", True)
     assert bodies("works", *on_slurm) == 1, "the user has mended it"
     assert not (tmp_path / "logs/one.error").exists()
