@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.model.loading import load_base
 
 WIDTH, BOS, RELATION, FIRST_ENTITY = 128, 1, 3, 16

@@ -25,7 +25,7 @@ from transformers import KimiLinearForCausalLM
 from transformers.utils import logging
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.training.base import kimi_config
 from kimi_recursive.training.settings import Architecture
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import KimiLinearForCausalLM
 from transformers.utils import logging
 
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.training.base import LanguageModelling, base_optimizer, kimi_config
 from kimi_recursive.training.settings import BaseSettings
 

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
-from kimi_recursive.kimi.kda import uninstall_fast_kda
+from kimi_recursive.kimi.switch import uninstall_fast_kda
 from kimi_recursive.model.config import COMMIT_MODES
 from kimi_recursive.model.loading import (
     check_context,

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kimi_recursive.files import read_safetensors
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.model.config import (
     CONFIG_NAME,
     RecursiveConfig,

@@ -24,6 +24,7 @@ from transformers.integrations import moe
 
 from kimi_recursive.evaluation.flops import count_flops, flop_counter
 from kimi_recursive.kimi import kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
@@ -149,7 +150,7 @@ def _wrapper(
     base_config: PretrainedConfig, dtype: torch.dtype, recursive: Mapping[str, Any]
 ) -> ChunkRefineWrapper:
     base = AutoModelForCausalLM.from_config(base_config, dtype=dtype).eval()
-    kda.install_fast_kda(base)
+    install_fast_kda(base)
     return ChunkRefineWrapper(base, RecursiveConfig.from_dict(recursive)).eval()
 
 

@@ -15,7 +15,7 @@ from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedMode
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearTopkRouter
 
 from kimi_recursive.files import NUMERICS_VERSION, file_digest, publishing, write_parquet
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.model.loading import load_base, load_tokenizer
 from kimi_recursive.processes.signals import stop_signals
 from kimi_recursive.training.batches import Batches

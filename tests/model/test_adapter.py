@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from runs import LORA
 
 from kimi_recursive import load_model_with_config
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.model.adapter import Adapter, every_nth_layer, lora_config
 from kimi_recursive.model.loading import load_base
 from kimi_recursive.model.sidecar import Sidecar, load_sidecar, save_sidecar

@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
-from kimi_recursive.kimi import kda
-from kimi_recursive.kimi.kda import (
-    causal_conv1d,
-    chunk_kda,
-    install_fast_kda,
-    recurrent_kda,
-    uninstall_fast_kda,
-)
+from kimi_recursive.kimi import kda, switch
+from kimi_recursive.kimi.kda import causal_conv1d, chunk_kda, recurrent_kda
+from kimi_recursive.kimi.switch import install_fast_kda, uninstall_fast_kda
 
 NAMES = ("query", "key", "value", "g", "beta", "initial_state")
 
@@ -240,21 +235,21 @@ def make_model(seed=0):
 
 def count_calls(monkeypatch, name):
     """Counts the calls of one of the fast functions, wherever it is installed from now on."""
-    calls, fast = [], kda.FAST[name]
+    calls, fast = [], switch.FAST[name]
 
     def counted(*args, **kwargs):
         calls.append(name)
         return fast(*args, **kwargs)
 
-    monkeypatch.setitem(kda.FAST, name, counted)
-    kda._fast_forward.cache_clear()
+    monkeypatch.setitem(switch.FAST, name, counted)
+    switch._fast_forward.cache_clear()
     return calls
 
 
 @pytest.fixture
 def calls(monkeypatch):
     yield count_calls(monkeypatch, "chunk_kimi_delta_attention")
-    kda._fast_forward.cache_clear()
+    switch._fast_forward.cache_clear()
 
 
 IDS = torch.arange(80).view(2, 40) * 7 % 96
@@ -341,7 +336,7 @@ def test_other_devices_and_fla_keep_the_original(calls, monkeypatch):
     assert layer(torch.randn(2, 20, 32, device="meta")).shape == (2, 20, 32)
     assert not calls
     uninstall_fast_kda(model)
-    monkeypatch.setattr(kda.importlib.util, "find_spec", lambda name: name == "fla" or None)
+    monkeypatch.setattr(switch.importlib.util, "find_spec", lambda name: name == "fla" or None)
     assert install_fast_kda(model) == 0 and uninstall_fast_kda(model) == 0
 
 
@@ -352,8 +347,8 @@ def test_fails_loudly_where_it_would_not_take(monkeypatch):
     with pytest.raises(AssertionError, match="is overridden"):
         install_fast_kda(model)
     del layer.forward
-    kda._fast_forward.cache_clear()
-    monkeypatch.setitem(kda.FAST, "chunk_kda_v2", chunk_kda)
+    switch._fast_forward.cache_clear()
+    monkeypatch.setitem(switch.FAST, "chunk_kda_v2", chunk_kda)
     with pytest.raises(AssertionError, match=r"does not call .*chunk_kda_v2"):
         install_fast_kda(model)
     monkeypatch.undo()
@@ -364,7 +359,7 @@ def test_fails_loudly_where_it_would_not_take(monkeypatch):
 
     monkeypatch.setattr(kimi.KimiLinearDeltaAttention, "forward", opaque)
     with pytest.raises(AssertionError, match="cannot copy"):
-        kda._fast_forward()
+        switch._fast_forward()
 
 
 def test_every_decorator_goes_on_the_copy(calls, monkeypatch):
@@ -384,10 +379,10 @@ def test_every_decorator_goes_on_the_copy(calls, monkeypatch):
     attention = kimi.KimiLinearDeltaAttention
     forward = noting("outer")(noting("inner")(attention.forward))
     monkeypatch.setattr(attention, "forward", forward)
-    kda._fast_forward.cache_clear()
+    switch._fast_forward.cache_clear()
     model = make_model()
     install_fast_kda(model)
     model(input_ids=IDS)
     assert order == ["outer", "inner"] * 2 and len(calls) == 2
     monkeypatch.undo()
-    kda._fast_forward.cache_clear()
+    switch._fast_forward.cache_clear()

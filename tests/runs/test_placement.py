@@ -23,7 +23,7 @@ from kimi_recursive.evaluation.scores import evaluate_stage
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.evaluation.zero_init import compare_zero_init
 from kimi_recursive.files import write_json
-from kimi_recursive.kimi.kda import install_fast_kda, uninstall_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda, uninstall_fast_kda
 from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.model import placement
 from kimi_recursive.model.loading import load_base

@@ -14,7 +14,7 @@ from project import ROOT, TINY
 
 from kimi_recursive.cli.plan import plan_text
 from kimi_recursive.evaluation.flops import forward_flops_per_token
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config, read_config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loading import build_wrapper

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig
-from kimi_recursive.kimi.kda import install_fast_kda
+from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.model.adapter import Adapter, lora_config
 from kimi_recursive.model.loading import build_wrapper
 
