@@ -201,11 +201,10 @@ def test_a_wrong_device_map_is_one_line(tmp_path, device_map, expected):
 
 
 def test_several_processes_share_no_spread_base(tmp_path, monkeypatch):
-    from kimi_recursive.model import placement
 
     monkeypatch.setattr(placement, "num_processes", lambda: 2)
     make_base("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="one base for one process, and there are 2"):
+    with pytest.raises(ValueError, match="works in one process only, but 2 are running"):
         load_base(tmp_path, device_map="auto")
 
 
@@ -304,7 +303,7 @@ def test_all_phases_run_over_two_devices(kind):
 def test_a_model_goes_where_training_would_put_it(model_dir, monkeypatch, capsys):
     """Here a GPU that is not there. A device that is named, or a device_map, comes first."""
     state = SimpleNamespace(device=torch.device("cuda:9"))
-    monkeypatch.setattr(placement, "PartialState", lambda: state)
+    monkeypatch.setattr("accelerate.PartialState", lambda: state)
     missing = "error: device cuda:9: "
     evaluate = ["evaluate", "--stage", "after_surgery", "--corpus", model_dir / "docs"]
     evaluate += ["--split", "train", "--context-length", 8, "--max-windows", 1]

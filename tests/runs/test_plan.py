@@ -95,7 +95,9 @@ def test_an_evaluation_needs_what_was_planned(config, planned):
 
 
 @pytest.mark.workflow
-def test_a_checkpoint_of_the_workflow_is_as_large_as_planned(project, planned):
+def test_a_checkpoint_of_the_workflow_is_as_large_as_planned(project, config):
+    recursive = {**config["recursive"], "use_token_feedback": False}  # as in the project
+    planned = plan({**config, "recursive": recursive})
     for phase in "ab":
         work = project.folder / f"results/runs/recursive_{phase}_s0/work/checkpoints"
         step = sorted(work.glob("step_*"))[-1]
@@ -146,7 +148,7 @@ def test_measuring_runs_everything_once(config, planned, monkeypatch):
     text = plan_text({**planned, "measured": found}, 2**30, 1e12)
     assert "measured here:" in text and text.count("phase b") == 2
     too_much = {"a": {**runs["a"], "peak_bytes": 2**50}}
-    with pytest.raises(ValueError, match=r"--measure: a needs 1048576\.0 GiB, and .* are free"):
+    with pytest.raises(ValueError, match=r"--measure: a needs 1048576\.0 GiB, .* are free"):
         measure_module.measure(config, too_much)
 
 

@@ -29,7 +29,7 @@ rule two:
 """
 SCRIPT = """
 import json
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     import polars, pyarrow, torch
@@ -55,7 +55,7 @@ def test_a_run_uses_the_threads_of_its_rule_whatever_the_cores(tmp_path, monkeyp
 FAILING = """
 import os, sys
 from pathlib import Path
-from kimi_recursive.jobs import job
+from kimi_recursive.matrix.job import job
 
 with job(snakemake):
     with open("bodies", "a") as file:

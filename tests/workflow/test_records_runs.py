@@ -117,5 +117,5 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsy
     log.write_text("error: oh\n")
     (tmp_path / "baselines.jsonl").write_text("my notes\n")
     record_runs("results")
-    assert "nothing is recorded" in capsys.readouterr().err
+    assert "nothing was recorded" in capsys.readouterr().err
     assert (tmp_path / "baselines.jsonl").read_text() == "my notes\n"
