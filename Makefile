@@ -1,5 +1,5 @@
 # make all      environment, then the whole matrix      (CORES=8 CONFIG=config/other.yaml GPUS=1)
-# make check    lint and the fast tests, under a minute: for every commit
+# make check    lint, types and the fast tests: for every commit
 # make test     environment, then all tests but those below
 # make test-slow   training killed a hundred times, minutes
 # make test-slurm  the matrix on a private Slurm, minutes; installs Slurm where it may (Debian, root)
