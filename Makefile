@@ -24,8 +24,6 @@ SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 
 all: env config
 	$(SNAKEMAKE) all
-	@cat results/summary.txt
-	@! test -f results/track_b/summary.txt || { echo; cat results/track_b/summary.txt; }
 
 # Lint and tests side by side, for two cores.
 check: env
@@ -82,7 +80,6 @@ dry-run: env config
 
 summarize: env config
 	$(SNAKEMAKE) summarize
-	@cat results/summary.txt
 
 report: env config
 	$(SNAKEMAKE) report

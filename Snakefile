@@ -1,6 +1,6 @@
 # Give a pretrained decoder a recursive refinement loop and measure what it does.
-# Targets: all (default), track_b (the embedding students alone); from what exists, without
-# training: summarize, summarize_track_b, report.
+# Targets: all (default), track_b (the embedding students alone), composition (the positive control
+# alone); from what exists, without training: summarize, summarize_track_b, report.
 
 
 configfile: "config/config.yaml"
@@ -9,11 +9,7 @@ configfile: "config/config.yaml"
 report: "workflow/report/workflow.rst"
 
 
-include: "rules/common.smk"
-include: "rules/base.smk"
-include: "rules/evaluate.smk"
-include: "rules/train.smk"
-include: "rules/report.smk"
+include: "rules/matrix.smk"
 
 
 if config["track_b"]["enabled"]:
@@ -21,15 +17,15 @@ if config["track_b"]["enabled"]:
     include: "rules/track_b.smk"
 
 
+if COMPOSITION:
+
+    include: "rules/composition.smk"
+
+
 # Too light for a job of their own on a cluster.
 localrules:
     all,
     track_b,
-    compare_repeat,
-    summarize,
-    plot_perplexity_by_step,
-    summarize_track_b,
-    report,
 
 
 rule all:
@@ -40,9 +36,19 @@ rule all:
         rules.summarize.output,
         rules.plot_perplexity_by_step.output,
         track_b_results(),
+        composition_results(),
         rules.report.output,
 
 
 rule track_b:
     input:
         track_b_results(),
+
+
+rule composition:
+    input:
+        composition_results(),
+
+
+onsuccess:
+    print_summaries()

@@ -67,7 +67,7 @@ def main() -> None:
         def step(seed: int) -> float:
             generator = torch.Generator().manual_seed(seed)
             windows = torch.randint(len(tokenizer), shape, generator=generator)
-            loss, _ = objective(windows)
+            loss, _ = objective(windows[:, :-1], windows[:, 1:])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

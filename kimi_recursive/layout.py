@@ -40,7 +40,7 @@ class TextFolder(Folder):
     """The corpus or its tokens, by split, with the facts about them as JSON."""
 
     def split(self, split: str) -> Path:
-        """`split` is `train`, `validation` or `test`."""
+        """`split` is `train`, `validation` or `test`, or `pretrain` where the corpus has it."""
         return self.folder / f"{split}.parquet"
 
     @property
@@ -158,6 +158,7 @@ class Layout(Folder):
 
     folder: Path = Path("results")
 
+    task = _at("task")
     corpus = Part("corpus", TextFolder)
     tokens = Part("tokens", TextFolder)
     tokenizer = _at("tokenizer")
@@ -170,6 +171,10 @@ class Layout(Folder):
     report = _at("report.html")
     track_b = Part("track_b", TrackBFolder)
     track_b_quick = _at("track_b_quick")
+    composition = _at("composition")
+    composition_table = _at("composition.csv")
+    composition_answer = _at("composition.json")
+    composition_figure = _at("figures/composition.png")
     logs = _at("logs")
 
     def surgery(self, seed: int | str) -> Path:
@@ -204,7 +209,9 @@ class Layout(Folder):
 
     def read_by_summary(self) -> list[Path]:
         """The files that exist and that the summary reads."""
-        return self._found("eval/*.*", "compare/*.*", "runs/*/*.*", "logs/*/*.log")
+        return self._found(
+            "eval/*.*", "compare/*.*", "runs/*/*.*", "logs/*/*.log", "composition.json"
+        )
 
     def read_by_track_b(self) -> list[Path]:
         """The files that exist and that Track-B's summary reads."""

@@ -1,17 +1,32 @@
+if CONFIG.corpus.task:
+
+    rule make_task:
+        output:
+            folder=directory(LAYOUT.task),
+        log:
+            LAYOUT.log("make_task"),
+        localrule: True
+        conda:
+            "../environment.yml"
+        params:
+            task=asdict(CONFIG.corpus.task),
+            numerics=NUMERICS_VERSION,
+        script:
+            "../workflow/scripts/make_task.py"
+
+
 rule prepare_corpus:
     input:
-        CORPUS_FILES,
+        LAYOUT.task if CONFIG.corpus.task else CORPUS_FILES,
     output:
-        train=LAYOUT.corpus.split("train"),
-        validation=LAYOUT.corpus.split("validation"),
-        test=LAYOUT.corpus.split("test"),
-        facts=LAYOUT.corpus.facts,
+        **artefacts.split_files(CONFIG, LAYOUT.corpus),
     log:
         LAYOUT.log("prepare_corpus"),
     conda:
         "../environment.yml"
     params:
         corpus=expected.params_prepare_corpus(CONFIG),
+        source=artefacts.source_of(CONFIG, LAYOUT),
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/prepare_corpus.py"
@@ -22,15 +37,13 @@ rule tokenize_corpus:
         corpus=rules.prepare_corpus.output,
         tokenizer=artefacts.tokenizer_of(CONFIG, LAYOUT),
     output:
-        train=LAYOUT.tokens.split("train"),
-        validation=LAYOUT.tokens.split("validation"),
-        test=LAYOUT.tokens.split("test"),
-        facts=LAYOUT.tokens.facts,
+        **artefacts.split_files(CONFIG, LAYOUT.tokens),
     log:
         LAYOUT.log("tokenize_corpus"),
     conda:
         "../environment.yml"
     params:
+        append_eos=CONFIG.corpus.append_eos,
         trust_remote_code=CONFIG.base.trust_remote_code,
         numerics=NUMERICS_VERSION,
     script:
@@ -49,7 +62,7 @@ if SCRATCH:
         conda:
             "../environment.yml"
         params:
-            vocab_size=CONFIG.tokenizer.vocab_size,
+            tokenizer=asdict(CONFIG.tokenizer),
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/train_tokenizer.py"

@@ -1,17 +1,20 @@
 import os
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 from kimi_recursive.data.corpus import base_files, source_files
 from kimi_recursive.files import NUMERICS_VERSION
-from kimi_recursive.layout import Layout
 from kimi_recursive.matrix import artefacts, expected, runs
-from kimi_recursive.matrix.settings import Config, validate_settings
+from kimi_recursive.matrix.settings import Config, composition_config, validate_settings
 from kimi_recursive.track_b.sheet import neighbour_settings, runs_of, select_experiments
 
 try:
     CONFIG = Config.from_mapping(validate_settings(config))
-    CORPUS_FILES = source_files(config["corpus"])
+    CORPUS_FILES = [] if CONFIG.corpus.task else source_files(config["corpus"])
     TRACK_B = select_experiments(config["track_b"])
+    DEFAULTS = Path(workflow.basedir, "config/config.yaml")
+    COMPOSITION = composition_config(config, DEFAULTS)
 except ValueError as error:
     print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
     sys.exit(2)
@@ -20,7 +23,8 @@ except ValueError as error:
 # Scripts find the package of this checkout also in an environment that holds only dependencies.
 os.environ.update(PYTHONPATH=f"{workflow.basedir}{os.pathsep}{os.getenv('PYTHONPATH', '')}")
 
-LAYOUT = Layout()
+LAYOUT = CONFIG.layout
+CONTROL = COMPOSITION and Config.from_mapping(COMPOSITION)
 SCRATCH = CONFIG.base.kind == "scratch"
 # Files of a local pretrained base, so that an edit of one reruns what reads it.
 LOCAL_BASE = [] if SCRATCH or not CONFIG.base.path else base_files(CONFIG.base.path)
@@ -68,6 +72,7 @@ def existing(rule, find):
 
 
 MATRIX_RESULTS = artefacts.matrix_results(CONFIG, LAYOUT)
+CONTROL_ANSWER = [LAYOUT.composition_table, LAYOUT.composition_answer] if CONTROL else []
 MATRIX_ARTEFACTS = artefacts.matrix_artefacts(CONFIG, LAYOUT)
 TRACK_B_ARTEFACTS = artefacts.track_b_artefacts(CONFIG, LAYOUT, STUDENTS)
 
@@ -75,3 +80,23 @@ TRACK_B_ARTEFACTS = artefacts.track_b_artefacts(CONFIG, LAYOUT, STUDENTS)
 def track_b_results():
     """Everything of Track-B, summary and figure among it."""
     return [*TRACK_B_ARTEFACTS, *rules.summarize_track_b.output] if TRACK_B else []
+
+
+def composition_results():
+    """Everything of the positive control, with its own summaries."""
+    if not CONTROL:
+        return []
+    return [
+        *artefacts.matrix_artefacts(CONTROL, CONTROL.layout),
+        *rules.composition_summarize.output,
+        *rules.compare_composition.output,
+    ]
+
+
+def print_summaries():
+    """The answers of whatever was asked for."""
+    asked = set(workflow.dag_settings.targets) or {"all"}
+    if asked & {"all", "summarize"}:
+        print(LAYOUT.text.read_text())
+    if TRACK_B and asked & {"all", "track_b", "summarize_track_b"}:
+        print(LAYOUT.track_b_summary(config["track_b"]["quick"]).text.read_text())

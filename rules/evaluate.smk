@@ -86,6 +86,7 @@ if CONFIG.repeat:
             ),
         log:
             LAYOUT.log("compare_repeat"),
+        localrule: True
         conda:
             "../environment.yml"
         params:

@@ -1,6 +1,6 @@
 rule summarize:
     input:
-        needs("summarize", *MATRIX_RESULTS),
+        needs("summarize", *MATRIX_RESULTS, *CONTROL_ANSWER),
     output:
         table=report(
             LAYOUT.table,
@@ -22,6 +22,7 @@ rule summarize:
         ),
     log:
         LAYOUT.log("summarize"),
+    localrule: True
     conda:
         "../environment.yml"
     params:
@@ -43,6 +44,7 @@ rule plot_perplexity_by_step:
         ),
     log:
         LAYOUT.log("plot_perplexity_by_step"),
+    localrule: True
     conda:
         "../environment.yml"
     script:
@@ -51,7 +53,7 @@ rule plot_perplexity_by_step:
 
 rule report:
     input:
-        needs("report", *MATRIX_ARTEFACTS, *TRACK_B_ARTEFACTS),
+        needs("report", *MATRIX_ARTEFACTS, *CONTROL_ANSWER, *TRACK_B_ARTEFACTS),
     output:
         page=report(
             LAYOUT.report,
@@ -61,6 +63,7 @@ rule report:
         ),
     log:
         LAYOUT.log("report"),
+    localrule: True
     conda:
         "../environment.yml"
     params:

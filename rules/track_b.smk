@@ -158,6 +158,7 @@ rule summarize_track_b:
         ),
     log:
         LAYOUT.log("summarize_track_b"),
+    localrule: True
     conda:
         "../environment.yml"
     params:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kimi_recursive.data.settings import CorpusSettings
 from kimi_recursive.files import publishing, write_json
 
 SPLITS = ("train", "validation", "test")
@@ -72,10 +74,12 @@ def source_files(corpus: Mapping[str, Any]) -> list[str]:
         ValueError: a path without files, or a file of an unknown kind.
     """
     source = corpus["source"]
+    if isinstance(source, Mapping):
+        return [path for part in source.values() for path in _expand(part)]
     return [] if source == "sotu" or str(source).startswith("datasets:") else _expand(source)
 
 
-def _records(source: Any, split: str, field: str) -> Iterator[tuple[str, Any]]:
+def _records(source: Any, split: str, corpus: CorpusSettings) -> Iterator[tuple[str, Any]]:
     """Place (for messages, and as default id) and record of each document."""
     if source == "sotu" or str(source).startswith("datasets:"):
         with located(f"corpus.source: {source}"):
@@ -83,7 +87,7 @@ def _records(source: Any, split: str, field: str) -> Iterator[tuple[str, Any]]:
             library = importlib.import_module(package)
             if package == "sotu":
                 frame = library.load(full=True)[["fileid", "text"]]
-                rows = [{"id": key, field: text} for key, text in frame.to_numpy()]
+                rows = [{"id": key, corpus.text_field: text} for key, text in frame.to_numpy()]
             else:
                 rows = library.load_dataset(name, split=split)
         yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
@@ -92,10 +96,12 @@ def _records(source: Any, split: str, field: str) -> Iterator[tuple[str, Any]]:
         kind = Path(path).suffix.lower()
         with located(path):
             if kind == ".parquet":
-                rows = pq.ParquetFile(path).read([field, "document_id", "id"]).to_pylist()
+                rows = pq.ParquetFile(path).read(list(corpus.columns)).to_pylist()
             else:
                 data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # byte order mark
-                rows = data.split(b"\n") if kind == ".jsonl" else [{field: data.decode()}]
+                rows = (
+                    data.split(b"\n") if kind == ".jsonl" else [{corpus.text_field: data.decode()}]
+                )
         for number, row in enumerate(rows, 1):
             place = path if kind == ".txt" else f"{path}:{number}"
             if isinstance(row, bytes) and row.strip():
@@ -106,39 +112,89 @@ def _records(source: Any, split: str, field: str) -> Iterator[tuple[str, Any]]:
                 yield place, row
 
 
-def _load(corpus: Mapping[str, Any]) -> tuple[pl.DataFrame, dict[str, int]]:
-    source, field = corpus.get("source"), corpus.get("text_field", "text")
-    places, texts = {}, {}
+@dataclass(frozen=True)
+class _Document:
+    """A text, and of a pair how much of it is the prompt."""
+
+    text: str
+    num_prompt_characters: int | None = None
+    group: str | None = None
+
+
+def _document(place: str, row: Any, corpus: CorpusSettings) -> _Document:
+    """What a record holds: a pair where it has the completion's field, else plain text."""
+    fields = row if isinstance(row, Mapping) else {}
+
+    def text(key: str) -> str:
+        name = getattr(corpus, key)
+        if type(fields.get(name)) is not str:
+            raise ValueError(f"{place}: no string in field {name!r} ({key}): {row!r:.200}")
+        return fields[name]
+
+    if fields.get(corpus.completion_field) is None:
+        return _Document(text("text_field"))
+    prompt, completion = text("prompt_field"), text("completion_field")
+    if not completion.strip():
+        raise ValueError(f"{place}: field {corpus.completion_field!r} is blank")
+    group = fields.get(corpus.group_field)
+    if not isinstance(group, str | int | None):
+        raise ValueError(
+            f"{place}: field {corpus.group_field!r} (group_field) must be a text or an integer, "
+            f"got {group!r:.80}"
+        )
+    return _Document(prompt + completion, len(prompt), None if group is None else str(group))
+
+
+def _load(corpus: CorpusSettings, source: Any) -> tuple[pl.DataFrame, dict[str, int]]:
+    places, documents = {}, {}
     dropped = {"dropped_duplicates": 0, "dropped_blank": 0}
-    for place, row in _records(source, corpus.get("split", "train"), field):
-        text = row.get(field) if isinstance(row, Mapping) else None
-        if type(text) is not str:
-            raise ValueError(f"{place}: no string in field {field!r} (text_field): {row!r:.200}")
+    for place, row in _records(source, "train", corpus):
+        document = _document(place, row, corpus)
         key = str(next((row[k] for k in ("document_id", "id") if row.get(k) is not None), place))
         if key in places:
             raise ValueError(f"{place}: id {key!r} is taken by {places[key]}")
         places[key] = place
-        if text.strip() and text not in texts:
-            texts[text] = key
+        if document.text.strip() and document not in documents:
+            documents[document] = key
         else:
-            dropped["dropped_duplicates" if text.strip() else "dropped_blank"] += 1
-    if not texts:
+            dropped["dropped_duplicates" if document.text.strip() else "dropped_blank"] += 1
+    if not documents:
         raise ValueError(f"corpus.source: {source!r}: {len(places)} documents, none with text")
-    return pl.DataFrame({"document_id": list(texts.values()), "text": list(texts)}), dropped
+    columns = {
+        "document_id": list(documents.values()),
+        "text": [d.text for d in documents],
+        "num_characters": [len(d.text) for d in documents],
+    }
+    table = pl.DataFrame(columns, schema_overrides={"num_characters": pl.Int64})
+    if any(d.num_prompt_characters is not None for d in documents):
+        table = table.with_columns(
+            num_prompt_characters=pl.Series(
+                [d.num_prompt_characters for d in documents], dtype=pl.Int64
+            ),
+            group=pl.Series([d.group for d in documents], dtype=pl.String),
+        )
+    return table, dropped
 
 
 def read_documents(corpus: Mapping[str, Any]) -> pl.DataFrame:
-    """Read a corpus: columns `document_id` and `text`, both str and unique, in source order.
+    """Read a corpus, in source order, without blank and repeated texts.
 
-    `source` is `sotu`, `datasets:NAME` (with its `split`), or a path, directory or pattern, or a
-    list of these. A `.txt` file is one document; `.jsonl` and `.parquet` files hold one document a
-    record, with the text in `text_field` and the id in `document_id` or `id`, else `path:number`
-    from 1. Blank texts and repeated texts are left out.
+    `source` is `sotu`, `datasets:NAME`, or a path, directory or pattern, or a list of these. A
+    `.txt` file is one document; `.jsonl` and `.parquet` files hold one document a record: plain
+    text in `text_field`, or a pair in `prompt_field` and `completion_field`, with a `group_field`
+    where the pair belongs to one. The id is in `document_id` or `id`, else it is `path:number`
+    from 1. Of given splits, these are the documents of `train`.
+
+    Returns: `document_id` (unique) and `text` (str), and where there are pairs
+        `num_prompt_characters` (int64) and `group` (str), null for plain text.
 
     Raises:
         ValueError: a file, record or id that cannot be used.
     """
-    return _load(corpus)[0]
+    settings = CorpusSettings.from_mapping(corpus)
+    source = settings.source
+    table, _ = _load(settings, source["train"] if isinstance(source, Mapping) else source)
+    return table.drop("num_characters")
 
 
 def split_documents(
@@ -164,36 +220,70 @@ def split_documents(
     return {"train": ids[border:], "validation": ids[num_test:border], "test": ids[:num_test]}
 
 
+def _write_split(folder: Path, name: str, part: pl.DataFrame) -> dict[str, int]:
+    part.write_parquet(folder / f"{name}.parquet")
+    return {"num_documents": len(part), "num_characters": int(part["num_characters"].sum())}
+
+
 def prepare_corpus(corpus: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """Read, split and write a corpus, all or nothing.
 
-    Writes `{train,validation,test}.parquet` (document_id, text, num_characters int64) and
-    `corpus.json`.
+    Writes `{train,validation,test}.parquet` (columns as in `read_documents`) and `corpus.json`;
+    `pretrain.parquet` too where the source gives that split.
 
     Args:
-        corpus: As in `read_documents`, with `validation` and `test` (0.1 each) and `seed` (0).
+        corpus: The fields of `CorpusSettings`. A `source` that maps each split to its files is
+            taken as it is; any other is split by `validation`, `test` and `seed`.
 
     Returns: what `corpus.json` holds.
 
     Raises:
         ValueError: as in `read_documents` and `split_documents`.
     """
-    documents, dropped = _load(corpus)
-    options = {k: corpus.get(k, v) for k, v in {"validation": 0.1, "test": 0.1, "seed": 0}.items()}
-    split = split_documents(documents["document_id"], **options)
+    settings = CorpusSettings.from_mapping(corpus)
+    if isinstance(settings.source, Mapping):
+        parts, summary = _given_splits(settings)
+    else:
+        parts, summary = _split_source(settings)
     digest = hashlib.sha256()
-    for document_id, text in documents.sort("document_id").iter_rows():
+    for document_id, text in (
+        pl.concat(part.select("document_id", "text") for part in parts.values())
+        .sort("document_id")
+        .iter_rows()
+    ):
         digest.update(f"{document_id}\0{text}\0".encode())
-    package = importlib.metadata.version("sotu") if corpus["source"] == "sotu" else None
-    summary = {"source": corpus["source"], "package_version": package, **options, **dropped}
-    summary |= {"sha256": digest.hexdigest(), "splits": {}}
-    documents = documents.with_columns(num_characters=pl.col("text").str.len_chars().cast(pl.Int64))
+    summary |= {"sha256": digest.hexdigest()}
     with publishing(output_dir) as build:
-        for name, ids in split.items():
-            part = pl.DataFrame({"document_id": ids})
-            part = part.join(documents, on="document_id", maintain_order="left")
-            part.write_parquet(build / f"{name}.parquet")
-            total = part["num_characters"].sum()
-            summary["splits"][name] = {"num_documents": len(part), "num_characters": total}
+        summary["splits"] = {name: _write_split(build, name, p) for name, p in parts.items()}
         write_json(build / "corpus.json", summary)
     return summary
+
+
+def _split_source(corpus: CorpusSettings) -> tuple[dict[str, pl.DataFrame], dict[str, Any]]:
+    documents, dropped = _load(corpus, corpus.source)
+    options = {key: getattr(corpus, key) for key in ("validation", "test", "seed")}
+    split = split_documents(documents["document_id"], **options)
+    package = importlib.metadata.version("sotu") if corpus.source == "sotu" else None
+    parts = {
+        name: pl.DataFrame({"document_id": ids}).join(
+            documents, on="document_id", maintain_order="left"
+        )
+        for name, ids in split.items()
+    }
+    return parts, {"source": corpus.source, "package_version": package, **options, **dropped}
+
+
+def _given_splits(corpus: CorpusSettings) -> tuple[dict[str, pl.DataFrame], dict[str, Any]]:
+    assert isinstance(corpus.source, Mapping)
+    parts, dropped = {}, {}
+    for name, source in corpus.source.items():
+        parts[name], counts = _load(corpus, source)
+        for key, count in counts.items():
+            dropped[key] = dropped.get(key, 0) + count
+    trained = parts["train"].select("text")
+    repeated = {
+        f"num_{name}_texts_in_train": len(part.join(trained, on="text", how="semi"))
+        for name, part in parts.items()
+        if name != "train"
+    }
+    return parts, {"source": dict(corpus.source), **dropped, **repeated}

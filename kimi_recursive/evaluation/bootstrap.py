@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import sqrt
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,15 @@ def _kept_weights(
     generator = np.random.default_rng(seed)
     blocks = [w.astype(np.int32) for w in _weights(generator, num_documents, resamples)]
     return blocks, generator.bit_generator.state
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927), which also serves for 0 and 100 %."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share, spread = successes / trials, z * z / trials
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def compare_documents(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from kimi_recursive.data.tokens import TokenSplit, load_tokens
 from kimi_recursive.data.windows import Window, document_windows
+from kimi_recursive.evaluation.bootstrap import wilson_interval
 from kimi_recursive.evaluation.flops import forward_flops_per_token
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.files import git_state, versions, write_json, write_parquet
@@ -32,9 +33,13 @@ from kimi_recursive.processes import distributed
 
 
 def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Windows of equal length together, in a fixed order, at most `batch_size` of them."""
-    ordered = sorted(windows, key=lambda w: -len(w.inputs))
-    for _, group in groupby(ordered, key=lambda w: len(w.inputs)):
+    """Windows of equal length and chunk grid together, in a fixed order, at most `batch_size` of
+    them."""
+
+    def shape(window: Window) -> tuple[int, int]:
+        return -len(window.inputs), window.chunk_start
+
+    for _, group in groupby(sorted(windows, key=shape), key=shape):
         group = list(group)
         for i in range(0, len(group), batch_size):
             yield group[i : i + batch_size]
@@ -48,7 +53,10 @@ def score_windows(
     num_steps: int | None = None,
     progress: bool = False,
 ) -> pl.DataFrame:
-    """Teacher-forced scores of windows, chunk by chunk on the grid from each window's start.
+    """Teacher-forced scores of windows, chunk by chunk on the grid from each window's first chunk.
+
+    Of a pair that grid is generation's: where every token is correct, greedy generation gives the
+    completion.
 
     Returns:
         One row per window, chunk and inner step: document (int), start, chunk, step, num_tokens,
@@ -62,8 +70,8 @@ def score_windows(
     for batch in batches(windows, batch_size):
         inputs = torch.from_numpy(np.stack([w.inputs for w in batch])).to(wrapper.device)
         targets = torch.from_numpy(np.stack([w.targets for w in batch])).to(wrapper.device)
-        offset, clock = 0, time.perf_counter()
-        for number, chunk in enumerate(wrapper.chunks(inputs)):
+        offset, clock = batch[0].chunk_start, time.perf_counter()
+        for number, chunk in enumerate(wrapper.chunks(inputs, chunk_start=offset)):
             width = chunk.input_ids.shape[1]
             gold = targets[:, offset : offset + width]
             offset += width
@@ -105,16 +113,20 @@ def losses_by_step(
 
 
 def document_scores(scores: pl.DataFrame, split: TokenSplit) -> pl.DataFrame:
-    """One row per document and inner step: document_id, step, num_tokens, loss_sum, num_correct."""
+    """One row per document and inner step: document_id, step, num_tokens, loss_sum, num_correct,
+    and of a split with pairs group."""
     ids = pl.DataFrame(
         {"document": range(len(split.document_ids)), "document_id": split.document_ids}
     )
+    group = [] if split.groups is None else ["group"]
+    if split.groups is not None:
+        ids = ids.with_columns(group=pl.Series(split.groups, dtype=pl.String))
     return (
         scores.group_by("document", "step")
         .agg(pl.col("num_tokens", "loss_sum", "num_correct").sum())
         .sort("document", "step")
         .join(ids, on="document", how="left", maintain_order="left")
-        .select("document_id", "step", "num_tokens", "loss_sum", "num_correct")
+        .select("document_id", "step", "num_tokens", "loss_sum", "num_correct", *group)
     )
 
 
@@ -132,6 +144,34 @@ def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
         )
     )
     return table.to_dicts()
+
+
+def exact_match_by_group(documents: pl.DataFrame) -> list[dict[str, Any]] | None:
+    """Of pairs, per group and inner step: num_pairs, exact_match (the share whose completion greedy
+    generation gives) with the bounds of its 95 % interval, and loss (nats per completion token).
+    None where no document is a pair."""
+    if "group" not in documents.columns:
+        return None
+    table = (
+        documents.group_by("group", "step")
+        .agg(
+            num_pairs=pl.len(),
+            num_exact=(pl.col("num_correct") == pl.col("num_tokens")).sum(),
+            loss=pl.col("loss_sum").sum() / pl.col("num_tokens").sum(),
+        )
+        .sort("group", "step", nulls_last=True)
+    )
+    return [
+        {
+            "group": group,
+            "step": step,
+            "num_pairs": pairs,
+            "exact_match": exact / pairs,
+            "exact_match_interval": list(wilson_interval(exact, pairs)),
+            "loss": loss,
+        }
+        for group, step, pairs, exact, loss in table.iter_rows()
+    ]
 
 
 def largest_difference(one: pl.Series, other: pl.Series) -> float:
@@ -213,6 +253,38 @@ def generate_samples(
     }
 
 
+@torch.no_grad()
+def written_answers(
+    wrapper: ChunkRefineWrapper, windows: Sequence[Window], batch_size: int, limit: int
+) -> pl.DataFrame:
+    """Where the base gives the completion of each pair when it may write first (chain of thought,
+    greedily).
+
+    Args:
+        limit: Tokens that it may write before.
+
+    Returns: document (int), and written_at: tokens before the completion, null where it does not
+        come.
+    """
+    found: dict[str, list[int | None]] = {"document": [], "written_at": []}
+    for batch in batches(windows, batch_size):
+        prompt, size = batch[0].chunk_start + 1, batch[0].num_targets
+        input_ids = torch.from_numpy(np.stack([w.inputs[:prompt] for w in batch]))
+        input_ids = input_ids.to(wrapper.device)
+        with wrapper.disabled(), plain_generation(wrapper.base):
+            output = wrapper.generate_chunks(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=limit + size,
+            )
+        for window, row in zip(batch, output[:, prompt:].cpu().numpy(), strict=True):
+            answer = window.targets[window.chunk_start :]
+            places = (at for at in range(limit + 1) if np.array_equal(row[at:][:size], answer))
+            found["document"].append(window.document)
+            found["written_at"].append(next(places, None))
+    return pl.DataFrame(found, schema={"document": pl.Int64, "written_at": pl.Int64})
+
+
 def evaluate_model(
     wrapper: ChunkRefineWrapper,
     tokenizer,
@@ -249,10 +321,17 @@ def evaluate_model(
     scores = scores.filter((pl.col("step") <= last) | pl.col("step").is_in(list(depths)))
     documents = document_scores(scores, split)
     by_step = summarize_scores(documents)
+    if split.num_prompt is not None and settings.max_written_tokens and not wrapper.active:
+        answers = written_answers(
+            wrapper, windows, settings.batch_size, settings.max_written_tokens
+        )
+        ids = pl.Series(split.document_ids).gather(answers["document"])
+        answers = answers.select("written_at", document_id=ids)
+        documents = documents.join(answers, on="document_id", how="left", maintain_order="left")
     at_last = next(row for row in by_step if row["step"] == last)
     first = next(batches(windows, settings.batch_size))
     input_ids = torch.from_numpy(first[0].inputs)[None].to(wrapper.device)
-    num_tokens = sum(len(w.targets) for w in windows)
+    num_tokens = sum(w.num_targets for w in windows)
     samples, generation = generate_samples(
         wrapper, tokenizer, settings.prompts, settings.max_new_tokens
     )
@@ -263,6 +342,7 @@ def evaluate_model(
             "num_documents": documents["document_id"].n_unique(),
             "by_step": by_step,
         },
+        "pairs": exact_match_by_group(documents),
         "inner_steps": last,
         "mean_inner_steps": generation["mean_inner_steps"],
         "num_rounds_by_step": generation["num_rounds_by_step"],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from kimi_recursive.data.corpus import SPLITS
-from kimi_recursive.layout import Layout
+from kimi_recursive.data.settings import PRETRAIN
+from kimi_recursive.data.tasks import task_files
+from kimi_recursive.layout import Layout, TextFolder
 from kimi_recursive.matrix.runs import (
     Evaluation,
     Training,
@@ -35,10 +38,21 @@ def parent_of(run: Training, layout: Layout) -> Path:
     return layout.run(run.parent).sidecar if run.parent else layout.surgery(run.seed)
 
 
-def text_files(layout: Layout) -> list[Path]:
+def split_files(config: Config, folder: TextFolder) -> dict[str, Path]:
+    """The files of the corpus or of its tokens, by split, and the facts about them."""
+    splits = (PRETRAIN, *SPLITS) if config.corpus.has_pretrain else SPLITS
+    return {split: folder.split(split) for split in splits} | {"facts": folder.facts}
+
+
+def source_of(config: Config, layout: Layout) -> Any:
+    """`corpus.source`, or the files of the task that takes its place."""
+    return task_files(layout.task) if config.corpus.task else config.corpus.source
+
+
+def text_files(config: Config, layout: Layout) -> list[Path]:
     """The corpus and its tokens."""
     folders = (layout.corpus, layout.tokens)
-    return [p for folder in folders for p in (*map(folder.split, SPLITS), folder.facts)]
+    return [path for folder in folders for path in split_files(config, folder).values()]
 
 
 def matrix_results(config: Config, layout: Layout) -> list[Path]:
@@ -54,7 +68,7 @@ def matrix_artefacts(config: Config, layout: Layout) -> list[Path]:
     """Every file and folder that the matrix makes, but for the summaries."""
     runs = [layout.run(key) for key in all_trainings(config)]
     return [
-        *text_files(layout),
+        *text_files(config, layout),
         tokenizer_of(config, layout),
         layout.base.model,
         *([layout.base.logs] if config.base.kind == "scratch" else []),

@@ -26,6 +26,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.settings import NEUTRAL_KEYS
 
+OTHER_CONFIG = "Results exist, but were made with a different"
 SENTENCE_KEYS = ("num_sentences", "num_validation_queries", "num_test_queries", "seed")
 
 
@@ -33,7 +34,8 @@ SENTENCE_KEYS = ("num_sentences", "num_validation_queries", "num_test_queries", 
 
 
 def params_prepare_corpus(config: Config) -> dict[str, Any]:
-    return asdict(config.corpus)
+    """Of a task, `corpus.source` decides nothing."""
+    return asdict(config.corpus) | ({"source": None} if config.corpus.task else {})
 
 
 def params_train_base(config: Config) -> dict[str, Any]:
@@ -78,7 +80,10 @@ def evaluated_depths(config: Config, run: Evaluation) -> list[int]:
     the loop do anything with them?"""
     if run.training is None or run.stage != "finetuned_recursive":
         return []
-    return sorted({0, 1, 2, 4, 2 * config.recursive.max_inner_steps})
+    depths = {0, 1, 2, 4, 2 * config.recursive.max_inner_steps}
+    if config.corpus.task:  # as deep as its questions
+        depths |= set(range(config.corpus.task.max_hops))
+    return sorted(depths)
 
 
 def upstream(config: Config) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def upstream(config: Config) -> dict[str, Any]:
     made_by = params_train_base(config) if scratch else params_fetch_base(config)
     made_by.pop("trust_remote_code", None)
     return {
-        "corpus": asdict(config.corpus),
+        "corpus": params_prepare_corpus(config),
         "tokenizer": asdict(config.tokenizer) if scratch else None,
         "base": {"kind": base.kind, "dtype": base.dtype, **made_by},
     }
@@ -180,4 +185,4 @@ def _differing(where: str, want: Any, have: Any) -> Iterator[str]:
 
 def made_with_others(keys: Sequence[str]) -> str:
     """The message where `differing` found something."""
-    return f"Results exist, but were made with a different {', '.join(keys)}."
+    return f"{OTHER_CONFIG} {', '.join(keys)}."

@@ -16,6 +16,7 @@ import yaml
 from kimi_recursive.data.settings import CorpusSettings, TokenizerSettings
 from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, read_yaml_mapping
+from kimi_recursive.layout import Layout
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.schema import schema_errors
 from kimi_recursive.text import unknown_key_message
@@ -63,11 +64,14 @@ class Config:
     """The workflow's config, section by section; `config/README.md` explains every key.
 
     Attributes:
+        results_dir: Folder of everything that the config makes.
         recursive: The parameters of the loop, with defaults for those that the config leaves out.
         training: Settings by phase.
+        composition: Config file of the positive control, or None.
         track_b: The section `track_b`, as `track_b.sheet.select_experiments` reads it.
     """
 
+    results_dir: Path
     corpus: CorpusSettings
     tokenizer: TokenizerSettings
     base: BaseSettings
@@ -78,12 +82,14 @@ class Config:
     seeds: tuple[int, ...]
     repeat: bool
     resources: Resources
+    composition: str | None
     track_b: Mapping[str, Any]
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> Config:
         """From a config that `validate_settings` found valid."""
         return cls(
+            results_dir=Path(config["results_dir"]),
             corpus=CorpusSettings.from_mapping(config["corpus"]),
             tokenizer=TokenizerSettings.from_mapping(config["tokenizer"]),
             base=BaseSettings.from_mapping(config["base"]),
@@ -94,8 +100,14 @@ class Config:
             seeds=tuple(config["seeds"]),
             repeat=config["repeat"],
             resources=Resources(**config["resources"]),
+            composition=config["composition"],
             track_b=config["track_b"],
         )
+
+    @property
+    def layout(self) -> Layout:
+        """Where everything lies that the config makes."""
+        return Layout(self.results_dir)
 
     def recursive_part(self, *groups: tuple[str, ...]) -> dict[str, Any]:
         """The parameters of `recursive` in these groups."""
@@ -144,6 +156,25 @@ def read_config(paths: Sequence[str | Path]) -> dict[str, Any]:
     for path in paths:
         update_config(config, read_yaml_mapping(path))
     return validate_settings(config)
+
+
+def composition_config(config: Mapping[str, Any], defaults: str | Path) -> dict[str, Any] | None:
+    """The config of the positive control, when it is valid: what `composition` names, on top of the
+    defaults. None where there is none.
+
+    Raises:
+        ValueError: as in `read_config`, each line with the file's name before it.
+    """
+    path = config["composition"]
+    if path is None:
+        return None
+    try:
+        found = read_config([defaults, path])
+    except ValueError as error:
+        lines = str(error).splitlines()
+        raise ValueError("\n".join(f"composition: {path}: {line}" for line in lines)) from None
+    folder = str(Layout(Path(config["results_dir"])).composition)
+    return found | {"results_dir": folder, "composition": None}
 
 
 def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:

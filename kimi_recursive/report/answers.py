@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kimi_recursive.files import write_json, write_text
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.comparison import comparison_table
+from kimi_recursive.matrix.expected import OTHER_CONFIG
 from kimi_recursive.matrix.settings import Config
+from kimi_recursive.report.composition import QUESTION, composition_lines
 from kimi_recursive.report.matrix_tables import (
     cost_table,
     efficiency_table,
@@ -26,26 +27,36 @@ def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
     """Write the three summaries. An evaluation that has no result is a row that says so.
 
     Returns: the rows of `summary.csv`.
+
+    Raises:
+        ValueError: the folder holds results, but none of this config.
     """
     matrix = read_matrix(config, layout)
-    text = summary_text(matrix, layout.folder)
+    others = [row["detail"] for row in matrix.rows if row["detail"].startswith(OTHER_CONFIG)]
+    if others and not matrix.done:
+        raise ValueError(
+            f"{layout.folder}: holds the results of another config; name that one with "
+            f"--configfile, or give this one a results_dir of its own. {others[0]}"
+        )
+    text = summary_text(matrix, config, layout)
     write_text(layout.table, Table.of_records(COLUMNS, matrix.rows).to_csv())
     write_json(layout.verdicts, [pair.to_json() for pair in matrix.comparisons])
     write_text(layout.text, text)
     return matrix.rows
 
 
-def summary_text(matrix: Matrix, results: Path) -> str:
+def summary_text(matrix: Matrix, config: Config, layout: Layout) -> str:
     """`summary.txt`: the questions of the matrix, answered in lines of at most 100 characters."""
     done = f"{len(matrix.done)} of {len(matrix.rows)}"
     sections = [
-        [f"Kimi Recursive: {done} expected evaluations are there"],
+        [f"Kimi Recursive, {layout.folder}: {done} expected evaluations are there"],
+        *([[QUESTION, *composition_lines(layout)]] if config.composition else []),
         ["Does zero-init preserve the base?", *zero_init_lines(matrix.proofs)],
         ["Does recursion help?", comparison_table(matrix.comparisons).to_text()],
         ["Is it efficient?", efficiency_table(matrix).to_text()],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
         [cost_table(matrix).to_text()],
-        [step_table(matrix, results).to_text()],
+        [step_table(matrix, layout.folder).to_text()],
     ]
     absent = [row for row in matrix.rows if row["status"] != Status.OK]
     if absent:

@@ -23,6 +23,7 @@ from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report import figures, matrix_tables
 from kimi_recursive.report.answers import repeat_lines, zero_init_lines
 from kimi_recursive.report.comparisons import documents_path
+from kimi_recursive.report.composition import composition_table, draw_composition, read_answer
 from kimi_recursive.report.curves import Curve, read_curves
 from kimi_recursive.report.facts import compare_facts, compare_versions, read_facts
 from kimi_recursive.report.figures import draw_perplexity_by_step
@@ -81,12 +82,16 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
     counts, without_counts = matrix_tables.inner_step_counts(matrix)
     facts = read_facts(settings, layout, matrix, students)
     problems = find_problems(settings, layout, matrix, students, damaged)
+    answer = read_answer(layout)
     return {
         "num_done": len(matrix.done),
         "num_expected": len(matrix.rows),
         "newest": max(
             (r.get("created", "") for r in facts.get("Evaluations", {}).values()), default=""
         ),
+        "has_composition": settings.composition is not None,
+        "composition": composition_table(answer) if answer else None,
+        "composition_figure": _composition_drawing(settings, layout),
         "zero_init": zero_init_lines(matrix.proofs),
         "verdicts": comparison_table(matrix.comparisons),
         "verdict_figure": _verdict_drawing(matrix),
@@ -110,6 +115,19 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "facts": [compare_facts(kind, records) for kind, records in facts.items()],
         "config": yaml.safe_dump(dict(config), sort_keys=False),
     }
+
+
+def _composition_drawing(config: Config, layout: Layout) -> Drawing | None:
+    if config.composition is None or not layout.composition_table.is_file():
+        return None
+    accuracy = pl.read_csv(layout.composition_table)
+    caption = (
+        "Exact answers to questions about people that training asked nothing about. Left: the loop "
+        "by inner step. Right: every arm at the depth it was trained with, the loop one step "
+        "deeper for each further fact."
+    )
+    text = "Line charts of exact answers by inner step and by facts; the CSV has the numbers."
+    return _drawing(draw_composition(accuracy), "composition", text, caption)
 
 
 def _damaged_documents(matrix: Matrix, results: Path) -> dict[str, str]:

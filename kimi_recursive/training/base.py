@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedModel
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearTopkRouter
 
+from kimi_recursive.data.windows import IGNORED, Window
 from kimi_recursive.files import NUMERICS_VERSION, file_digest, publishing, write_parquet
 from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.model.loading import load_base, load_tokenizer
@@ -93,16 +94,18 @@ class ExpertBalancer:
 
 
 class LanguageModelling(nn.Module):
-    """Next-token cross-entropy of a decoder on windows [B, T + 1]."""
+    """Next-token cross-entropy of a decoder on the targets that count."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
-    def forward(self, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-        return loss, {"tokens": windows[:, 1:].numel()}
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        logits = self.model(input_ids=inputs, use_cache=False).logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
+        )
+        return loss, {"tokens": int((targets != IGNORED).sum())}
 
 
 def base_optimizer(model: nn.Module, training: BaseTraining) -> torch.optim.Optimizer:
@@ -146,7 +149,7 @@ def train_base(
     torch.manual_seed(settings.seed)
     model = KimiLinearForCausalLM(kimi_config(settings.architecture, tokenizer))
     install_fast_kda(model)
-    batches = Batches.open(tokens_dir, training, settings.seed)
+    batches = Batches.of_base(tokens_dir, training, settings.seed)
     task = BaseTask(model, tokenizer, batches, training, accelerator)
     fingerprint = {
         "config": {
@@ -192,8 +195,7 @@ class BaseTask(Task):
     ):
         self.model, self.tokenizer, self.batches = model, tokenizer, batches
         self.batch_size, self.device = training.batch_size, accelerator.device
-        windows = [np.append(w.inputs, w.targets[-1]) for w in batches.validation]
-        self.validation = torch.from_numpy(np.stack(windows))
+        self.validation = _padded(batches.validation)
         optimizer = base_optimizer(model, training)
         self.balancer = ExpertBalancer(model, training.expert_bias_rate)
         self.objective, self.optimizer = accelerator.prepare(LanguageModelling(model), optimizer)
@@ -201,16 +203,23 @@ class BaseTask(Task):
         self.trainable = dict(model.named_parameters())
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        return self.objective(self.batches.at(step, self.device))
+        batch = self.batches.at(step, self.device)
+        return self.objective(batch.inputs, batch.targets)
 
     @torch.no_grad()
     def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
         self.model.eval()
-        parts = self.validation.split(self.batch_size)
-        losses = [self.objective(part.to(self.device))[0] for part in parts]
+        losses, sizes = [], []
+        for part in self.validation.split(self.batch_size):
+            inputs, targets = part.to(self.device).unbind(1)
+            loss, counts = self.objective(inputs, targets)
+            losses.append(loss)
+            sizes.append(counts["tokens"])
         self.model.train()
-        sizes = torch.tensor([len(part) for part in parts])
-        return {"validation_loss": float((torch.stack(losses).cpu() * sizes).sum() / sizes.sum())}
+        weights = torch.tensor(sizes) / self.validation.shape[-1]
+        return {
+            "validation_loss": float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
+        }
 
     def after_step(self) -> None:
         self.balancer.update()
@@ -221,6 +230,17 @@ class BaseTask(Task):
 
     def read(self, folder: Path) -> None:
         self.model.load_state_dict(load_base(folder).state_dict())
+
+
+def _padded(windows: list[Window]) -> Tensor:
+    """Inputs and targets [N, 2, T], padded on the right where windows differ in length."""
+    length = max(len(w.inputs) for w in windows)
+    rows = np.zeros((len(windows), 2, length), dtype=np.int64)
+    rows[:, 1] = IGNORED
+    for row, window in zip(rows, windows, strict=True):
+        row[0, : len(window.inputs)] = window.inputs
+        row[1, window.chunk_start : len(window.inputs)] = window.targets[window.chunk_start :]
+    return torch.from_numpy(rows)
 
 
 def fetch_base(

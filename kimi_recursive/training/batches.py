@@ -8,12 +8,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kimi_recursive.data.tokens import load_tokens
-from kimi_recursive.data.windows import Window, WindowSampler, validation_windows
+from kimi_recursive.data.settings import PRETRAIN
+from kimi_recursive.data.tokens import load_tokens, splits_in
+from kimi_recursive.data.windows import (
+    Sampler,
+    Window,
+    first_windows,
+    training_sampler,
+    validation_windows,
+)
 from kimi_recursive.model.loading import check_context
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
 from kimi_recursive.training.settings import BaseTraining, PhaseSettings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A `data.windows.Batch` as tensors: inputs and targets [B, T], mask [B, T] or None."""
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor | None = None
+    chunk_start: int | None = None
+
+    @classmethod
+    def of_windows(cls, windows: Tensor) -> Batch:
+        """Of plain text [B, T + 1]."""
+        return cls(windows[:, :-1], windows[:, 1:])
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def first_row(self) -> Batch:
+        """The batch without its other rows."""
+        mask = None if self.mask is None else self.mask[:1]
+        return Batch(self.inputs[:1], self.targets[:1], mask, self.chunk_start)
 
 
 @dataclass(frozen=True)
@@ -25,28 +55,55 @@ class Batches:
         validation: The same windows for every seed and arm.
     """
 
-    sampler: WindowSampler
+    sampler: Sampler
     rows: slice
     validation: list[Window]
 
     @classmethod
-    def open(cls, tokens_dir: Path, settings: PhaseSettings | BaseTraining, seed: int) -> Batches:
-        """Read the tokens of a folder.
+    def of_phase(cls, tokens_dir: Path, settings: PhaseSettings, seed: int, width: int) -> Batches:
+        """What a phase trains on.
+
+        Args:
+            width: Tokens of a chunk.
 
         Raises:
             ValueError: no document is as long as a window, or the batch size is no multiple of the
                 number of processes.
         """
-        context = settings.context_length
+        context, size = settings.context_length, settings.batch_size
         return cls(
-            WindowSampler(load_tokens(tokens_dir, "train"), context + 1, settings.batch_size, seed),
-            distributed.share(settings.batch_size),
+            training_sampler(load_tokens(tokens_dir, "train"), context, size, seed, width),
+            distributed.share(size),
             validation_windows(tokens_dir, context, settings.num_validation_windows),
         )
 
-    def at(self, step: int, device: torch.device) -> Tensor:
-        """This process's windows of a step [B, T + 1]."""
-        return torch.from_numpy(self.sampler.batch(step)[self.rows]).to(device)
+    @classmethod
+    def of_base(cls, tokens_dir: Path, settings: BaseTraining, seed: int) -> Batches:
+        """What a base from scratch trains on: the split `pretrain` where there is one, which it
+        also validates on, since it is to know it by heart. Raises as `of_phase`."""
+        context, size, number = (
+            settings.context_length, settings.batch_size, settings.num_validation_windows,
+        )  # fmt: skip
+        name = splits_in(tokens_dir)[0]
+        split = load_tokens(tokens_dir, name)
+        if name == PRETRAIN:
+            path = Path(tokens_dir, f"{name}.parquet")
+            validation = first_windows(split, context, number, path)
+        else:
+            validation = validation_windows(tokens_dir, context, number)
+        sampler = training_sampler(split, context, size, seed, None)
+        return cls(sampler, distributed.share(size), validation)
+
+    def at(self, step: int, device: torch.device) -> Batch:
+        """This process's rows of a step."""
+        batch = self.sampler.batch(step)
+
+        def tensor(array):
+            return None if array is None else torch.from_numpy(array[self.rows]).to(device)
+
+        inputs, targets, mask = map(tensor, (batch.inputs, batch.targets, batch.mask))
+        assert inputs is not None and targets is not None
+        return Batch(inputs, targets, mask, batch.chunk_start)
 
 
 def check_windows(wrapper: ChunkRefineWrapper, context: int) -> None:

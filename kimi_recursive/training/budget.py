@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
 
 from kimi_recursive.evaluation.flops import count_flops
@@ -12,13 +11,12 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loading import build_wrapper
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
+from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.objective import DraftRepair, build_objective
 from kimi_recursive.training.spec import PhaseSpec
 
 
-def cumulative_training_flops(
-    objective: DraftRepair, windows: torch.Tensor, num_steps: int
-) -> list[int]:
+def cumulative_training_flops(objective: DraftRepair, batch: Batch, num_steps: int) -> list[int]:
     """FLOPs after each of `num_steps` optimizer steps, forward and backward.
 
     Steps differ only in the length of the prefix before their chunk and in whether the draft is
@@ -26,16 +24,18 @@ def cumulative_training_flops(
     as large as the batch.
 
     Args:
-        windows: This process's share of a batch as in training [B, T + 1].
+        batch: This process's share of a batch as in training.
     """
     per_kind: dict[tuple[int, bool], int] = {}
     total, cumulative = 0, []
     for step in range(num_steps):
-        drawn = objective.draw(windows.shape[1] - 1, step)
+        drawn = objective.draw(batch, step)
         kind = (drawn.start, drawn.clean)
         if kind not in per_kind:
-            per_kind[kind] = count_flops(lambda s=step: objective(windows[:1], s)[0].backward())
-        total += per_kind[kind] * len(windows) * distributed.num_processes()
+            per_kind[kind] = count_flops(
+                lambda s=step: objective(batch.first_row(), s)[0].backward()
+            )
+        total += per_kind[kind] * len(batch) * distributed.num_processes()
         cumulative.append(total)
     objective.zero_grad(set_to_none=True)
     return cumulative
@@ -56,20 +56,20 @@ class Budget:
 
 
 def match_flops(
-    spec: PhaseSpec, wrapper: ChunkRefineWrapper, reference: RecursiveConfig, windows: torch.Tensor
+    spec: PhaseSpec, wrapper: ChunkRefineWrapper, reference: RecursiveConfig, batch: Batch
 ) -> Budget:
     """The steps that an arm takes: `vanilla_flops` those whose FLOPs are nearest to the recursive
     arm's, every other arm those of the settings.
 
     Args:
         reference: The config of the recursive arm.
-        windows: This process's share of a batch [B, T + 1].
+        batch: This process's share of a batch.
     """
     settings, num_steps = spec.settings, spec.settings.num_steps
 
     def flops(model: ChunkRefineWrapper, scheduled: int, counted: int) -> list[int]:
         objective = build_objective(model, scheduled, settings, spec.seed)
-        return cumulative_training_flops(objective, windows, counted)
+        return cumulative_training_flops(objective, batch, counted)
 
     if spec.arm == "vanilla_flops":
         recursive = build_wrapper(wrapper.base, reference)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from kimi_recursive.data.windows import IGNORED
 from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import NUMERICS_VERSION, write_parquet
 from kimi_recursive.layout import RunFolder
@@ -94,7 +95,7 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
     wrapper, _, _ = load_model_with_config(files.parent, config=config, **load.keywords())
     context, num_steps = settings.context_length, settings.num_steps
     check_windows(wrapper, context)
-    batches = Batches.open(files.tokens, settings, spec.seed)
+    batches = Batches.of_phase(files.tokens, settings, spec.seed, config.chunk_width)
     objective = build_objective(wrapper, num_steps, settings, spec.seed)
     fingerprint = {
         "baseline": settings.numeric(),
@@ -119,22 +120,23 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
         ) as tracker,
     ):
         tracker.start_afresh()
+        num_tokens = 0
         [validation] = losses_by_step(wrapper, batches.validation, settings.batch_size)
         for step in tqdm(range(num_steps), desc="baseline", unit="step", mininterval=2.0):
             if arrived:
                 raise Interrupted(step)
             batch = batches.at(step, wrapper.device)
-            start = objective.draw(context, step).start
-            gold = batch[:, start : start + config.chunk_width + 1]
-            prefix = wrapper.encode(batch[:, :start], wrapper.new_cache())
-            logits = wrapper.start_chunk(gold[:, :-1], prefix).logits
-            loss = F.cross_entropy(logits.float().flatten(0, 1), gold[:, 1:].flatten())
+            chunk, targets = objective.first_pass(batch, objective.draw(batch, step).start)
+            loss = F.cross_entropy(
+                chunk.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+            )
+            num_tokens += int((targets != IGNORED).sum())
             rows.append(
                 {
                     "step": step + 1,
                     "loss": float(loss),
                     "lr_sidecar": float(settings.lr),
-                    "tokens": (step + 1) * gold[:, 1:].numel(),
+                    "tokens": num_tokens,
                     "validation_loss_step_0": validation if step in (0, num_steps - 1) else None,
                 }
             )

@@ -10,8 +10,10 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
@@ -79,6 +81,7 @@ class Task(ABC):
         watch: The metric of `validate` that marks the best weights.
         higher_is_better: Whether its highest value does, or its lowest.
         counted: The part of the loss that is a count, such as the target tokens.
+        first_steps: By group of the optimizer, the step from which it trains; 0 where left out.
     """
 
     description: str
@@ -87,6 +90,7 @@ class Task(ABC):
     watch: str = "validation_loss"
     higher_is_better: bool = False
     counted: str = "tokens"
+    first_steps: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
@@ -176,6 +180,16 @@ class _Progress:
         self.tracker.set_best(self.best_step, {self.task.watch: self.best_metric})
 
 
+def _factors(task: Task, settings: LoopSettings) -> list[Callable[[int], float]]:
+    """For each group of the optimizer, the share of its peak rate after so many steps."""
+
+    def factor_from(first: int) -> Callable[[int], float]:
+        return lambda done: lr_factor(done + 1, settings) if done >= first else 0.0
+
+    names = [group["name"] for group in task.optimizer.param_groups]
+    return [factor_from(task.first_steps.get(name, 0)) for name in names]
+
+
 def train_loop(
     task: Task,
     settings: LoopSettings,
@@ -195,7 +209,7 @@ def train_loop(
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written.
     """
     name, counted = task.description, task.counted
-    scheduler = LambdaLR(task.optimizer, lambda done: lr_factor(done + 1, settings))
+    scheduler = LambdaLR(task.optimizer, _factors(task, settings))
     run = _Progress(task, work, tracker)
     if (checkpoint := work.latest()) is not None:
         run.load(checkpoint, scheduler)

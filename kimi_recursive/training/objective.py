@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kimi_recursive.data.windows import IGNORED
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loop import ChunkState
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
+from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.settings import PhaseSettings
 
 
@@ -41,17 +43,31 @@ class Draft:
 
     Attributes:
         inputs: [B, W]. The committed ones are gold, some of the others are corrupted.
-        targets: [B, W], gold.
+        targets: [B, W], gold; where a slot does not count, any token.
         editable: bool [B, W], by slot.
+        counted: bool [B, W], the slots that count, which lead each row; None when all do.
     """
 
     inputs: Tensor
     targets: Tensor
     editable: Tensor
+    counted: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets that count, of all processes."""
+        if self.counted is None:
+            return self.targets.numel() * distributed.num_processes()
+        return int(distributed.total(self.counted.sum()))
+
+    def among(self, slots: Tensor) -> Tensor:
+        """Those of the slots that count."""
+        return slots if self.counted is None else slots & self.counted
 
 
 def corrupt(
-    tokens: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
     predicted: Tensor,
     rate: float,
     own_share: float,
@@ -62,8 +78,8 @@ def corrupt(
     """Make a draft of gold text.
 
     Args:
-        tokens: Gold [B, W + 1]: the W inputs and the last target, of the rows that this process
-            takes.
+        inputs, targets: Gold [B, W], of the rows that this process takes; a target that does not
+            count is `IGNORED`.
         predicted: The base's own greedy prediction of each slot [B, W].
         rate: Share of the editable inputs that are replaced.
         own_share: Share of the replacements that are the base's prediction; the rest are random.
@@ -71,26 +87,29 @@ def corrupt(
         sampling: Further share of the editable inputs taken from `predicted` (scheduled
             sampling in one parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
     """
-    inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
+    inputs, device = inputs.clone(), inputs.device
     width, batch = inputs.shape[1], len(inputs) * distributed.num_processes()
     rows = distributed.share(batch)
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)[rows].to(tokens.device)
+        return torch.rand(*shape, generator=generator)[rows].to(device)
 
     committed = (rand(batch, 1) * width).long()  # 0..W-1: at least one slot is editable
-    editable = torch.arange(width, device=tokens.device) >= committed
+    editable = torch.arange(width, device=device) >= committed
     replace = (rand(batch, width) < rate) & editable
     own = rand(batch, width) < own_share
     noise = torch.randint(vocab_size, (batch, width), generator=generator)[rows]
-    noise = noise.to(tokens.device)
+    noise = noise.to(device)
     replacement = torch.where(own, predicted, noise)
     if sampling:
         sampled = (rand(batch, width) < sampling) & editable & ~replace
         replacement = torch.where(sampled, predicted, replacement)
         replace = replace | sampled
-    inputs[:, 1:] = torch.where(replace, replacement, targets)[:, :-1]
-    return Draft(inputs, targets, editable)
+    inputs[:, 1:] = torch.where(replace[:, :-1], replacement[:, :-1], inputs[:, 1:])
+    counted = targets != IGNORED
+    if counted.all():
+        return Draft(inputs, targets, editable)
+    return Draft(inputs, targets.clamp(min=0), editable, counted)
 
 
 def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
@@ -100,9 +119,11 @@ def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
     return torch.where(F.pad(editable[:, :-1], (1, 0)), edited, inputs)
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """This process's part of the mean over the masked values of the whole batch: the average of the
-    parts over all processes is that mean."""
+    parts over all processes is that mean. None stands for all values."""
+    if mask is None:
+        return values.mean()
     mask = mask.to(values.dtype)
     count = distributed.total(mask.sum()).clamp(min=1) / distributed.num_processes()
     return (values * mask).sum() / count
@@ -163,29 +184,40 @@ class DraftRepair(nn.Module):
         self.unfrozen = list(adapter.layer_parameters().items()) if adapter else []
         self.base_trains = any(p.requires_grad for p in wrapper.base.parameters())
 
-    def draw(self, length: int, step: int) -> Draw:
-        """What a step does with windows of `length` inputs."""
+    def draw(self, batch: Batch, step: int) -> Draw:
+        """What a step does with a batch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         width = self.wrapper.config.chunk_width
-        start = width * int(torch.randint(length // width, (), generator=generator))
+        start = batch.chunk_start
+        if start is None:
+            num_chunks = batch.inputs.shape[1] // width
+            start = width * int(torch.randint(num_chunks, (), generator=generator))
         progress = step / max(1, self.num_steps - 1)
         rate = corruption_rate_at(self.wrapper.config, progress)
         return Draw(start, rate, self.scheduled_sampling * progress, generator)
 
-    def forward(self, windows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Args: gold windows [B, T + 1] with T a multiple of the chunk width; the step from 0.
+    def first_pass(self, batch: Batch, start: int) -> tuple[ChunkState, Tensor]:
+        """Step 0 of the chunk of each row that starts at `start`, and its targets [B, W]."""
+        wrapper, stop = self.wrapper, start + self.wrapper.config.chunk_width
+        before = mask = None
+        if batch.mask is not None:
+            before, mask = batch.mask[:, :start], batch.mask[:, :stop]
+        prefix = wrapper.encode(batch.inputs[:, :start], wrapper.new_cache(), before)
+        chunk = wrapper.start_chunk(batch.inputs[:, start:stop], prefix, mask)
+        return chunk, batch.targets[:, start:stop]
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Args: a batch whose rows are whole chunks; the step from 0.
 
         Returns: the weighted sum, and each loss by name, with the corruption rate and `tokens`.
         """
         config, wrapper = self.wrapper.config, self.wrapper
-        drawn = self.draw(windows.shape[1] - 1, step)
-        start = drawn.start
-        gold = windows[:, start : start + config.chunk_width + 1]
+        drawn = self.draw(batch, step)
         with torch.no_grad():
-            prefix = wrapper.encode(windows[:, :start], wrapper.new_cache())
-            base = wrapper.start_chunk(gold[:, :-1], prefix)
+            base, targets = self.first_pass(batch, drawn.start)
             draft = corrupt(
-                gold,
+                base.input_ids,
+                targets,
                 base.logits.argmax(-1),
                 drawn.rate,
                 self.own_share,
@@ -196,7 +228,7 @@ class DraftRepair(nn.Module):
         # A single pass does not read step 0. A frozen base needs it again only for another draft.
         if not config.single_pass and (self.base_trains or not drawn.clean):
             with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
-                base = wrapper.start_chunk(draft.inputs, prefix)
+                base = wrapper.start_chunk(draft.inputs, base.prefix, base.mask)
         trains_step_0 = self.base_trains and not config.single_pass
         losses = chunk_losses(wrapper, base, draft, trains_step_0)
         weights = {
@@ -214,8 +246,7 @@ class DraftRepair(nn.Module):
         assert isinstance(total, Tensor)
         parts = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         schedule = {"corruption_rate": drawn.rate, "sampling_rate": drawn.sampling}
-        num_tokens = draft.targets.numel() * distributed.num_processes()
-        return total, parts | schedule | {"tokens": num_tokens}
+        return total, parts | schedule | {"tokens": draft.num_tokens}
 
     def distance(self) -> Tensor:
         """Half the squared distance of the unfrozen layers to their pretrained weights (elastic
@@ -273,25 +304,25 @@ def chunk_losses(
     if trains_step_0:
         logits = chunk.logits.float().transpose(1, 2)
         ce = F.cross_entropy(logits, draft.targets, reduction="none")
-        masked.append(_mean(ce, draft.editable))
+        masked.append(_mean(ce, draft.among(draft.editable)))
     for t in range(1, num_steps + 1):
         if t == keep_from:
             chunk = _detached(chunk)
         chunk = wrapper.refine(chunk, inputs)
         log_probs = chunk.logits.float().log_softmax(-1)
         ce = -log_probs.gather(-1, draft.targets[..., None]).squeeze(-1)
-        chunk_ce.append(ce.detach().mean(1))
+        chunk_ce.append(_row_means(ce.detach(), draft.counted))
         if previous is not None:
             change = F.kl_div(log_probs, previous, log_target=True, reduction="none").sum(-1)
-            stability.append(_mean(change, ~draft.editable))
+            stability.append(_mean(change, draft.among(~draft.editable)))
         commit_logit, log_length = boundary.scores(chunk.h_top.detach())
         if t < num_steps:
-            masked.append(_mean(ce, draft.editable))
+            masked.append(_mean(ce, draft.among(draft.editable)))
             commit_logits.append(commit_logit)
             if config.commit == "learned":
                 inputs = edit(inputs, chunk.logits.argmax(-1), draft.editable)
             previous = log_probs.detach()
-    correct = chunk.logits.argmax(-1) == draft.targets
+    correct = draft.among(chunk.logits.argmax(-1) == draft.targets)
     run = correct.long().cumprod(1).sum(1).clamp(max=config.max_chunk_len)
     zero = ce.new_zeros(())
     if commit_logits:
@@ -304,13 +335,20 @@ def chunk_losses(
     else:
         halt, ponder = zero, zero + 1
     return {
-        "final": ce.mean(),
+        "final": _mean(ce, draft.counted),
         "masked": torch.stack(masked).mean() if masked else zero,
         "halt": halt,
         "len": F.nll_loss(log_length, run),
         "ponder": ponder,
         "stability": torch.stack(stability).mean() if stability else zero,
     }
+
+
+def _row_means(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of each row [B] over its masked values; None stands for all values."""
+    if mask is None:
+        return values.mean(1)
+    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _detached(chunk: ChunkState) -> ChunkState:

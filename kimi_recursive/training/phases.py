@@ -85,7 +85,7 @@ def train_phase(
     groups = parameter_groups(wrapper, spec.phase, settings, seed)
     optimizer = group_optimizer(groups, settings)
     check_windows(wrapper, settings.context_length)
-    batches = Batches.open(files.tokens, settings, seed)
+    batches = Batches.of_phase(files.tokens, settings, seed, wrapper.config.chunk_width)
     budget = match_flops(spec, wrapper, reference, batches.at(0, wrapper.device))
     objective = build_objective(wrapper, budget.num_steps, settings, seed)
     # The model is on its device already, and the loop averages gradients.
@@ -145,6 +145,8 @@ class PhaseTask(Task):
         spec, wrapper = self.spec, self.wrapper
         self.description = f"train {spec.arm} {spec.phase} seed {spec.seed}"
         self.watch = f"validation_loss_step_{wrapper.config.max_inner_steps}"
+        if wrapper.reads_logits:
+            self.first_steps = {"sidecar": spec.settings.feedback_only_steps or 0}
         self.trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:

@@ -88,6 +88,8 @@ class PhaseSettings(_Training):
         context_length: Tokens a window; a multiple of the chunk width.
         lr, lr_heads, lr_feedback, lr_lora, lr_layers: Peak learning rate of cells and latent path,
             boundary head, gate of the token feedback, LoRA (phases b and c), unfrozen layers (c).
+        feedback_only_steps: Steps at the start in which the gate of the token feedback trains and
+            the cells do not; else they may learn the answers by heart before it opens.
         lora: Phase b.
         unfreeze_every: Phase c: every so many layers of the base, one trains.
         l2_pull: Phase c: weight of half the squared distance to the pretrained weights.
@@ -104,6 +106,7 @@ class PhaseSettings(_Training):
     lr: float
     lr_heads: float
     lr_feedback: float
+    feedback_only_steps: int | None = None
     lr_lora: float | None = None
     lora: LoraSettings | None = None
     lr_layers: float | None = None

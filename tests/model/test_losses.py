@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from models import adapted, make_base, make_wrapper, perturb, random_ids
 
 from kimi_recursive import RecursiveConfig
+from kimi_recursive.data.windows import IGNORED
+from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.objective import (
     DraftRepair,
     chunk_losses,
@@ -33,7 +35,7 @@ def test_corruption_touches_editable_inputs_only_at_the_given_rate_and_from_the_
     tokens = random_ids(400, 33)
     predicted = torch.full((400, 32), 96)
     generator = torch.Generator().manual_seed(0)
-    draft = corrupt(tokens, predicted, 0.3, 0.5, 97, generator)
+    draft = corrupt(tokens[:, :-1], tokens[:, 1:], predicted, 0.3, 0.5, 97, generator)
     assert torch.equal(draft.targets, tokens[:, 1:])
     assert torch.equal(draft.inputs[:, 0], tokens[:, 0]), "the token before the draft is committed"
     slots_changed = draft.inputs[:, 1:] != tokens[:, 1:-1]
@@ -44,9 +46,11 @@ def test_corruption_touches_editable_inputs_only_at_the_given_rate_and_from_the_
     assert 0.45 < own.sum() / slots_changed.sum() < 0.55
     lengths = draft.editable.sum(1)
     assert draft.editable[:, -1].all() and lengths.min() == 1 and lengths.max() == 32
-    again = corrupt(tokens, predicted, 0.3, 0.5, 97, torch.Generator().manual_seed(0))
+    again = corrupt(
+        tokens[:, :-1], tokens[:, 1:], predicted, 0.3, 0.5, 97, torch.Generator().manual_seed(0)
+    )
     assert torch.equal(again.inputs, draft.inputs)
-    untouched = corrupt(tokens, predicted, 0.0, 0.5, 97, generator)
+    untouched = corrupt(tokens[:, :-1], tokens[:, 1:], predicted, 0.0, 0.5, 97, generator)
     assert torch.equal(untouched.inputs, tokens[:, :-1])
 
 
@@ -65,7 +69,9 @@ def setup(kind="kimi", **changes):
     prefix = wrapper.encode(tokens[:, :5], wrapper.new_cache())
     gold = tokens[:, 5:]
     predicted = random_ids(3, 8, seed=4)
-    draft = corrupt(gold, predicted, 0.4, 0.5, 97, torch.Generator().manual_seed(1))
+    draft = corrupt(
+        gold[:, :-1], gold[:, 1:], predicted, 0.4, 0.5, 97, torch.Generator().manual_seed(1)
+    )
     return wrapper, wrapper.start_chunk(draft.inputs, prefix), draft
 
 
@@ -169,9 +175,9 @@ def test_the_objective_is_a_pure_function_of_seed_and_step_and_the_weighted_sum(
     wrapper = perturb(make_wrapper(base))
     windows = random_ids(2, 33)
     objective = DraftRepair(wrapper, num_steps=10, own_share=0.5, seed=3)
-    total, parts = objective(windows, 4)
-    assert torch.equal(objective(windows, 4)[0], total)
-    assert not torch.equal(objective(windows, 5)[0], total)
+    total, parts = objective(Batch.of_windows(windows), 4)
+    assert torch.equal(objective(Batch.of_windows(windows), 4)[0], total)
+    assert not torch.equal(objective(Batch.of_windows(windows), 5)[0], total)
     weights = {"final": 1, "masked": 0.5, "halt": 0.5, "len": 0.05, "ponder": 0.01,
                "stability": 0.01}  # fmt: skip
     expected = sum(w * parts[f"loss_{k}"] for k, w in weights.items())
@@ -195,18 +201,24 @@ def test_step_0_is_read_again_only_where_that_says_something_new(
     wrapper.base.requires_grad_(trains)
     start_chunk, passes = wrapper.start_chunk, []
     wrapper.start_chunk = lambda *a, **k: passes.append(1) or start_chunk(*a, **k)
-    DraftRepair(wrapper, 10, 0.5, seed=0)(random_ids(1, 33), 0)
+    DraftRepair(wrapper, 10, 0.5, seed=0)(Batch.of_windows(random_ids(1, 33)), 0)
     assert len(passes) == num_passes
 
 
 def test_chunks_are_drawn_from_the_whole_grid():
     wrapper = make_wrapper(make_base("llama"))
     objective, encode, starts = DraftRepair(wrapper, 10, 0.5, seed=0), wrapper.encode, []
-    assert {objective.draw(32, step).start for step in range(30)} == {0, 8, 16, 24}
+    assert {
+        objective.draw(Batch.of_windows(random_ids(1, 33)), step).start for step in range(30)
+    } == {0, 8, 16, 24}
     wrapper.encode = lambda ids, *a: starts.append(ids.shape[1]) or encode(ids, *a)
     for step in range(3):
-        objective(random_ids(1, 33), step)
-    assert starts == [objective.draw(32, step).start for step in range(3)] and max(starts) > 0
+        objective(Batch.of_windows(random_ids(1, 33)), step)
+    assert (
+        starts
+        == [objective.draw(Batch.of_windows(random_ids(1, 33)), step).start for step in range(3)]
+        and max(starts) > 0
+    )
 
 
 # ---- with a base that trains -------------------------------------------------------------------
@@ -217,7 +229,7 @@ def test_scheduled_sampling_takes_the_models_own_draft():
 
     def draft(rate, sampling):
         generator = torch.Generator().manual_seed(0)
-        return corrupt(tokens, predicted, rate, 0.0, 96, generator, sampling)
+        return corrupt(tokens[:, :-1], tokens[:, 1:], predicted, rate, 0.0, 96, generator, sampling)
 
     drafted = draft(0.0, 0.25)
     changed = drafted.inputs[:, 1:] != tokens[:, 1:-1]
@@ -233,10 +245,11 @@ def test_scheduled_sampling_takes_the_models_own_draft():
 def test_the_share_of_own_tokens_grows_from_zero():
     wrapper = make_wrapper(make_base("llama"), corruption_rate=0.0, corruption_rate_final=0.0)
     objective = DraftRepair(wrapper, 5, 0.5, seed=0, scheduled_sampling=0.4)
-    assert [objective.draw(16, s).sampling for s in range(5)] == pytest.approx(
+    batch = Batch.of_windows(random_ids(1, 17))
+    assert [objective.draw(batch, s).sampling for s in range(5)] == pytest.approx(
         [0, 0.1, 0.2, 0.3, 0.4]
     )
-    assert objective.draw(16, 0).clean and not objective.draw(16, 1).clean
+    assert objective.draw(batch, 0).clean and not objective.draw(batch, 1).clean
 
 
 def gradients(wrapper, loss) -> dict[str, torch.Tensor]:
@@ -265,7 +278,7 @@ def test_step_0_is_supervised_and_part_of_the_loop_where_the_base_trains():
     real = module.chunk_losses
     try:
         module.chunk_losses = lambda w, c, d, s: seen.update(chunk=c, draft=d) or real(w, c, d, s)
-        objective(windows, 2)
+        objective(Batch.of_windows(windows), 2)
     finally:
         module.chunk_losses = real
     chunk, draft = seen["chunk"], seen["draft"]
@@ -293,7 +306,7 @@ def test_step_0_trains_on_clean_and_on_corrupted_drafts(rate):
     wrapper.config.corruption_rate = wrapper.config.corruption_rate_final = rate
 
     def loss():
-        return DraftRepair(wrapper, 4, 0.5, seed=0)(random_ids(2, 17), 2)[0]
+        return DraftRepair(wrapper, 4, 0.5, seed=0)(Batch.of_windows(random_ids(2, 17)), 2)[0]
 
     with_it = loss()
     with torch.no_grad():
@@ -308,7 +321,7 @@ def test_the_pull_is_half_the_squared_distance():
     wrapper = trainable(adapted(make_base("kimi"), layers=[3], std=0.0))
     objective = DraftRepair(wrapper, 4, 0.5, seed=0, pull=0.3)
     windows = random_ids(2, 17)
-    total, parts = objective(windows, 1)
+    total, parts = objective(Batch.of_windows(windows), 1)
     assert parts["loss_pull"] == 0
     weight = wrapper.adapter.layer_parameters()["model.layers.3.self_attn.q_proj.weight"]
     before = wrapper.adapter.pretrained["model.layers.3.self_attn.q_proj.weight"]
@@ -317,8 +330,44 @@ def test_the_pull_is_half_the_squared_distance():
     assert objective.distance().item() == pytest.approx(0.5 * 0.01 * weight.numel(), rel=1e-4)
     [gradient] = torch.autograd.grad(objective.distance(), [weight])
     torch.testing.assert_close(gradient, weight.detach() - before)
-    total, parts = objective(windows, 1)
+    total, parts = objective(Batch.of_windows(windows), 1)
     names = {"final": 1, "masked": 0.5, "halt": 0.5, "len": 0.05, "ponder": 0.01,
              "stability": 0.01, "pull": 0.3}  # fmt: skip
     expected = sum(w * parts[f"loss_{k}"] for k, w in names.items())
     torch.testing.assert_close(total.detach(), expected)
+
+
+@torch.no_grad()
+def test_only_the_completion_of_a_pair_counts():
+    """Losses of a batch padded on both sides equal those of its pairs alone."""
+    wrapper = perturb(make_wrapper(make_base("kimi").requires_grad_(False), max_inner_steps=2))
+    objective = DraftRepair(wrapper, 5, 0.5, seed=0)
+    tokens, none = random_ids(2, 20), IGNORED
+    short, long = tokens[0, :8], tokens[1, :14]  # prompts of 5 and 9 tokens
+    inputs, targets = torch.zeros(2, 16, dtype=torch.long), torch.full((2, 16), none)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    for row, (pair, prompt) in enumerate(((short, 5), (long, 9))):
+        at = 8 - (prompt - 1)
+        inputs[row, at : at + len(pair) - 1] = pair[:-1]
+        targets[row, 8 : 8 + len(pair) - prompt] = pair[prompt:]
+        mask[row, :at] = False
+    _, parts = objective(Batch(inputs, targets, mask, 8), 0)
+    sums = torch.zeros(3)
+    for pair, prompt in ((short, 5), (long, 9)):
+        chunk = next(wrapper.chunks(pair[None, :-1], chunk_start=prompt - 1))
+        states = list(wrapper.steps(chunk))
+        gold = pair[None, prompt:]
+        for t in (1, 2):
+            sums[t] += F.cross_entropy(states[t].logits[0], gold[0], reduction="sum")
+    assert parts["tokens"] == 3 + 5
+    torch.testing.assert_close(parts["loss_final"], sums[2] / 8)
+    targets[:, 8:] = none
+    assert torch.isfinite(objective(Batch(inputs, targets, mask, 8), 0)[0])
+
+
+def test_what_is_behind_a_completion_is_neither_corrupted_into_it_nor_run_into():
+    inputs, targets = torch.arange(1, 5)[None], torch.tensor([[2, 3, IGNORED, IGNORED]])
+    draft = corrupt(inputs, targets, inputs, 0.0, 0.5, 9, torch.Generator().manual_seed(0))
+    assert draft.counted is not None and draft.counted.tolist() == [[True, True, False, False]]
+    assert draft.num_tokens == 2 and draft.inputs.tolist() == inputs.tolist()
+    assert draft.among(torch.ones_like(draft.counted)).tolist() == draft.counted.tolist()

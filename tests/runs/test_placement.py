@@ -30,6 +30,7 @@ from kimi_recursive.model.loading import load_base
 from kimi_recursive.model.placement import execution_device, is_offloaded
 from kimi_recursive.model.sidecar import base_identity
 from kimi_recursive.plan.estimate import _fake
+from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import Draw, build_objective
 from kimi_recursive.training.settings import PhaseSettings
@@ -292,7 +293,7 @@ def test_all_phases_run_over_two_devices(kind):
             with _disable_current_modes():
                 draw = Draw(8, 0.5, 0.1, torch.Generator())
             objective.draw = lambda *_, draw=draw: draw
-            loss, parts = objective(windows, 0)
+            loss, parts = objective(Batch.of_windows(windows), 0)
             loss.backward()
             assert {str(p.grad.device) for p in trained if p.grad is not None} == {"cpu:1", "cpu:2"}
             losses = [loss, *(part for part in parts.values() if isinstance(part, torch.Tensor))]

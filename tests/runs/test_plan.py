@@ -22,6 +22,7 @@ from kimi_recursive.plan import estimate as plan_module
 from kimi_recursive.plan import measure as measure_module
 from kimi_recursive.plan.estimate import PeakMemory, base_shape, gpus_needed, plan
 from kimi_recursive.plan.measure import predict
+from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.budget import cumulative_training_flops
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import build_objective
@@ -70,12 +71,12 @@ def test_a_step_needs_what_was_planned(config, planned, phase):
     assert run["num_trainable"] == sum(p.numel() for p in trained)
     objective = build_objective(wrapper, settings.num_steps, settings, 0)
     windows = torch.randint(3, 300, (settings.batch_size, settings.context_length + 1))
-    cumulative = cumulative_training_flops(objective, windows, settings.num_steps)
+    cumulative = cumulative_training_flops(objective, Batch.of_windows(windows), settings.num_steps)
     assert near(run["flops"], cumulative[-1] / settings.num_steps)
     peaks = []
     for step in range(settings.num_steps):
         with PeakMemory(wrapper.parameters()) as memory:
-            objective(windows, step)[0].backward()
+            objective(Batch.of_windows(windows), step)[0].backward()
         objective.zero_grad(set_to_none=True)
         peaks.append(memory.peak)
     assert near(run["peak_bytes"], max(peaks))

@@ -13,6 +13,7 @@ from models import make_base, make_wrapper, random_ids
 from runs import PHASE, same, train_into
 from safetensors.torch import load_file
 
+from kimi_recursive.data.settings import TokenizerSettings
 from kimi_recursive.model.loading import load_base, load_model_with_config
 from kimi_recursive.model.sidecar import SIDECAR_NAME, save_sidecar
 from kimi_recursive.training.base import ExpertBalancer, train_base
@@ -162,7 +163,7 @@ def test_train_base_trains_balances_and_publishes(tmp_path):
         (tmp_path / f"docs/{i}.txt").write_text(text)
     corpus = {"source": str(tmp_path / "docs"), "validation": 0.2, "test": 0.2, "seed": 0}
     data.prepare_corpus(corpus, tmp_path / "corpus")
-    data.train_tokenizer(tmp_path / "corpus", tmp_path / "tokenizer", 300)
+    data.train_tokenizer(tmp_path / "corpus", tmp_path / "tokenizer", TokenizerSettings(300))
     data.tokenize_corpus(tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "tokens")
     config = {
         "seed": 0,

@@ -18,6 +18,7 @@ from kimi_recursive.report.answers import repeat_lines
 from kimi_recursive.report.figures import plot_perplexity_by_step
 from kimi_recursive.report.summary import _read_repeat
 from kimi_recursive.training.arms import ARMS, SINGLE_PASS
+from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.budget import cumulative_training_flops, steps_for_flops
 from kimi_recursive.training.objective import DraftRepair
 
@@ -59,7 +60,7 @@ def test_arms_of_a_seed_see_the_same_chunks_and_corruption():
         wrapper.refine = record
         objective = DraftRepair(wrapper, 10, 0.5, seed=5)
         for step in range(4):
-            objective(random_ids(2, 33, step), step)
+            objective(Batch.of_windows(random_ids(2, 33, step)), step)
     assert len(seen["recursive"]) == 4
     for arm in ("vanilla", "vanilla_flops"):
         assert all(torch.equal(a, b) for a, b in zip(seen["recursive"], seen[arm], strict=True))
@@ -119,10 +120,12 @@ def test_training_flops_add_up_over_the_steps_that_are_taken():
     base = make_base("kimi").requires_grad_(False)
     objective = DraftRepair(make_wrapper(base), 5, 0.5, seed=2)
     windows = random_ids(2, 33)
-    cumulative = cumulative_training_flops(objective, windows, 5)
+    batch = Batch.of_windows(windows)
+    cumulative = cumulative_training_flops(objective, batch, 5)
     assert all(p.grad is None for p in objective.parameters()), "counting leaves no gradients"
     one_by_one = [
-        count_flops(lambda s=step: objective(windows, s)[0].backward()) for step in range(5)
+        count_flops(lambda s=step: objective(batch, s)[0].backward())
+        for step in range(5)
     ]
     assert np.diff([0, *cumulative]).tolist() == one_by_one
     assert len(set(one_by_one)) > 1, "chunks after longer prefixes cost more"

@@ -58,6 +58,7 @@ TINY = {
         "b": {**PHASE, "num_steps": 3, "lora": {"rank": 2}},
         "c": PHASE,
     },
+    "composition": None,
     "track_b": {"enabled": False},
 }  # fmt: skip
 ONLY_A = {**TINY, "phases": ["a"], "repeat": False}

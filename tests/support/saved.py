@@ -8,6 +8,7 @@ import pytest
 from models import SMALL, make_base, make_wrapper, perturb, random_ids
 
 from kimi_recursive import data
+from kimi_recursive.data.settings import TokenizerSettings
 from kimi_recursive.model.loading import load_tokenizer
 from kimi_recursive.model.sidecar import save_sidecar
 from kimi_recursive.training.surgery import insert_cells
@@ -38,7 +39,7 @@ def model_dir(tmp_path_factory) -> Path:
     base.save_pretrained(root / "base")
     corpus = {"source": str(root / "docs"), "validation": 0.2, "test": 0.2, "seed": 0}
     data.prepare_corpus(corpus, root / "corpus")
-    data.train_tokenizer(root / "corpus", root / "tokenizer", 280)
+    data.train_tokenizer(root / "corpus", root / "tokenizer", TokenizerSettings(280))
     load_tokenizer(root / "tokenizer").save_pretrained(root / "base")
     save_sidecar(perturb(make_wrapper(base)), root / "sidecar", root / "base")
     return root

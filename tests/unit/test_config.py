@@ -275,7 +275,7 @@ def test_the_schema_describes_every_key_and_the_readme_names_it(settings):
             for key in section:
                 node = node[key]
             shown = (row[2] if section == ["recursive"] else row[3]).strip()
-            if row[1] in node and shown.startswith("`"):
+            if node and row[1] in node and shown.startswith("`"):
                 assert yaml.safe_load(shown.strip("`")) == node[row[1]], line
     for key in RecursiveConfig().to_dict():
         assert f"`{key}`" in readme, f"config/README.md does not name `{key}`"

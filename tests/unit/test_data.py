@@ -15,6 +15,7 @@ from commands import error_of, write
 
 from kimi_recursive import data
 from kimi_recursive.data.corpus import SPLITS, prepare_corpus, split_documents
+from kimi_recursive.data.settings import TokenizerSettings
 from kimi_recursive.data.tokens import load_tokens, tokenize_corpus, train_tokenizer
 
 NASTY = " two  spaces , 's .\r\n\ttab\x00 é e\u0301 \U0001f600\u2028 <|eos|><|bos|> don 't end "
@@ -36,7 +37,7 @@ def built(tmp_path_factory) -> types.SimpleNamespace:
     paths = types.SimpleNamespace(root=root, corpus=root / "c", tokenizer=root / "t")
     paths.tokens = root / "seed=1" / "tokens"  # a name that readers could take for a partition
     paths.summary = prepare_corpus(corpus, paths.corpus)
-    paths.trained = train_tokenizer(paths.corpus, paths.tokenizer, 400)
+    paths.trained = train_tokenizer(paths.corpus, paths.tokenizer, TokenizerSettings(400))
     paths.counts = tokenize_corpus(paths.corpus, paths.tokenizer, paths.tokens)
     return paths
 
@@ -149,7 +150,7 @@ def test_an_error_leaves_the_old_files_and_nothing_else(built, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
         with pytest.raises(RuntimeError, match="disk full"):
-            train_tokenizer(built.corpus, tmp_path / "out", 300)
+            train_tokenizer(built.corpus, tmp_path / "out", TokenizerSettings(300))
     after = listing(tmp_path)
     assert {key: after[key] for key in before} == before
     assert set(after) - set(before) == {f"texts/{i}.txt" for i in range(3)}
@@ -194,7 +195,9 @@ def test_tokenizer_round_trips_any_text_offline(built, monkeypatch):
 
 
 def test_tokenizer_sees_the_train_split_only_and_is_deterministic(built, tmp_path):
-    assert train_tokenizer(built.corpus, tmp_path / "again", 400) == built.trained
+    assert (
+        train_tokenizer(built.corpus, tmp_path / "again", TokenizerSettings(400)) == built.trained
+    )
     assert listing(tmp_path / "again") == listing(built.tokenizer)
     for name in SPLITS:
         frame = pl.read_parquet(built.corpus / f"{name}.parquet")
@@ -202,7 +205,7 @@ def test_tokenizer_sees_the_train_split_only_and_is_deterministic(built, tmp_pat
             frame = frame.with_columns(text=pl.lit("xyzzy " * 1000))
         (tmp_path / "c").mkdir(exist_ok=True)
         frame.write_parquet(tmp_path / "c" / f"{name}.parquet")
-    train_tokenizer(tmp_path / "c", tmp_path / "other", 400)
+    train_tokenizer(tmp_path / "c", tmp_path / "other", TokenizerSettings(400))
     assert listing(tmp_path / "other") == listing(built.tokenizer)
 
 
@@ -279,17 +282,18 @@ def test_eos_stands_in_for_bos(built, tmp_path):
 
 def test_message_for_a_bad_directory(built, tmp_path):
     out = tmp_path / "out"
-    assert "vocab_size" in error_of(train_tokenizer, built.corpus, out, 258)
-    assert "vocab_size" in error_of(train_tokenizer, built.corpus, out, 1000.0)
+    for wrong in (258, 1000.0):
+        message = error_of(train_tokenizer, built.corpus, out, TokenizerSettings(wrong))
+        assert "vocab_size" in message
     missing = f"{tmp_path}/train.parquet"
     for call in (
-        (train_tokenizer, tmp_path, out, 300),
+        (train_tokenizer, tmp_path, out, TokenizerSettings(300)),
         (tokenize_corpus, tmp_path, built.tokenizer, out),
         (load_tokens, tmp_path, "train"),
     ):
         assert missing in error_of(*call)
     assert "train.parquet" in error_of(load_tokens, built.corpus, "train")
-    assert "train.parquet" in error_of(train_tokenizer, built.tokens, out, 300)
+    assert "train.parquet" in error_of(train_tokenizer, built.tokens, out, TokenizerSettings(300))
     for directory in (tmp_path, tmp_path / "missing"):
         assert str(directory) in error_of(tokenize_corpus, built.corpus, directory, out)
     assert not out.exists()

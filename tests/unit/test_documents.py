@@ -102,8 +102,8 @@ def test_hugging_face_datasets(monkeypatch):
 
     library = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", library)
-    corpus = {"source": "datasets:owner/name", "split": "dev", "text_field": "t"}
-    expected = [("4", "dev a"), ("datasets:owner/name:2", "dev b")]
+    corpus = {"source": "datasets:owner/name", "text_field": "t"}
+    expected = [("4", "train a"), ("datasets:owner/name:2", "train b")]
     assert list(read_documents(corpus).iter_rows()) == expected
     message = error_of(read_documents, {"source": "datasets:other"})
     assert message == "corpus.source: datasets:other: no dataset of that name"

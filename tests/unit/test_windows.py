@@ -15,19 +15,26 @@ def numbered_split(*lengths: int) -> TokenSplit:
     return TokenSplit([f"d{i}" for i in range(len(lengths))], tokens, offsets)
 
 
+def rows_of(sampler: WindowSampler, step: int) -> np.ndarray:
+    """The windows of a step with the token behind them [B, T + 1]."""
+    batch = sampler.batch(step)
+    assert batch.mask is None and batch.chunk_start is None
+    return np.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1)
+
+
 # Reading
 
 
 def test_batches_stay_inside_documents_and_are_uniform():
     split = numbered_split(1, 5, 0, 9, 3, 2, 4)
-    sampler = WindowSampler(split, 3, 4000, 11)
-    batch = sampler.batch(0)
+    sampler = WindowSampler(split, 2, 4000, 11)
+    batch = rows_of(sampler, 0)
     assert batch.dtype == np.int64 and batch.shape == (4000, 3)
     assert (np.diff(batch, axis=1) == 1).all()
     valid = [
         s for a, b in zip(split.offsets, split.offsets[1:], strict=False) for s in range(a, b - 2)
     ]
-    starts = np.concatenate([sampler.batch(step)[:, 0] for step in range(10)])
+    starts = np.concatenate([rows_of(sampler, step)[:, 0] for step in range(10)])
     values, counts = np.unique(starts, return_counts=True)
     assert values.tolist() == valid
     expected = len(starts) / len(valid)
@@ -37,22 +44,22 @@ def test_batches_stay_inside_documents_and_are_uniform():
 
 def test_a_batch_is_a_function_of_seed_and_step():
     split = numbered_split(1000, 500)
-    sampler = WindowSampler(split, 8, 16, 3)
-    first = [sampler.batch(step).tolist() for step in range(6)]
-    fresh = WindowSampler(split, 8, 16, 3)
-    assert [fresh.batch(step).tolist() for step in (5, 0, 5)] == [first[5], first[0], first[5]]
+    sampler = WindowSampler(split, 7, 16, 3)
+    first = [rows_of(sampler, step).tolist() for step in range(6)]
+    fresh = WindowSampler(split, 7, 16, 3)
+    assert [rows_of(fresh, step).tolist() for step in (5, 0, 5)] == [first[5], first[0], first[5]]
     assert len({str(batch) for batch in first}) == 6
-    assert WindowSampler(split, 8, 16, 4).batch(0).tolist() != first[0]
-    assert WindowSampler(split, 8, 16, 1).batch(3).tolist() != first[1]
+    assert rows_of(WindowSampler(split, 7, 16, 4), 0).tolist() != first[0]
+    assert rows_of(WindowSampler(split, 7, 16, 1), 3).tolist() != first[1]
 
 
 def test_window_bounds():
     split = numbered_split(4, 7)
-    assert WindowSampler(split, 7, 2, 0).batch(9).tolist() == [list(range(4, 11))] * 2
-    message = error_of(WindowSampler, split, 8, 2, 0)
+    assert rows_of(WindowSampler(split, 6, 2, 0), 9).tolist() == [list(range(4, 11))] * 2
+    message = error_of(WindowSampler, split, 7, 2, 0)
     assert "8 tokens" in message and "7" in message
     assert "batch_size" in error_of(WindowSampler, split, 4, 0, 0)
-    assert "window" in error_of(WindowSampler, split, 0, 1, 0)
+    assert "context_length" in error_of(WindowSampler, split, 0, 1, 0)
     assert "seed" in error_of(WindowSampler, split, 4, 1, -1)
     for arguments, name in (((0, None), "context_length"), ((4, 0), "max_windows")):
         assert name in error_of(document_windows, split, *arguments)

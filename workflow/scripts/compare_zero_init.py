@@ -8,8 +8,8 @@ with job(snakemake):
     from kimi_recursive.layout import Layout
 
     compare_zero_init(
-        baseline=Layout().evaluation("baseline"),
-        surgery=Layout().evaluation(snakemake.params.surgery),
+        baseline=Layout(Path(snakemake.config["results_dir"])).evaluation("baseline"),
+        surgery=Layout(Path(snakemake.config["results_dir"])).evaluation(snakemake.params.surgery),
         surgery_dir=Path(snakemake.input.surgery),
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
         settings=EvaluationSettings.from_mapping(snakemake.params.evaluation),

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from kimi_recursive.matrix.job import job
 
 with job(snakemake):
@@ -8,5 +10,5 @@ with job(snakemake):
         snakemake.params.teacher,
         snakemake.input.sentences,
         snakemake.output.teacher,
-        Layout().track_b.teacher_work,
+        Layout(Path(snakemake.config["results_dir"])).track_b.teacher_work,
     )

@@ -17,7 +17,7 @@ with job(snakemake):
         spec,
         Path(snakemake.input.model),
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
-        files=Layout().evaluation(snakemake.wildcards.name),
+        files=Layout(Path(snakemake.config["results_dir"])).evaluation(snakemake.wildcards.name),
         overrides=snakemake.params.recursive,
         device_map=snakemake.config["resources"]["device_map"],
         **snakemake.params.load,

@@ -9,5 +9,6 @@ with job(snakemake):
         Path(snakemake.input.corpus[0]).parent,
         Path(snakemake.input.tokenizer),
         Path(snakemake.output.facts).parent,
+        append_eos=snakemake.params.append_eos,
         trust_remote_code=snakemake.params.trust_remote_code,
     )
