@@ -124,8 +124,7 @@ def test_training_flops_add_up_over_the_steps_that_are_taken():
     cumulative = cumulative_training_flops(objective, batch, 5)
     assert all(p.grad is None for p in objective.parameters()), "counting leaves no gradients"
     one_by_one = [
-        count_flops(lambda s=step: objective(batch, s)[0].backward())
-        for step in range(5)
+        count_flops(lambda s=step: objective(batch, s)[0].backward()) for step in range(5)
     ]
     assert np.diff([0, *cumulative]).tolist() == one_by_one
     assert len(set(one_by_one)) > 1, "chunks after longer prefixes cost more"
