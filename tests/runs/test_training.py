@@ -13,8 +13,9 @@ from models import make_base, make_wrapper, random_ids
 from runs import PHASE, same, train_into
 from safetensors.torch import load_file
 
+from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.loading import load_base, load_model_with_config
-from kimi_recursive.model.sidecar import SIDECAR_NAME, save_sidecar
+from kimi_recursive.model.sidecar import save_sidecar
 from kimi_recursive.training.base import ExpertBalancer, train_base
 from kimi_recursive.training.settings import BaseSettings
 
