@@ -31,7 +31,7 @@ check: env
 
 test-fast: env
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-		-m 'not slow and not other_bases' tests/unit tests/model
+		-m 'not slow and not long and not other_bases' tests/unit tests/model
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

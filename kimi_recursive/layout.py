@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 RESULTS_SUFFIX = "_results.json"
+SIDECAR_NAME = "sidecar.safetensors"  # in a sidecar's folder
 T = TypeVar("T")
 
 

@@ -88,8 +88,8 @@ def evaluate(
     config = read_recursive_config(recursive_config)
     quiet_libraries()
     from kimi_recursive.evaluation.scores import evaluate_stage
+    from kimi_recursive.layout import SIDECAR_NAME
     from kimi_recursive.model.loading import local_model
-    from kimi_recursive.model.sidecar import SIDECAR_NAME
 
     fetched, of_base = local_model(model_path, revision)
     has_sidecar = (Path(fetched) / SIDECAR_NAME).is_file()

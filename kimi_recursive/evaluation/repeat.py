@@ -10,7 +10,7 @@ import polars as pl
 
 from kimi_recursive.evaluation.scores import largest_difference
 from kimi_recursive.files import file_digest, read_safetensors, write_json
-from kimi_recursive.model.sidecar import SIDECAR_NAME
+from kimi_recursive.layout import SIDECAR_NAME
 
 
 def compare_repeat(

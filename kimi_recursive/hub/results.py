@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.files import read_json_object, read_safetensors
-from kimi_recursive.layout import RESULTS_SUFFIX, EvaluationFiles, Layout, RunFolder
+from kimi_recursive.layout import RESULTS_SUFFIX, SIDECAR_NAME, EvaluationFiles, Layout, RunFolder
 from kimi_recursive.matrix.comparison import Comparison
-from kimi_recursive.model.sidecar import SIDECAR_NAME
 
 LOSS_PREFIX = "validation_loss_step_"
 

@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
 from kimi_recursive.files import read_json_object, write_json, write_text
 from kimi_recursive.hub.model_card import Base, Published, model_card
 from kimi_recursive.hub.results import read_comparisons, read_scores, workflow_results
-from kimi_recursive.model.sidecar import SIDECAR_NAME, Sidecar
+from kimi_recursive.layout import SIDECAR_NAME
+from kimi_recursive.model.sidecar import Sidecar
 from kimi_recursive.training.checkpoint import MODEL_DIR, verify_checkpoint
 from kimi_recursive.training.experiment import METADATA_NAME
 

@@ -28,6 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kimi_recursive.files import read_safetensors
 from kimi_recursive.kimi.switch import install_fast_kda
+from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.config import (
     CONFIG_NAME,
     RecursiveConfig,
@@ -35,7 +36,7 @@ from kimi_recursive.model.config import (
     get_baseline_config,
 )
 from kimi_recursive.model.placement import DeviceMap, describe, device_map_options
-from kimi_recursive.model.sidecar import SIDECAR_NAME, Sidecar, base_of, is_local, load_sidecar
+from kimi_recursive.model.sidecar import Sidecar, base_of, is_local, load_sidecar
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.text import first_line
 

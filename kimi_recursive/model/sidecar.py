@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from kimi_recursive.doors import missing_extra
 from kimi_recursive.files import read_safetensors, replacing
+from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.config import CONFIG_NAME
 from kimi_recursive.model.placement import embedding_weight
 from kimi_recursive.model.weights import misfit, read_weights
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 
-SIDECAR_NAME = "sidecar.safetensors"
 METADATA_KEY = "kimi_recursive"
 
 

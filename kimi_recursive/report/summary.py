@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.files import file_digest, read_json_object
-from kimi_recursive.layout import Layout
+from kimi_recursive.layout import SIDECAR_NAME, Layout
 from kimi_recursive.matrix import expected
 from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import (
@@ -21,7 +21,6 @@ from kimi_recursive.matrix.runs import (
     zero_init_name,
 )
 from kimi_recursive.matrix.settings import Config
-from kimi_recursive.model.sidecar import SIDECAR_NAME
 from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.report.comparisons import compare_arms
 from kimi_recursive.status import Status

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from kimi_recursive.data.windows import IGNORED
 from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import NUMERICS_VERSION, write_parquet
-from kimi_recursive.layout import RunFolder
+from kimi_recursive.layout import SIDECAR_NAME, RunFolder
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig, get_phase_a_config
 from kimi_recursive.model.loading import load_model_with_config
-from kimi_recursive.model.sidecar import SIDECAR_NAME, base_of
+from kimi_recursive.model.sidecar import base_of
 from kimi_recursive.processes.signals import Interrupted, stop_signals
 from kimi_recursive.training.batches import Batches, check_windows
 from kimi_recursive.training.checkpoint import WorkDirectory

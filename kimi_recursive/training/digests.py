@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from kimi_recursive.files import file_digest
-from kimi_recursive.model.sidecar import SIDECAR_NAME
+from kimi_recursive.layout import SIDECAR_NAME
 
 
 def token_digests(tokens_dir: str | Path) -> dict[str, str]:

@@ -23,7 +23,6 @@ from typing import Any
 
 from kimi_recursive.files import git_state, read_json_object, versions, write_json, write_text
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
-from kimi_recursive.training.checkpoint import complete_checkpoints
 
 METADATA_NAME = "experiment_metadata.json"
 # How an attempt ended; a new attempt begins without them.
@@ -142,6 +141,9 @@ class ExperimentTracker:
         if isinstance(error, SystemExit | KeyboardInterrupt):
             self._update(status="interrupted", ended_at=now(), last_step=_step_of(error))
             return
+        # Here: torch, which those that only read records do without.
+        from kimi_recursive.training.checkpoint import complete_checkpoints
+
         kept = complete_checkpoints(self.directory)
         self._update(
             status="failed",

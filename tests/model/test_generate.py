@@ -15,8 +15,7 @@ from kimi_recursive import RecursiveConfig, load_model_with_config
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("commit", "prompt_length"),
-    [("verified", 1), ("verified", 5), ("verified", 11), ("learned", 1), ("learned", 5)],
+    ("commit", "prompt_length"), [("verified", 1), ("verified", 11), ("learned", 1)]
 )
 def test_untrained_generation_is_the_base_token_for_token(base, commit, prompt_length):
     wrapper = make_wrapper(base)
@@ -35,7 +34,7 @@ def test_untrained_generation_is_the_base_token_for_token(base, commit, prompt_l
 def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
     wrapper = perturb(make_wrapper(base), UNEVEN)
     # Learned commits generate each row alone, so few tokens show what padding does.
-    num_tokens, lengths = (10, (9, 4, 1)) if commit == "verified" else (3, (4, 1))
+    num_tokens, lengths = (10, (9, 1)) if commit == "verified" else (3, (4, 1))
     prompts = [random_ids(1, n, seed=n)[0] for n in lengths]
     ids, mask = padded(prompts)
     options = {"max_new_tokens": num_tokens, "commit": commit, "eos_token_id": []}

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, load_model_with_config
 from kimi_recursive.files import read_safetensors
 from kimi_recursive.kimi.switch import install_fast_kda
+from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.loading import build_wrapper, load_base
 from kimi_recursive.model.sidecar import (
     METADATA_KEY,
-    SIDECAR_NAME,
     Sidecar,
     load_sidecar,
     save_sidecar,

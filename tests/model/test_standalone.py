@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-import torch
+import pytest
 from models import adapted, make_base, make_wrapper, perturb, random_ids
 
 from kimi_recursive.model.sidecar import save_sidecar
@@ -21,7 +21,7 @@ BLOCKED = """
 import builtins, json, sys
 from importlib.machinery import PathFinder
 
-refused, brought, folder, ids = json.loads(sys.argv[1])
+refused, brought, ids, plain, with_lora = json.loads(sys.argv[1])
 given, found = builtins.__import__, PathFinder.find_spec
 
 def find(name, *rest):
@@ -38,8 +38,9 @@ builtins.__import__ = refuse
 import torch
 from kimi_recursive.model import load_model_with_config
 
-wrapper, _, _ = load_model_with_config(folder)
+wrapper, _, _ = load_model_with_config(plain)
 print(wrapper.generate_chunks(torch.tensor(ids), max_new_tokens=12).tolist())
+load_model_with_config(with_lora)
 """
 
 
@@ -51,31 +52,25 @@ def dependencies() -> set[str]:
     return {MODULES.get(name, name.replace("-", "_")) for name in names}
 
 
-def generate_alone(folder: Path, ids: torch.Tensor) -> subprocess.CompletedProcess:
+@pytest.mark.long
+def test_a_sidecar_generates_without_the_other_dependencies_and_lora_names_its_extra(tmp_path):
+    """A model of phase a, then one of phase b, in a Python without what the extras bring."""
+    bases, ids = [make_base("kimi"), make_base("llama")], random_ids(2, 5)
+    wrapper = perturb(make_wrapper(bases[0]))
+    folders = [tmp_path / "plain", tmp_path / "with_lora"]
+    for folder, base, model, phase in zip(
+        folders, bases, (wrapper, adapted(bases[1])), "ab", strict=True
+    ):
+        base.save_pretrained(folder / "base")
+        save_sidecar(model, folder / "sidecar", folder / "base", phase)
     extras = dependencies()
     assert extras >= {"polars", "accelerate", "peft", "snakemake", "yaml"}
-    given = [sorted(extras - BROUGHT), sorted(BROUGHT)]
-    command = [sys.executable, "-c", BLOCKED, json.dumps([*given, str(folder), ids.tolist()])]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_a_sidecar_generates_without_the_other_dependencies(tmp_path):
-    base, ids = make_base("kimi"), random_ids(2, 5)
-    base.save_pretrained(tmp_path / "base")
-    wrapper = perturb(make_wrapper(base))
-    save_sidecar(wrapper, tmp_path / "sidecar", tmp_path / "base")
-    done = generate_alone(tmp_path / "sidecar", ids)
-    assert done.returncode == 0, done.stderr
-    expected = wrapper.generate_chunks(ids, max_new_tokens=12).tolist()
-    assert json.loads(done.stdout) == expected
-
-
-def test_lora_without_peft_names_the_extra(tmp_path):
-    base = make_base("llama")
-    base.save_pretrained(tmp_path / "base")
-    save_sidecar(adapted(base), tmp_path / "sidecar", tmp_path / "base", "b")
-    done = generate_alone(tmp_path / "sidecar", random_ids(1, 3))
-    assert done.returncode == 1
-    [last] = done.stderr.splitlines()[-1:]
-    assert last.startswith("ValueError: A model of phase b or c needs pip install")
+    given = [sorted(extras - BROUGHT), sorted(BROUGHT), ids.tolist()]
+    given += [str(folder / "sidecar") for folder in folders]
+    command = [sys.executable, "-c", BLOCKED, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, "of the second model"
+    assert json.loads(done.stdout) == wrapper.generate_chunks(ids, max_new_tokens=12).tolist()
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ValueError: A model of phase b or c needs pip install"), done.stderr
     assert "'kimi-recursive[lora]' (No module named 'peft')" in last

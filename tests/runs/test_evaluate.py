@@ -27,9 +27,9 @@ from kimi_recursive.evaluation.scores import (
 )
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.evaluation.zero_init import compare_zero_init, require_zero_init
-from kimi_recursive.layout import Layout
+from kimi_recursive.layout import SIDECAR_NAME, Layout
 from kimi_recursive.model.loading import load_model_with_config
-from kimi_recursive.model.sidecar import SIDECAR_NAME, save_sidecar
+from kimi_recursive.model.sidecar import save_sidecar
 from kimi_recursive.training.surgery import insert_cells
 
 SETTINGS = EvaluationSettings(

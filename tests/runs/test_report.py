@@ -2,11 +2,11 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import polars as pl
 import pytest
+from html_page import Page
 from matplotlib.figure import Figure
 from records import make_results, make_track_b, shipped_config, write_json
 
@@ -24,59 +24,6 @@ CONFIG = shipped_config()
 SMALL = shipped_config(phases=["a"])
 SMALL["track_b"]["experiments"] = ["v2"]
 COMPARED = "Perplexity of each arm against its references"
-VOID = {"meta", "link", "br", "hr", "img"}
-
-
-class Page(HTMLParser):
-    """Elements of a page, each with its attributes and all text in it; refuses what is not
-    nested."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.elements: list[dict] = []
-        self.stack: list[dict] = []
-        self.feed(source)
-        self.close()
-        assert not self.stack
-
-    def handle_starttag(self, tag, attributes):
-        element = {"tag": tag, "text": "", "inside": [e["tag"] for e in self.stack]}
-        element |= {"attributes": dict(attributes)}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.stack.append(element)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.stack.pop()
-
-    def handle_endtag(self, tag):
-        assert self.stack and self.stack[-1]["tag"] == tag, (tag, [e["tag"] for e in self.stack])
-        self.stack.pop()
-
-    def handle_data(self, data):
-        for element in self.stack:
-            element["text"] += data
-
-    def all(self, tag: str) -> list[dict]:
-        return [e for e in self.elements if e["tag"] == tag]
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.all("body")[0]["text"].split())
-
-    def rows(self, caption: str) -> list[list[str]]:
-        """Cells of the table whose caption begins so."""
-        found, inside = [], False
-        for element in self.elements:
-            if element["tag"] == "caption":
-                inside = element["text"].startswith(caption)
-            elif inside and element["tag"] == "tr":
-                found.append([])
-            elif inside and element["tag"] in ("td", "th"):
-                found[-1].append(element["text"].strip())
-        return found[1:]
 
 
 def report(results: Path, config: dict = CONFIG) -> Page:
@@ -94,6 +41,31 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(made) -> Page:
     return report(made)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> tuple[Path, Page]:
+    """Of the small config: a run that is not finished and was evaluated before steps were counted,
+    one of other settings, and one of another torch."""
+    results = make_results(tmp_path_factory.mktemp("odd") / "results", SMALL)
+    run = results / "runs/recursive_a_s0"
+    facts = json.loads((run / "train_summary.json").read_text())
+    write_json(run / "work/fingerprint.json", {k: facts[k] for k in ("config", "settings")})
+    for step in (0, 10, 20):
+        row = {"step": step, "tokens": 1024 * step, "loss_final": 4.0, "validation_loss_step_2": 4}
+        write_json(run / f"work/metrics/step_{step:06d}.json", row)
+    (run / "train_logs.parquet").unlink()
+    path = results / "eval/finetuned_recursive_results.json"
+    found = json.loads(path.read_text())
+    del found["num_rounds_by_step"], found["halting"]["num_chunks_by_step"]
+    write_json(path, found)
+    facts["settings"]["lr"] = 1.0
+    write_json(results / "runs/vanilla_a_s0/train_summary.json", facts)
+    path = results / "eval/finetuned_vanilla_flops_results.json"
+    found = json.loads(path.read_text())
+    found["versions"]["torch"] = "2.12.1"
+    write_json(path, found)
+    return results, report(results, SMALL)
 
 
 @pytest.fixture
@@ -181,15 +153,11 @@ def test_figures_have_axes_units_and_legends(whole):
     assert not [t for figure in texts for t in figure if "mathdefault" in t]
 
 
-def test_the_histogram_counts_and_says_what_has_no_counts(whole, results):
+def test_the_histogram_counts_and_says_what_has_no_counts(whole, odd):
     rows = whole.rows("How many took so many inner steps")
     assert rows[0] == ["finetuned_recursive, chunks", "30", "10"]
     assert rows[1] == ["finetuned_recursive, rounds", "0", "20"]
-    path = results / "eval/finetuned_recursive_results.json"
-    found = json.loads(path.read_text())
-    del found["num_rounds_by_step"], found["halting"]["num_chunks_by_step"]
-    path.write_text(json.dumps(found))
-    page = report(results, SMALL)
+    page = odd[1]
     assert "Evaluated before the steps were counted" in page.text
     assert "only their mean is known: finetuned_recursive." in page.text
     assert not page.rows("How many took")
@@ -235,35 +203,35 @@ def test_a_partial_matrix_shows_what_is_there_and_the_logs_of_what_is_not(result
     ]  # fmt: skip
 
 
-DAMAGED = [
-    "eval/baseline_results.json", "eval/finetuned_recursive_results.json",
-    "eval/after_surgery_documents.parquet", "eval/finetuned_vanilla_documents.parquet",
-    "eval/baseline_documents.parquet", "runs/recursive_a_s0/train_summary.json",
-    "runs/vanilla_a_s0/train_logs.parquet", "compare/zero_init.json", "compare/repeat.json",
-    "base/train_logs.parquet", "track_b/references.parquet", "track_b/teacher/teacher.json",
-    "track_b/students/*_s1/evaluation.parquet", "track_b/students/*_s2/logs/train_logs.parquet",
-]  # fmt: skip
-
-
-# Each group is one report; within it no file's damage hides that of another.
-@pytest.mark.parametrize(
-    ("names", "damage"),
-    [
-        ([name for name in DAMAGED if name != "eval/baseline_documents.parquet"], "truncated"),
-        ([*DAMAGED[1:3], "eval/baseline_documents.parquet"], "empty"),
-        (DAMAGED[1:3], "other"),
+# In one report: no file's damage hides that of another.
+DAMAGED = {
+    "truncated": [
+        "eval/after_surgery_results.json", "eval/finetuned_vanilla_documents.parquet",
+        "runs/vanilla_flops_b_s0/train_summary.json", "runs/vanilla_a_s0/train_logs.parquet",
+        "compare/zero_init.json", "compare/repeat.json", "base/train_logs.parquet",
+        "track_b/references.parquet", "track_b/teacher/teacher.json",
+        "track_b/students/*_s1/evaluation.parquet", "track_b/students/*_s2/logs/train_logs.parquet",
     ],
-)
-def test_each_damaged_file_is_a_line_in_the_report(results, names, damage):
-    paths = [sorted(results.glob(name))[0] for name in names]
-    for path in paths:
-        content = path.read_bytes()
-        other = b"[1, 2]"
-        if path.suffix == ".parquet":
-            pl.DataFrame({"x": [1]}).write_parquet(path)
-            other = path.read_bytes()
-        path.write_bytes({"truncated": content[:-20], "empty": b"", "other": other}[damage])
-    page = report(results, SMALL)
+    "empty": ["eval/finetuned_recursive_b_results.json", "eval/baseline_documents.parquet"],
+    "other": [
+        "eval/finetuned_vanilla_b_results.json", "eval/finetuned_recursive_documents.parquet",
+    ],
+}  # fmt: skip
+
+
+def test_each_damaged_file_is_a_line_in_the_report(tmp_path):
+    config = shipped_config(phases=["a", "b"], track_b=SMALL["track_b"])
+    results = make_track_b(make_results(tmp_path / "results", config), config)
+    paths = []
+    for damage, names in DAMAGED.items():
+        for path in (sorted(results.glob(name))[0] for name in names):
+            content, other = path.read_bytes(), b"[1, 2]"
+            if path.suffix == ".parquet":
+                pl.DataFrame({"x": [1]}).write_parquet(path)
+                other = path.read_bytes()
+            path.write_bytes({"truncated": content[:-20], "empty": b"", "other": other}[damage])
+            paths.append(path)
+    page = report(results, config)
     known = [detail for _, detail in problems(page).values()]
     for path in paths:
         if path.name == "teacher.json":
@@ -273,24 +241,25 @@ def test_each_damaged_file_is_a_line_in_the_report(results, names, damage):
             assert any(detail.startswith(names) for detail in known), (path, known)
 
 
-@pytest.mark.parametrize("name", ["eval/baseline_results.json", "compare/zero_init.json"])
-def test_a_record_without_a_key_is_damaged(results, name):
-    path = results / name
-    found = json.loads(path.read_text())
-    del found["inner_steps"]
-    path.write_text(json.dumps(found))
-    assert any(
-        "has no 'inner_steps'" in detail for _, detail in problems(report(results, SMALL)).values()
-    )
-
-
-@pytest.mark.parametrize("part", ["perplexity", "config", "throughput"])
-def test_a_record_of_another_shape_is_damaged(results, part):
-    path = results / "eval/finetuned_recursive_results.json"
-    for value in ({}, None):
-        path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
-        status, detail = problems(report(results, SMALL))["finetuned_recursive"]
-        assert status == "failed" and "finetuned_recursive_results.json: has no" in detail
+def test_a_record_that_lacks_what_is_read_of_it_is_damaged(results):
+    for name, part, values in (
+        ("eval/baseline_results.json", "inner_steps", [None]),
+        ("compare/zero_init.json", "inner_steps", [None]),
+        *(
+            ("eval/finetuned_recursive_results.json", part, [None, {"of": {}}, {"of": None}])
+            for part in ("perplexity", "config", "throughput")
+        ),
+    ):
+        whole = json.loads((results / name).read_text())
+        for value in values:  # None takes the part out
+            rest = {key: kept for key, kept in whole.items() if key != part}
+            write_json(results / name, rest | ({part: value["of"]} if value else {}))
+            matrix = read_matrix(Config.from_mapping(SMALL), Layout(results))
+            found = {f"eval/{row['name']}_results.json": row for row in matrix.rows}
+            row = found.get(name, {"status": "failed", "detail": matrix.proofs[0][1]})
+            assert row["status"] == "failed", (name, part)
+            assert row["detail"].startswith(f"{results / name}: has no '{part}"), row["detail"]
+        write_json(results / name, whole)
 
 
 def test_seeds_are_shown_together_and_one_by_one(tmp_path):
@@ -305,44 +274,31 @@ def test_seeds_are_shown_together_and_one_by_one(tmp_path):
     assert "Paired bootstrap over 12 documents and 3 seeds." in page.text
 
 
-def test_an_unfinished_run_has_a_curve_and_one_of_other_settings_has_none(results):
-    run = results / "runs/recursive_a_s0"
-    facts = json.loads((run / "train_summary.json").read_text())
-    write_json(run / "work/fingerprint.json", {k: facts[k] for k in ("config", "settings")})
-    for step in (0, 10, 20):
-        row = {"step": step, "tokens": 1024 * step, "loss_final": 4.0, "validation_loss_step_2": 4}
-        write_json(run / f"work/metrics/step_{step:06d}.json", row)
-    (run / "train_logs.parquet").unlink()
-    other = results / "runs/vanilla_a_s0/train_summary.json"
-    facts["settings"]["lr"] = 1.0
-    other.write_text(json.dumps(facts))
+def test_an_unfinished_run_has_a_curve_and_one_of_other_settings_has_none(odd):
+    results, page = odd
     curves, unreadable = read_curves(Config.from_mapping(SMALL), Layout(results))
     assert not unreadable and [c.run.key for c in curves if not c.finished] == ["recursive_a_s0"]
     assert next(c.logs for c in curves if not c.finished)["step"].to_list() == [0, 10, 20]
     assert "vanilla_a_s0" not in [c.run.key for c in curves] and len(curves) == 2
-    assert "Dotted, not finished: recursive_a_s0." in report(results, SMALL).text
+    assert "Dotted, not finished: recursive_a_s0." in page.text
 
 
-def test_what_differs_between_runs_is_visible(whole, results):
+def test_what_differs_between_runs_is_visible(whole, odd):
     trainings = whole.rows("Trainings: what differs")
     assert [row[0] for row in trainings][:2] == ["recursive_a_s0", "vanilla_a_s0"]
     shared = dict(whole.rows("Trainings: the same for all 10 runs"))
     assert shared["settings.lr_schedule"] == "linear" and "settings.lr" not in shared
     assert dict(whole.rows("Versions: the same"))["torch"] == "2.13.0"
     assert not whole.rows("Versions: what differs")
-    path = results / "eval/finetuned_vanilla_results.json"
-    found = json.loads(path.read_text())
-    found["versions"]["torch"] = "2.12.1"
-    path.write_text(json.dumps(found))
-    rows = dict(report(results, SMALL).rows("Versions: what differs"))
-    assert rows["finetuned_vanilla"] == "2.12.1" and rows["baseline"] == "2.13.0"
+    rows = dict(odd[1].rows("Versions: what differs"))
+    assert rows["finetuned_vanilla_flops"] == "2.12.1" and rows["baseline"] == "2.13.0"
     assert "sheet: " in whole.all("pre")[-1]["text"]
 
 
-def test_the_same_records_give_the_same_page(results):
-    write_report(SMALL, results, results / "one.html")
-    write_report(SMALL, results, results / "two.html")
-    assert (results / "one.html").read_bytes() == (results / "two.html").read_bytes()
+def test_the_same_records_give_the_same_page(odd):
+    results, _ = odd
+    write_report(SMALL, results, results / "again.html")
+    assert (results / "again.html").read_bytes() == (results.parent / "report.html").read_bytes()
 
 
 def test_names_in_a_figure_are_text_whatever_they_hold():

@@ -14,8 +14,9 @@ from runs import PHASE, same, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive.data.settings import TokenizerSettings
+from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.loading import load_base, load_model_with_config
-from kimi_recursive.model.sidecar import SIDECAR_NAME, save_sidecar
+from kimi_recursive.model.sidecar import save_sidecar
 from kimi_recursive.training.base import ExpertBalancer, train_base
 from kimi_recursive.training.settings import BaseSettings
 

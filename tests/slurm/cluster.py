@@ -186,11 +186,6 @@ class Cluster:
     def states(self, name: str) -> list[str]:
         return [job["JobState"] for job in self.jobs(name)]
 
-    def running(self, name: str) -> dict[str, str]:
-        """The job of that name that runs."""
-        self.wait_for(lambda: "RUNNING" in self.states(name), f"{name} to run")
-        return next(job for job in self.jobs(name) if job["JobState"] == "RUNNING")
-
 
 def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended but was not yet collected does not."""

@@ -24,5 +24,25 @@ def token_by_token(wrapper, prompt, num_tokens):
     return ids[0, len(prompt) :].tolist()
 
 
+@torch.no_grad()
+def chosen(wrapper, prompt, tokens):
+    """What the last step chooses behind each prefix of `prompt` and `tokens`, with a pass a chunk.
+
+    No logits depend on later tokens, so `tokens` are those of `token_by_token` if both are equal.
+    """
+    ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None, :-1]
+    width, first = wrapper.config.chunk_width, len(prompt) - 1
+    starts = range(first, first + len(tokens), width)
+    logits = [wrapper.step_logits(ids[:, : start + width], start)[-1, 0] for start in starts]
+    return torch.cat(logits).argmax(-1).tolist()
+
+
+def assert_chosen(wrapper, prompts, output):
+    """That every row of `output`, padded prompts and what came of them, is what `chosen` says."""
+    longest = max(map(len, prompts))
+    for prompt, tokens in zip(prompts, output[:, longest:].tolist(), strict=True):
+        assert tokens == chosen(wrapper, prompt, tokens)
+
+
 def new_tokens(output, ids):
     return output[:, ids.shape[1] :].tolist()

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import warm
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -107,10 +108,13 @@ class Project:
 
 
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """What `python -m snakemake` does in a folder."""
+    """What `python -m snakemake` does in a folder; its scripts run as `warm` says."""
+    python = sys.executable if "--dry-run" in arguments else warm.executable()
     environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
-        process = FORKS.Process(target=_snakemake, args=(arguments, folder, environment, scratch))
+        process = FORKS.Process(
+            target=_snakemake, args=(arguments, folder, environment, scratch, python)
+        )
         process.start()
         process.join(timeout=1200)
         if too_long := process.is_alive():
@@ -121,8 +125,9 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def _snakemake(
-    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], scratch: str
+    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], scratch: str, python: str
 ) -> None:
+    sys.executable = python
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

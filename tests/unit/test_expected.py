@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kimi_recursive.layout import Layout
 from kimi_recursive.matrix import expected
+from kimi_recursive.matrix.artefacts import matrix_artefacts
 from kimi_recursive.matrix.runs import all_evaluations, all_trainings
 from kimi_recursive.matrix.settings import Config, read_schema
 from kimi_recursive.training.settings import Architecture, LoraSettings
@@ -100,6 +102,24 @@ def test_how_often_a_run_is_saved_and_logged_redoes_nothing(section, key):
 )  # fmt: skip
 def test_editing_a_value_redoes_only_what_reads_it(path, value, redone):
     assert changed(path, value) == redone
+
+
+def test_the_repeat_comes_and_goes_with_its_own_files_and_redoes_no_other_run():
+    """The summary and the report show it, and are made again."""
+    layout, parameters, artefacts = Layout(Path("results")), [], []
+    for repeat in (False, True):
+        config = edited("repeat", repeat)
+        parameters.append(params(config))
+        artefacts.append(set(matrix_artefacts(config, layout)))
+    key, name = "recursive_a_s0_repeat", "finetuned_recursive_repeat"
+    assert parameters[1].keys() - parameters[0].keys() == {key, name}
+    assert parameters[0].items() <= parameters[1].items()
+    run, evaluation = layout.run(key), layout.evaluation(name)
+    assert artefacts[0] < artefacts[1]
+    assert artefacts[1] - artefacts[0] == {
+        run.sidecar, run.logs, run.summary, evaluation.results, evaluation.documents, layout.repeat
+    }  # fmt: skip
+    assert expected.params_summary({"repeat": False}) != expected.params_summary({"repeat": True})
 
 
 # ---- records ------------------------------------------------------------------------------------

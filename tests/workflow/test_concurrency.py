@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from project import ARMS, ROOT, SNAKEMAKE
+from project import ARMS, ROOT, SNAKEMAKE, snakemake
 from snakemake.profiles import ProfileConfigFileParser
 
 from kimi_recursive.processes.logs import logged_error
@@ -67,20 +67,19 @@ with job(snakemake):
 """
 
 
-def test_another_attempt_does_not_repeat_what_ended_in_a_user_error(tmp_path, monkeypatch):
+def test_another_attempt_does_not_repeat_what_ended_in_a_user_error(tmp_path):
     rule = 'rule one:\n    output: "one"\n    log: "logs/one.log"\n    script: "fail.py"\n'
     (tmp_path / "Snakefile").write_text(rule)
     (tmp_path / "fail.py").write_text(FAILING)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "kimi_recursive").symlink_to(ROOT / "kimi_recursive")
     with open(ROOT / "profiles/slurm/config.yaml") as file:
         tries = ProfileConfigFileParser().parse(file)["default-resources"]
     tries = next(entry for entry in tries if entry.startswith("tries"))
-    command = [*SNAKEMAKE, "--cores", "1", "--retries", "1"]
 
     def bodies(how: str, *options: str) -> int:
         (tmp_path / "how").write_text(how)
         (tmp_path / "bodies").unlink(missing_ok=True)
-        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+        done = snakemake(tmp_path, "--cores", "1", "--retries", "1", *options)
         assert (done.returncode == 0) == (how == "works")
         assert done.stderr.count("Trying to restart job") == (0 if how == "works" else 1)
         return len((tmp_path / "bodies").read_text())
