@@ -16,7 +16,7 @@ from kimi_recursive.files import read_json_object
 from kimi_recursive.layout import RESULTS_SUFFIX, Layout, WorkFolder
 from kimi_recursive.model.config import CONFIG_NAME
 from kimi_recursive.processes.logs import logged_error
-from kimi_recursive.records.kinds import number, parse_time
+from kimi_recursive.records.kinds import complete, number, parse_time
 from kimi_recursive.records.log import append_records
 from kimi_recursive.status import Status
 from kimi_recursive.training.experiment import METADATA_NAME
@@ -101,7 +101,7 @@ def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
         "host": meta.get("host"),
         "versions": meta.get("versions"),
     }
-    return {"timestamp": ended.isoformat(), "run_data": data}
+    return complete({"timestamp": ended.isoformat(), "run_data": data})
 
 
 def record_of_evaluation(path: str | Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def record_of_evaluation(path: str | Path) -> dict[str, Any]:
         }
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}") from None
-    return {
+    record = {
         "branch": found.get("git_branch"),
         "commit": (found.get("git_commit") or "")[:7] or None,
         "timestamp": time.isoformat(),
@@ -148,6 +148,7 @@ def record_of_evaluation(path: str | Path) -> dict[str, Any]:
         f"{found['split']} documents, {found['inner_steps']} inner steps",
         "versions": found["versions"],
     }
+    return complete(record)
 
 
 def _trainings(layout: Layout) -> Iterator[dict[str, Any]]:
@@ -191,25 +192,21 @@ def _failed_trainings(layout: Layout) -> Iterator[dict[str, Any]]:
             "log_path": str(log),
             "findings": "ended before the first step",
         }
-        yield {"timestamp": time.isoformat(), "run_data": data}
+        yield complete({"timestamp": time.isoformat(), "run_data": data})
 
 
 def _failed_evaluations(layout: Layout) -> Iterator[dict[str, Any]]:
     for log in layout.logs_of("evaluate"):
         if error := logged_error(log)[0]:
             time = _modified(log)
-            yield {
-                "branch": None,
-                "commit": None,
+            yield complete({
                 "timestamp": time.isoformat(),
                 "experiment": log.stem,
                 "run_id": _run_id(log.stem, time),
                 "status": "failed",
                 "error_message": error,
-                "metrics": None,
                 "config": {"experiment_type": _evaluation_type(log.stem)},
-                "notes": None,
-            }
+            })  # fmt: skip
 
 
 def _modified(path: Path) -> datetime:

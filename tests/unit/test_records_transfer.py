@@ -11,6 +11,8 @@ from project import ROOT
 
 from kimi_recursive.records import append_records, read_records, validate
 from kimi_recursive.records.criteria import check_records, read_criteria
+from kimi_recursive.records.kinds import complete
+from kimi_recursive.records.transfer import merge
 
 OLD = [
     {
@@ -124,6 +126,15 @@ def test_logs_are_merged_by_content(tmp_path, monkeypatch, capsys):
     assert [r["run_data"]["run_id"] for r in read_records(here)][3:] == ["new", "ran"]
     assert validate(here) == (5, [])
     assert call(monkeypatch, "log", "merge", here, "--into", here) == 0  # nothing new in itself
+
+
+def test_a_field_that_is_null_is_as_good_as_missing(tmp_path):
+    """Logs of before have no null for what was not measured."""
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    append_records(here, [training("old")])
+    append_records(there, [complete(training("old"))])
+    merged = merge([str(there)], here)
+    assert (merged.num_same, merged.new, merged.conflicts) == (1, [], [])
 
 
 def test_a_log_is_merged_from_a_url(tmp_path, monkeypatch, capsys):
