@@ -10,6 +10,7 @@ from typing import Any
 
 from kimi_recursive.files import read_yaml_mapping
 from kimi_recursive.records.kinds import find, get, identity, kind_of, number, parse_time
+from kimi_recursive.text import shown
 
 # Each criterion has one of these.
 TESTS = ("above", "below", "equals", "above_best_of", "below_best_of", "decreasing")
@@ -53,11 +54,11 @@ def _problem(criterion: Any) -> str:
         return f"must have one of {', '.join(TESTS)}"
     value = criterion[tests[0]]
     if tests[0] in ("above", "below") and number(value) is None:
-        return f"{tests[0]} must be a number, got {value!r}"
+        return f"{tests[0]} must be a number, got {shown(value)}"
     if tests[0].endswith("best_of") and not isinstance(value, dict):
-        return f"{tests[0]} must map fields to values, got {value!r}"
+        return f"{tests[0]} must map fields to values, got {shown(value)}"
     if tests[0] == "decreasing" and value is not True:
-        return f"decreasing must be true, got {value!r}"
+        return f"decreasing must be true, got {shown(value)}"
     return ""
 
 
