@@ -65,7 +65,7 @@ STAGES = ("baseline", "after_surgery", *(training.stage for training in TRAINED_
 
 
 def stages_of(sidecar: Sidecar, recursive_enabled: bool = True) -> list[str]:
-    """The stages that a sidecar may be evaluated as, by the phase and the kind of arm that it names.
+    """The stages that a sidecar may be evaluated as, by its phase and its kind of arm.
 
     Arms in a single pass leave the same kind of sidecar. Untrained cells are the baseline, too.
 

@@ -221,7 +221,8 @@ def _explain(error: Any) -> str:
         field = f"{where}.{error.kind.property}" if where else error.kind.property
         return f"{field}: is missing"
     if error.kind.name in ("pattern", "anyOf"):
-        return f"{where}: must be an ISO 8601 time (2025-10-21T00:00:00Z), got {shown(error.instance)}"
+        found = shown(error.instance)
+        return f"{where}: must be an ISO 8601 time (2025-10-21T00:00:00Z), got {found}"
     message = error.message
     if len(message) > 160:
         message = f"{message[:60]} ... {message[-90:]}"

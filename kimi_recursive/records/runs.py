@@ -16,7 +16,7 @@ from kimi_recursive.files import read_json_object
 from kimi_recursive.layout import RESULTS_SUFFIX, Layout, WorkFolder
 from kimi_recursive.model.config import CONFIG_NAME
 from kimi_recursive.processes.logs import logged_error
-from kimi_recursive.records.kinds import complete, number, parse_time
+from kimi_recursive.records.kinds import complete, get, number, parse_time
 from kimi_recursive.records.log import append_records
 from kimi_recursive.status import Status
 from kimi_recursive.training.experiment import METADATA_NAME
@@ -153,7 +153,8 @@ def record_of_evaluation(path: str | Path) -> dict[str, Any]:
 
 def _trainings(layout: Layout) -> Iterator[dict[str, Any]]:
     for work in layout.works():
-        if work.metadata.is_file() and (record := _or_warn(record_of_experiment, work.folder)):
+        record = _or_warn(record_of_experiment, work.folder) if work.metadata.is_file() else None
+        if record and not get(record, "run_data.hyperparameters.quick"):
             yield record
 
 

@@ -28,7 +28,7 @@ def tokens_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
-    """A Llama with a byte-level tokenizer of 300 tokens, a sidecar of phase a, and the documents."""
+    """A Llama with a byte-level tokenizer of 300 tokens, a sidecar of phase a, the documents."""
     root = tmp_path_factory.mktemp("cli")
     (root / "docs").mkdir()
     for i in range(5):
