@@ -9,7 +9,7 @@ rule prepare_corpus:
     log:
         LAYOUT.log("prepare_corpus"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         corpus=expected.params_prepare_corpus(CONFIG),
         numerics=NUMERICS_VERSION,
@@ -29,7 +29,7 @@ rule tokenize_corpus:
     log:
         LAYOUT.log("tokenize_corpus"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         trust_remote_code=CONFIG.base.trust_remote_code,
         numerics=NUMERICS_VERSION,
@@ -47,7 +47,7 @@ if SCRATCH:
         log:
             LAYOUT.log("train_tokenizer"),
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             vocab_size=CONFIG.tokenizer.vocab_size,
             numerics=NUMERICS_VERSION,
@@ -64,7 +64,7 @@ if SCRATCH:
         log:
             LAYOUT.log("train_base"),
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         resources:
             gpu=1,
         params:
@@ -84,7 +84,7 @@ else:
             LAYOUT.log("fetch_base"),
         localrule: True  # needs a network, which the nodes of a cluster may not have
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             base=expected.params_fetch_base(CONFIG),
         script:
@@ -99,7 +99,7 @@ rule insert_cells:
     log:
         LAYOUT.log("insert_cells", "s{seed}"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         recursive=expected.params_insert_cells(CONFIG),
         load=LOAD,

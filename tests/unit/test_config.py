@@ -317,7 +317,7 @@ def test_the_readme_shows_every_column_of_the_sheet_with_its_default():
             assert f"| `{shown}` |" in rows[name], name
 
 
-def test_environment_yml_and_pyproject_hold_the_same_set():
+def test_the_environments_of_conda_and_pip_hold_the_same_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     pins = (ROOT / "constraints.txt").read_text().splitlines()
@@ -330,7 +330,10 @@ def test_environment_yml_and_pyproject_hold_the_same_set():
             else:
                 wanted.add(requirement)
     wanted = {pinned.get(re.match(r"[\w-]+", name)[0], name) for name in wanted}
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "workflow/environment.yml").read_text())
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     assert sorted(pip) == sorted(wanted)
+    assert {*extras["slurm"]} <= wanted, "snakemake --profile profiles/slurm works after make env"
+    whole = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert whole["dependencies"][-1] == {"pip": ["-c constraints.txt", "-e .[all]"]}
     assert f"python{project['requires-python']}" in environment["dependencies"]
