@@ -65,6 +65,7 @@ def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
         return None
     params, results = meta.get("training_params") or {}, meta.get("final_results") or {}
     type_ = _type(meta)
+    domain = "embedding" if type_ == "embedding_distillation" else "language_modeling"
     history = results.get("validation") or []
     metrics = {**(meta.get("best_metrics") or {}), **results}
     metrics = {k: v for k, v in metrics.items() if number(v) is not None}
@@ -75,12 +76,17 @@ def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
     started, ended = parse_time(meta["started_at"]), parse_time(meta["ended_at"])
     data = {
         "run_id": _run_id(meta["experiment_name"], started),
-        "domain": "embedding" if type_ == "embedding_distillation" else "language_modeling",
+        "domain": domain,
         "status": meta["status"],
         "experiment_type": type_,
         "experiment_name": meta["experiment_name"],
         "description": meta.get("description"),
-        "dataset_config": _dataset(meta.get("paths") or {}),
+        "dataset_config": {
+            "domain": domain,
+            "split": "train",
+            **(meta.get("dataset") or {}),
+            "paths": meta.get("paths") or {},
+        },
         "hyperparameters": {**params, "learning_rate": params.get("lr")},
         "architecture": _architecture(directory, params),
         "metrics_history": history,
@@ -237,23 +243,6 @@ def _type(meta: Mapping[str, Any]) -> str:
 def _evaluation_type(stage: str) -> str:
     kinds = {"baseline": "baseline_evaluation", "after_surgery": "surgery_evaluation"}
     return next((v for k, v in kinds.items() if stage.startswith(k)), "refinement_evaluation")
-
-
-def _dataset(paths: Mapping[str, str]) -> dict[str, Any]:
-    """Paths of the data, and its sizes if the data still exists."""
-    sizes: dict[str, Any] = {}
-    try:
-        if "teacher" in paths:
-            found = read_json_object(Path(paths["teacher"]) / "teacher.json")
-            sizes = {"train_size": found["num_train"], "val_size": found["num_validation"]}
-        elif "tokens" in paths:
-            found = read_json_object(Path(paths["tokens"]) / "tokens.json")["splits"]
-            sizes = {"train_size": found["train"]["num_documents"]}
-            sizes["val_size"] = found["validation"]["num_documents"]
-            sizes["domain_params"] = {"num_tokens": {k: v["num_tokens"] for k, v in found.items()}}
-    except (ValueError, KeyError):
-        pass
-    return {"split": "train", **sizes, "paths": dict(paths)}
 
 
 def _architecture(directory: Path, params: Mapping[str, Any]) -> dict[str, Any] | None:
