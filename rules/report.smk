@@ -23,9 +23,10 @@ rule summarize:
     log:
         LAYOUT.log("summarize"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         config=expected.params_summary(config),
+        criteria=CRITERIA,
         state=existing("summarize", LAYOUT.read_by_summary),
     script:
         "../workflow/scripts/summarize.py"
@@ -44,7 +45,7 @@ rule plot_perplexity_by_step:
     log:
         LAYOUT.log("plot_perplexity_by_step"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     script:
         "../workflow/scripts/plot_perplexity_by_step.py"
 
@@ -62,9 +63,10 @@ rule report:
     log:
         LAYOUT.log("report"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         config=expected.params_summary(config),
+        criteria=CRITERIA,
         state=existing("report", LAYOUT.read_by_report),
     script:
         "../workflow/scripts/report.py"

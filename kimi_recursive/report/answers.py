@@ -16,6 +16,7 @@ from kimi_recursive.report.matrix_tables import (
     problem_table,
     step_table,
 )
+from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import COLUMNS, Matrix, read_matrix
 from kimi_recursive.status import Status
 from kimi_recursive.tables import Table
@@ -44,6 +45,7 @@ def summary_text(matrix: Matrix, results: Path) -> str:
         ["Does recursion help?", comparison_table(matrix.comparisons).to_text()],
         ["Is it efficient?", efficiency_table(matrix).to_text()],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
+        ["Do the runs meet their criteria?", success_table(matrix, Layout(results)).to_text()],
         [cost_table(matrix).to_text()],
         [step_table(matrix, results).to_text()],
     ]

@@ -27,6 +27,7 @@ from kimi_recursive.report.curves import Curve, read_curves
 from kimi_recursive.report.facts import compare_facts, compare_versions, read_facts
 from kimi_recursive.report.figures import draw_perplexity_by_step
 from kimi_recursive.report.problems import find_problems
+from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import Matrix, read_matrix
 from kimi_recursive.track_b.answers import heading, student_tables
 from kimi_recursive.track_b.collect import seed_logs
@@ -91,6 +92,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "verdicts": comparison_table(matrix.comparisons),
         "verdict_figure": _verdict_drawing(matrix),
         "efficiency": matrix_tables.efficiency_table(matrix),
+        "success": success_table(matrix, layout, students),
         "repeat": " ".join(line.strip() for line in repeat_lines(matrix.repeat)),
         "stages": matrix_tables.stage_table(matrix, results),
         "cost": matrix_tables.cost_table(matrix),

@@ -13,10 +13,12 @@ from records import make_results, make_track_b, shipped_config, write_json
 from kimi_recursive.drawing import to_svg
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.settings import Config
-from kimi_recursive.report.answers import summarize
+from kimi_recursive.report.answers import summarize, summary_text
 from kimi_recursive.report.curves import read_curves
+from kimi_recursive.report.matrix_tables import efficiency_table
 from kimi_recursive.report.page import write_report
-from kimi_recursive.report.summary import read_matrix
+from kimi_recursive.report.success import success_table
+from kimi_recursive.report.summary import Matrix, read_matrix
 from kimi_recursive.track_b.publish import read_track_b, summarize_track_b
 
 CONFIG = shipped_config()
@@ -123,6 +125,48 @@ def test_verdicts_come_first_with_interval_and_word(whole, made):
     assert headings[0] == "Answers" and "(0)" in headings[-2]
     assert "Zero-init proof (seed 0): PASSED" in whole.text
     assert "trained and evaluated twice" in whole.text
+
+
+@pytest.mark.parametrize(("depth", "stopped", "commit", "judged", "generated"), [
+    (4, 1.25, "verified", "within", "4.00, fixed by the config"),
+    (4, 2.5, "verified", "outside", "4.00, fixed by the config"),
+    (2, 1.25, "verified", "cannot miss it, as K is 2", "2.00, fixed by the config"),
+    (4, 1.25, "learned", "within", "4.00"),
+])  # fmt: skip
+def test_efficiency_judges_the_number_that_the_config_does_not_fix(
+    depth, stopped, commit, judged, generated
+):
+    """`verified` runs all K inner steps in every round, so their mean says nothing."""
+    base = {"status": "ok", "stage": "baseline", "forward_flops_per_token": 2e6}
+    row = {
+        "status": "ok", "stage": "finetuned_recursive", "arm": "recursive", "inner_steps": depth,
+        "mean_inner_steps": float(depth), "halting_mean_inner_steps": stopped, "commit": commit,
+        "halting_perplexity": 50.0, "forward_flops_per_token": 9e6,
+    }  # fmt: skip
+    found = efficiency_table(Matrix([base, row], {}, [], None)).rows
+    expected = ["finetuned_recursive", f"{stopped:.2f}", judged, "50.0000", generated, "4.50x"]
+    assert found == [expected]
+
+
+def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
+    config, layout = shipped_config(phases=["a", "b"]), Layout(tmp_path / "results")
+    make_track_b(make_results(layout.folder, config), config)
+    matrix = read_matrix(Config.from_mapping(config), layout)
+    table = success_table(matrix, layout)
+    training, evaluation = table.rows
+    assert training[0] == "refinement_training: validation_loss"
+    assert training[1:] == ["below 0", "5 of 6", "vanilla_b_s0 (0)"], "it ends where it began"
+    assert evaluation[0] == "refinement_evaluation: perplexity"
+    assert evaluation[2:] == ["6 of 6", None]
+    assert table.to_text() in summary_text(matrix, layout.folder)
+    [*shown, students] = report(layout.folder, config).rows(table.caption)
+    assert [row[0] for row in shown] == [training[0], evaluation[0]]
+    assert students[0] == "embedding_distillation: improves", "1 % of the steps: no more is asked"
+    monkeypatch.chdir(tmp_path)
+    table = success_table(matrix, layout)
+    assert table.rows == [] and table.notes == [
+        "config/criteria.yaml: cannot be read (No such file or directory)"
+    ]
 
 
 def test_every_stage_has_its_interval_against_the_baseline(whole, made):

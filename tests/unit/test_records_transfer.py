@@ -241,6 +241,8 @@ def test_a_run_is_held_against_the_best_before_it_that_is_comparable():
         ("t: {a: {field: x, above: 1, below: 2}}", "t.a: must have one of"),
         ("t: {a: {field: x, above: best}}", "t.a: above must be a number, got 'best'"),
         ("t: {a: {field: x, abovee: 1}}", "t.a: unknown key 'abovee'"),
+        ("t: {a: {field: x, above: 1, where_at_least: 3}}", "must map fields to numbers, got 3"),
+        ("t: {a: {field: x, above: 1, where_at_least: {n: many}}}", "must map fields to numbers"),
         ("t: 3", "t.: must have a 'field'"),
         ("- t", "not a YAML mapping, but list"),
     ],
@@ -248,6 +250,26 @@ def test_a_run_is_held_against_the_best_before_it_that_is_comparable():
 def test_bad_criteria_are_one_line(tmp_path, text, expected):
     (tmp_path / "criteria.yaml").write_text(text)
     assert expected in error_of(read_criteria, tmp_path / "criteria.yaml")
+
+
+def test_a_criterion_is_asked_of_runs_that_are_long_enough():
+    """A student with 1 % of the sheet's steps is not asked for the recall of the whole length."""
+    criteria = read_criteria(ROOT / "config/criteria.yaml")
+    records = [
+        training(
+            name,
+            experiment_type="embedding_distillation",
+            best_step=steps,
+            hyperparameters={"steps": steps},
+            final_metrics={"best_vs_teacher_recall@10": 0.84},
+        )
+        for name, steps in (("short", 80), ("long", 8000))
+    ]
+    assert results(records, criteria) == {
+        ("short", "improves"): "passed",
+        ("long", "improves"): "passed",
+        ("long", "recall@10"): "failed",
+    }
 
 
 def test_the_projects_criteria_are_valid_and_have_the_guides_types():
