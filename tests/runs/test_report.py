@@ -124,7 +124,34 @@ def test_verdicts_come_first_with_interval_and_word(whole, made):
     headings = [e["text"] for e in whole.all("h2")]
     assert headings[0] == "Answers" and "(0)" in headings[-2]
     assert "Zero-init proof (seed 0): PASSED" in whole.text
-    assert "trained and evaluated twice" in whole.text
+
+
+def test_it_opens_with_a_sentence_for_each_question_and_one_picture(whole, tmp_path):
+    questions = [e["text"] for e in whole.all("dt")]
+    assert len(questions) == 5 and all(question.endswith("?") for question in questions)
+    zero, helps, efficient, same, met = (e["text"] for e in whole.all("dd"))
+    assert zero == "Yes: all 1 checks of the proof passed, for seed 0."
+    assert helps.startswith("No: finetuned_recursive_c is better than baseline (-"), helps
+    assert "worse than finetuned_vanilla_flops_c (+" in helps and helps.endswith(", in perplexity.")
+    assert efficient == (
+        "The boundary head would stop finetuned_recursive_c after 1.25 inner steps (target 1 to "
+        "2: cannot miss it, as K is 2); with all of them, a token costs 1.00x the baseline's FLOPs."
+    )
+    assert "trained and evaluated twice" in same
+    assert "refinement_training: validation_loss, met by 8 of 9 runs" in met
+    first = [e["tag"] for e in whole.elements if e["tag"] in ("dl", "svg", "table")][:3]
+    assert first == ["dl", "svg", "table"], "the picture's numbers are behind it, folded"
+    answers = [e["text"] for e in report(tmp_path / "results").all("dd")]
+    assert [a.startswith("Not known: ") for a in answers] == [True, True, True, False, True]
+    assert answers[3] == "Repeated run: missing"
+
+
+def test_tables_that_repeat_a_figure_fold_away_beside_it(whole):
+    folded = {e["text"].strip() for e in whole.all("caption") if "details" in e["inside"]}
+    repeated = {COMPARED, "How many took so many inner steps"}
+    assert repeated | {"Perplexity by inner step, against the baseline"} <= folded
+    pairs = [e for e in whole.all("div") if e["attributes"].get("class") == "pair"]
+    assert len(pairs) == 4, "each with its figure"
 
 
 @pytest.mark.parametrize(("depth", "stopped", "commit", "judged", "generated"), [
@@ -154,10 +181,9 @@ def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
     matrix = read_matrix(Config.from_mapping(config), layout)
     table = success_table(matrix, layout)
     training, evaluation = table.rows
-    assert training[0] == "refinement_training: validation_loss"
-    assert training[1:] == ["below 0", "5 of 6", "vanilla_b_s0 (0)"], "it ends where it began"
-    assert evaluation[0] == "refinement_evaluation: perplexity"
-    assert evaluation[2:] == ["6 of 6", None]
+    assert training == ["refinement_training: validation_loss", "5 of 6 runs"]
+    assert evaluation == ["refinement_evaluation: perplexity", "6 of 6 runs"]
+    assert table.notes == [f"{training[0]} (below 0) is not met by vanilla_b_s0 (0)."]
     assert table.to_text() in summary_text(matrix, layout.folder)
     [*shown, students] = report(layout.folder, config).rows(table.caption)
     assert [row[0] for row in shown] == [training[0], evaluation[0]]
