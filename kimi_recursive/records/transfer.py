@@ -183,8 +183,8 @@ def merge(sources: Sequence[str], target: Path, dry_run: bool = False) -> Merged
                     merged.num_same += 1
                 elif run in seen:
                     other, place = seen[run]
-                    pair = [complete(one) for one in (checked(other)[0], record)]
-                    fields = ", ".join(sorted(_differences(*pair)))
+                    differ = _differences(complete(checked(other)[0]), complete(record))
+                    fields = ", ".join(sorted(differ))
                     if fields:
                         conflict = f"'{run[0]}' differs in {where} and {place}: {fields}"
                         merged.conflicts.append(conflict)
