@@ -46,7 +46,6 @@ test-slurm: $(VENV)/.slurm
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 $(VENV)/.slurm: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[slurm]'
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null \
 		|| { test "$$(id -u)" = 0 && apt-get update -qq \
 			&& DEBIAN_FRONTEND=noninteractive \

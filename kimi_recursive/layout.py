@@ -114,6 +114,11 @@ class StudentFolder(Folder):
     scores = _at("evaluation.parquet")
     work = Part("work", WorkFolder)
 
+    @property
+    def outputs(self) -> tuple[Path, Path, Path]:
+        """The files that the workflow waits for."""
+        return self.logs, self.best, self.scores
+
     def checkpoint(self, step: int | str) -> Path:
         return self.folder / f"checkpoints/student_step_{step}.safetensors"
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from html import escape
 from typing import Any
 
-from kimi_recursive.text import WIDTH, fit
+from kimi_recursive.text import WIDTH, cut, fit
 
 LEAST_CUT = 8  # characters that a cut column keeps
 LEAST_NAME = 12  # of the column of names, where long names have lines to themselves
@@ -211,11 +211,6 @@ class _Layout:
                 line = [p(x, n) for p, x, n in zip(pad, line, self.widths, strict=True)]
             lines[number] = line
         return [space.join(line).rstrip() for line in lines]
-
-
-def cut(text: str, length: int) -> str:
-    """At most so many characters of a text, the last of them an ellipsis where it was cut."""
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def percent(value: float) -> str:

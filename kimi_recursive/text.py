@@ -12,10 +12,20 @@ def unknown_key_message(key: str, allowed: Iterable[str], where: str) -> str:
     allowed = sorted(allowed)
     near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(allowed)}"
-    return f"{where}: unknown key '{key}'; {hint}"
+    return f"{where}: unknown key {shown(key)}; {hint}"
 
 
 WIDTH = 100
+
+
+def cut(text: str, length: int) -> str:
+    """At most so many characters of a text, the last of them an ellipsis where it was cut."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: as Python writes it, and cut where it is long."""
+    return cut(repr(value), WIDTH)
 
 
 def fit(lines: Iterable[str], width: int = WIDTH) -> str:

@@ -23,7 +23,7 @@ rule prepare_corpus:
     log:
         LAYOUT.log("prepare_corpus"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         corpus=expected.params_prepare_corpus(CONFIG),
         source=artefacts.source_of(CONFIG, LAYOUT),
@@ -41,7 +41,7 @@ rule tokenize_corpus:
     log:
         LAYOUT.log("tokenize_corpus"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         append_eos=CONFIG.corpus.append_eos,
         trust_remote_code=CONFIG.base.trust_remote_code,
@@ -60,7 +60,7 @@ if SCRATCH:
         log:
             LAYOUT.log("train_tokenizer"),
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             tokenizer=asdict(CONFIG.tokenizer),
             numerics=NUMERICS_VERSION,
@@ -77,7 +77,7 @@ if SCRATCH:
         log:
             LAYOUT.log("train_base"),
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         resources:
             gpu=1,
         params:
@@ -97,7 +97,7 @@ else:
             LAYOUT.log("fetch_base"),
         localrule: True  # needs a network, which the nodes of a cluster may not have
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             base=expected.params_fetch_base(CONFIG),
         script:
@@ -112,7 +112,7 @@ rule insert_cells:
     log:
         LAYOUT.log("insert_cells", "s{seed}"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         recursive=expected.params_insert_cells(CONFIG),
         load=LOAD,

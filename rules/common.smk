@@ -7,6 +7,7 @@ from kimi_recursive.data.corpus import base_files, source_files
 from kimi_recursive.files import NUMERICS_VERSION
 from kimi_recursive.matrix import artefacts, expected, runs
 from kimi_recursive.matrix.settings import Config, composition_config, validate_settings
+from kimi_recursive.records.criteria import CRITERIA_PATH
 from kimi_recursive.track_b.sheet import neighbour_settings, runs_of, select_experiments
 
 try:
@@ -32,6 +33,8 @@ TRAININGS, EVALUATIONS = runs.all_trainings(CONFIG), runs.all_evaluations(CONFIG
 ZERO_INIT = {runs.zero_init_name(CONFIG, seed): seed for seed in CONFIG.seeds}
 STUDENTS = runs_of(TRACK_B)
 LOAD = expected.params_load(CONFIG)
+# Its text, so that the summary and the report are written again when it is edited.
+CRITERIA = CRITERIA_PATH.read_text() if CRITERIA_PATH.is_file() else ""
 
 
 wildcard_constraints:

@@ -17,7 +17,7 @@ rule evaluate:
     log:
         LAYOUT.log("evaluate", "{name}"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     resources:
         gpu=CONFIG.resources.gpus_per_evaluation,
     params:
@@ -54,7 +54,7 @@ rule compare_zero_init:
     log:
         LAYOUT.log("compare_zero_init", "{proof}"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     resources:
         gpu=CONFIG.resources.gpus_per_evaluation,
     params:
@@ -88,7 +88,7 @@ if CONFIG.repeat:
             LAYOUT.log("compare_repeat"),
         localrule: True
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             key=REPEATED.key,
         script:

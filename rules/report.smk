@@ -24,9 +24,10 @@ rule summarize:
         LAYOUT.log("summarize"),
     localrule: True
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         config=expected.params_summary(config),
+        criteria=CRITERIA,
         state=existing("summarize", LAYOUT.read_by_summary),
     script:
         "../workflow/scripts/summarize.py"
@@ -46,7 +47,7 @@ rule plot_perplexity_by_step:
         LAYOUT.log("plot_perplexity_by_step"),
     localrule: True
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     script:
         "../workflow/scripts/plot_perplexity_by_step.py"
 
@@ -65,9 +66,10 @@ rule report:
         LAYOUT.log("report"),
     localrule: True
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         config=expected.params_summary(config),
+        criteria=CRITERIA,
         state=existing("report", LAYOUT.read_by_report),
     script:
         "../workflow/scripts/report.py"

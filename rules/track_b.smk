@@ -8,7 +8,7 @@ if CONFIG.track_b["teacher"]["kind"] == "vectors":
         log:
             LAYOUT.log("import_vectors"),
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             teacher=CONFIG.track_b["teacher"],
             split=expected.params_sentences(CONFIG),
@@ -26,7 +26,7 @@ else:
         log:
             LAYOUT.log("prepare_sentences"),
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             corpus={"source": CONFIG.corpus.source, "text_field": CONFIG.corpus.text_field},
             split=expected.params_sentences(CONFIG),
@@ -43,7 +43,7 @@ else:
             LAYOUT.log("encode_sentences"),
         priority: 20  # everything else of Track-B waits for it
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         resources:
             gpu=1,
         params:
@@ -62,7 +62,7 @@ rule find_neighbours:
         LAYOUT.log("find_neighbours"),
     priority: 20
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         settings=neighbour_settings(TRACK_B),
         numerics=NUMERICS_VERSION,
@@ -80,7 +80,7 @@ rule check_sanity:
         LAYOUT.log("check_sanity"),
     priority: 20
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         numerics=NUMERICS_VERSION,
     script:
@@ -96,7 +96,7 @@ rule evaluate_references:
     log:
         LAYOUT.log("evaluate_references"),
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         dims=sorted({e.settings["dim"] for e in TRACK_B}),
         numerics=NUMERICS_VERSION,
@@ -117,7 +117,7 @@ rule train_student:
         LAYOUT.log("train_student", "{student}"),
     priority: 10
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     resources:
         gpu=1,
     params:
@@ -160,7 +160,7 @@ rule summarize_track_b:
         LAYOUT.log("summarize_track_b"),
     localrule: True
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         track_b=CONFIG.track_b,
         state=existing("summarize_track_b", LAYOUT.read_by_track_b),

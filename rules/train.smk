@@ -18,7 +18,7 @@ rule train_phase:
         LAYOUT.log("train_phase", "{key}"),
     priority: 10  # the long jobs first, so that the short ones fill the gaps
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     resources:
         gpu=CONFIG.resources.gpus_per_run,
     params:

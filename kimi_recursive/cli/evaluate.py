@@ -21,7 +21,7 @@ from kimi_recursive.cli.options import (
 )
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.layout import EvaluationFiles
-from kimi_recursive.matrix.runs import STAGES
+from kimi_recursive.matrix.runs import STAGES, stages_of
 from kimi_recursive.model.config import get_after_surgery_config, get_baseline_config
 from kimi_recursive.processes.logs import quiet_libraries
 
@@ -90,15 +90,20 @@ def evaluate(
     from kimi_recursive.evaluation.scores import evaluate_stage
     from kimi_recursive.layout import SIDECAR_NAME
     from kimi_recursive.model.loading import local_model
+    from kimi_recursive.model.sidecar import Sidecar
 
     fetched, of_base = local_model(model_path, revision)
-    has_sidecar = (Path(fetched) / SIDECAR_NAME).is_file()
-    if stage.startswith("finetuned_") and not has_sidecar:
+    sidecar = Sidecar.find(fetched)
+    if stage.startswith("finetuned_") and sidecar is None:
         raise ValueError(f"--stage {stage}: {model_path} holds no trained sidecar ({SIDECAR_NAME})")
     if config is None and stage == "baseline" and not use_recursive:
         config = get_baseline_config()
-    elif config is None and not has_sidecar:
+    elif config is None and sidecar is None:
         config = get_after_surgery_config()
+    if sidecar is not None:
+        allowed = stages_of(sidecar, config is None or config.recursive_enabled)
+        if stage not in allowed:
+            raise ValueError(f"--stage {stage}: {model_path} is of stage {' or '.join(allowed)}")
     settings = EvaluationSettings(
         context_length=context_length,
         batch_size=batch_size,

@@ -73,7 +73,7 @@ def run_experiment(
         int | None,
         typer.Option(min=0, help="Linear warm-up steps. Default: a tenth of --num-steps."),
     ] = None,
-    lr_schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
+    lr_schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = "constant",
     save_interval: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     eval_interval: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 100,
     log_interval: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.")] = 10,
@@ -177,6 +177,7 @@ def run_experiment(
         name=experiment_name,
         description=description,
         inputs={name: value for name, value in inputs.items() if value},
+        tokens_stay=tokens_dir is not None,
         num_kept=keep_checkpoints,
         refuse_others=not force,
     )

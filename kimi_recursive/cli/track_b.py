@@ -64,11 +64,15 @@ def drive(
     track_b = _track_b_config(configs)
     states = _states(track_b)
     missing = [
-        key for key, (status, _) in states.items() if force or status != Status.OK.in_track_b
+        key
+        for key, (status, detail) in states.items()
+        if force or detail or status != Status.OK.in_track_b
     ]
+    names = _names(track_b)
     for key, (status, detail) in states.items():
         what = "run" if key in missing else "skip"
-        typer.echo(f"{what:<5}{key}  {status}{', ' if detail else ''}{detail}", err=True)
+        why = f"{status}{', ' if detail else ''}{detail}"
+        typer.echo(f"{what:<5}{key} ({', '.join(names[key])})  {why}", err=True)
     snakemake = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going"]
     snakemake += ["--configfile", *map(str, configs[1:])] if configs[1:] else []
     again = [str(LAYOUT.track_b.student(key).logs) for key in missing]
@@ -143,15 +147,30 @@ def _track_b_config(paths: list[Path]) -> dict[str, Any]:
 
 
 def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Status and detail of every run of the config, by key."""
+    """Status and detail of every run of the config, by key; a success has a detail only where a
+    file is missing, which Snakemake makes again."""
     from kimi_recursive.track_b.sheet import runs_of, select_experiments
     from kimi_recursive.track_b.status import read_status
 
     found = {}
     for key, (settings, _) in runs_of(select_experiments(track_b)).items():
-        status = read_status(LAYOUT.track_b.student(key).folder, settings["steps"])
-        found[key] = (status.status, status.detail)
+        student = LAYOUT.track_b.student(key)
+        status = read_status(student.folder, settings["steps"])
+        absent = [path.name for path in student.outputs if not path.is_file()]
+        detail = status.detail or (f"{absent[0]} is missing" if absent else "")
+        found[key] = (status.status, detail)
     return found
+
+
+def _names(track_b: dict[str, Any]) -> dict[str, list[str]]:
+    """The experiments that need each run, by its key."""
+    from kimi_recursive.track_b.sheet import select_experiments
+
+    names: dict[str, list[str]] = {}
+    for experiment in select_experiments(track_b):
+        for key in experiment.keys.values():
+            names.setdefault(key, []).append(experiment.name)
+    return names
 
 
 def _flag(help_text: str, *variables: str) -> Any:

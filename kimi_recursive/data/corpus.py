@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from kimi_recursive.data.settings import CorpusSettings
 from kimi_recursive.files import publishing, write_json
+from kimi_recursive.text import shown
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -38,7 +39,7 @@ def located(place: str) -> Iterator[None]:
 def integer(name: str, value: Any, low: int) -> int:
     """The value, when it is an integer of at least `low`; else ValueError naming `name`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise ValueError(f"{name}: must be an integer of at least {low}, not {value!r}")
+        raise ValueError(f"{name}: must be an integer of at least {low}, not {shown(value)}")
     return int(value)
 
 

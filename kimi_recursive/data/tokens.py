@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from kimi_recursive.data.corpus import SPLITS, integer, located
 from kimi_recursive.data.settings import PRETRAIN, TokenizerSettings
-from kimi_recursive.files import publishing, write_json
+from kimi_recursive.files import publishing, read_json_object, write_json
 
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 UNKNOWN_WORD = "<|unk|>"
@@ -193,6 +193,22 @@ class _Encoder:
         for name, row in zip(document_ids, rows, strict=True):
             if unknown in row:
                 raise ValueError(f"{name}: a word that the tokenizer in {self.place} does not know")
+
+
+def token_counts(tokens_dir: Path) -> dict[str, Any]:
+    """What a record of a run says of the size of its data: documents in all, to train on and to
+    validate on, and tokens by split. Empty where `tokens.json` is missing."""
+    path = Path(tokens_dir) / "tokens.json"
+    if not path.is_file():
+        return {}
+    splits = read_json_object(path)["splits"]
+    documents = {name: counts["num_documents"] for name, counts in splits.items()}
+    return {
+        "total_size": sum(documents.values()),
+        "train_size": documents["train"],
+        "val_size": documents["validation"],
+        "domain_params": {"num_tokens": {k: v["num_tokens"] for k, v in splits.items()}},
+    }
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def track_b_artefacts(config: Config, layout: Layout, students: Iterable[str]) -
     return [
         *([] if vectors else [place.sentences]),
         *(place.teacher, place.neighbours, place.sanity, place.references),
-        *(path for one in folders for path in (one.logs, one.best, one.scores)),
+        *(path for one in folders for path in one.outputs),
     ]
 
 

@@ -8,9 +8,13 @@ runs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.training.arms import ARMS, PHASES
+
+if TYPE_CHECKING:  # Snakemake and the command line start without torch.
+    from kimi_recursive.model.sidecar import Sidecar
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,29 @@ class Evaluation:
 
 TRAINED_STAGES = [Training(arm, phase, 0, None) for phase in PHASES for arm in ARMS]
 STAGES = ("baseline", "after_surgery", *(training.stage for training in TRAINED_STAGES))
+
+
+def stages_of(sidecar: Sidecar, recursive_enabled: bool = True) -> list[str]:
+    """The stages that a sidecar may be evaluated as, by its phase and its kind of arm.
+
+    Arms in a single pass leave the same kind of sidecar. Untrained cells are the baseline, too.
+
+    Args:
+        recursive_enabled: Whether it is evaluated with its cells, or is its base alone.
+
+    Raises:
+        ValueError: its config is missing or damaged.
+    """
+    if not recursive_enabled:
+        return ["baseline"]
+    if sidecar.phase is None:
+        return ["after_surgery", "baseline"]
+    single_pass = sidecar.config().single_pass
+    return [
+        run.stage
+        for run in TRAINED_STAGES
+        if run.phase == sidecar.phase and bool(ARMS[run.arm].get("single_pass")) == single_pass
+    ]
 
 
 def trainings(config: Config) -> list[Training]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,7 +20,7 @@ from kimi_recursive.files import read_json_object, read_yaml_mapping
 from kimi_recursive.layout import Layout
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.schema import schema_errors
-from kimi_recursive.text import unknown_key_message
+from kimi_recursive.text import WIDTH, cut, unknown_key_message
 from kimi_recursive.training.settings import BaseSettings, PhaseSettings
 
 # Which part of `recursive` decides what; a rule depends only on the part that it reads.
@@ -237,16 +238,17 @@ def _check_pretrained(model: Mapping[str, Any], where: str) -> Iterator[str]:
         yield f"{where}: kind 'pretrained' needs either path (a local directory) or hub_id"
     if model.get("hub_id") and not model.get("revision"):
         yield f"{where}.revision: a hub_id needs a pinned revision (a commit hash or tag)"
-    if model.get("path") and not Path(model["path"]).is_dir():
-        yield f"{where}.path: no such directory: {model['path']}"
+    if model.get("path") and not os.path.isdir(model["path"]):
+        yield f"{where}.path: no such directory: {cut(model['path'], WIDTH)}"
 
 
 def _check_teacher(teacher: Mapping[str, Any]) -> Iterator[str]:
+    path = teacher["path"]
     if teacher["kind"] == "pretrained":
         yield from _check_pretrained(teacher, "track_b.teacher")
-    elif teacher["kind"] == "vectors" and not Path(teacher["path"] or "").is_file():
-        yield f"track_b.teacher.path: kind 'vectors' needs a file, got {teacher['path']}"
-    elif teacher["kind"] == "minilm" and (teacher["path"] or teacher["hub_id"]):
+    elif teacher["kind"] == "vectors" and not os.path.isfile(path or ""):
+        yield f"track_b.teacher.path: kind 'vectors' needs a file, got {cut(str(path), WIDTH)}"
+    elif teacher["kind"] == "minilm" and (path or teacher["hub_id"]):
         yield "track_b.teacher: path and hub_id need kind 'pretrained' or 'vectors'"
 
 
@@ -258,7 +260,7 @@ def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:
     dtype, num_layers = base["dtype"], None
     if base["kind"] == "scratch":
         num_layers = base["architecture"]["num_hidden_layers"]
-    elif base.get("path") and (Path(base["path"]) / "config.json").is_file():
+    elif base.get("path") and os.path.isfile(Path(base["path"], "config.json")):
         found = read_json_object(Path(base["path"]) / "config.json")
         found = found.get("text_config") or found
         num_layers = found.get("num_hidden_layers") or found.get("n_layer")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.files import read_json_object
-from kimi_recursive.text import unknown_key_message
+from kimi_recursive.text import shown, unknown_key_message
 
 CONFIG_NAME = "recursive_config.json"
 CORRUPTION_SCHEDULES = ("linear", "cosine", "none")
@@ -90,7 +90,7 @@ class RecursiveConfig:
 
         def check(name: str, ok: bool, allowed: str) -> bool:
             if not ok:
-                errors.append(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                errors.append(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
             return ok
 
         def is_int(value: Any) -> bool:

@@ -30,7 +30,6 @@ from kimi_recursive.files import read_safetensors
 from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.config import (
-    CONFIG_NAME,
     RecursiveConfig,
     get_after_surgery_config,
     get_baseline_config,
@@ -180,8 +179,7 @@ def load_model_with_config(
     elif recursive_enabled is not None:
         config = get_after_surgery_config() if recursive_enabled else get_baseline_config()
     elif config is None and sidecar is not None:
-        path = sidecar.folder / CONFIG_NAME
-        config = RecursiveConfig.from_file(path).validated(str(path))
+        config = sidecar.config()
     config = config or get_baseline_config()
     config = RecursiveConfig.from_dict({**config.to_dict(), **(overrides or {})}).validated()
 

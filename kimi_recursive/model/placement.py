@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from kimi_recursive.doors import missing_extra
 from kimi_recursive.processes.distributed import num_processes
+from kimi_recursive.text import shown
 
 DeviceMap = str | Mapping[str, str | int]
 STRATEGIES = ("auto", "sequential")  # of accelerate; auto spreads evenly over GPUs
@@ -48,7 +49,7 @@ def device_map_options(device_map: DeviceMap | None) -> dict[str, Any]:
     if device_map not in STRATEGIES if isinstance(device_map, str) else not device_map:
         raise ValueError(
             f"device_map must be {' or '.join(STRATEGIES)}, or a device for each module, "
-            f"got {device_map!r}"
+            f"got {shown(device_map)}"
         )
     _folders.append(tempfile.TemporaryDirectory(prefix="kimi-recursive-"))
     return {"device_map": device_map, "offload_folder": _folders[-1].name}

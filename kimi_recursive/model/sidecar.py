@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kimi_recursive.doors import missing_extra
 from kimi_recursive.files import read_safetensors, replacing
 from kimi_recursive.layout import SIDECAR_NAME
-from kimi_recursive.model.config import CONFIG_NAME
+from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.model.placement import embedding_weight
 from kimi_recursive.model.weights import misfit, read_weights
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
@@ -95,6 +95,15 @@ class Sidecar:
     def path(self) -> Path:
         """The file with the cells."""
         return self.folder / SIDECAR_NAME
+
+    def config(self) -> RecursiveConfig:
+        """The config beside the cells.
+
+        Raises:
+            ValueError: the file is missing or damaged, or holds an invalid value.
+        """
+        path = self.folder / CONFIG_NAME
+        return RecursiveConfig.from_file(path).validated(str(path))
 
     def base_path(self) -> str:
         """Where the base is: the path of a local folder, or a Hub id.

@@ -10,7 +10,9 @@ from typing import Any
 
 from kimi_recursive.files import read_yaml_mapping
 from kimi_recursive.records.kinds import find, get, identity, kind_of, number, parse_time
+from kimi_recursive.text import shown
 
+CRITERIA_PATH = Path("config/criteria.yaml")
 # Each criterion has one of these.
 TESTS = ("above", "below", "equals", "above_best_of", "below_best_of", "decreasing")
 PASSED, FAILED, NOT_MEASURED = "passed", "failed", "not measured"
@@ -46,18 +48,21 @@ def _problem(criterion: Any) -> str:
     if not isinstance(criterion, dict) or not isinstance(criterion.get("field"), str):
         return "must have a 'field'"
     tests = [key for key in criterion if key in TESTS]
-    unknown = sorted(set(criterion) - {"field", "same", *TESTS})
-    if unknown:
-        return f"unknown key '{unknown[0]}'; allowed: field, same, {', '.join(TESTS)}"
+    allowed = ("field", "same", "where_at_least", *TESTS)
+    if unknown := sorted(set(criterion) - set(allowed)):
+        return f"unknown key '{unknown[0]}'; allowed: {', '.join(allowed)}"
     if len(tests) != 1:
         return f"must have one of {', '.join(TESTS)}"
+    least = criterion.get("where_at_least", {})
+    if not isinstance(least, dict) or None in map(number, least.values()):
+        return f"where_at_least must map fields to numbers, got {shown(least)}"
     value = criterion[tests[0]]
     if tests[0] in ("above", "below") and number(value) is None:
-        return f"{tests[0]} must be a number, got {value!r}"
+        return f"{tests[0]} must be a number, got {shown(value)}"
     if tests[0].endswith("best_of") and not isinstance(value, dict):
-        return f"{tests[0]} must map fields to values, got {value!r}"
+        return f"{tests[0]} must map fields to values, got {shown(value)}"
     if tests[0] == "decreasing" and value is not True:
-        return f"decreasing must be true, got {value!r}"
+        return f"decreasing must be true, got {shown(value)}"
     return ""
 
 
@@ -65,7 +70,8 @@ def check_records(
     records: Sequence[Mapping[str, Any]],
     criteria: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> list[Check]:
-    """Check every run that has ended against the criteria of its type; a failed run fails.
+    """Check every run that has ended against the criteria of its type; a failed run fails. With
+    `where_at_least` a criterion is asked only of runs whose fields have at least these numbers.
 
     `above_best_of` and `below_best_of` compare with the best value of earlier, completed runs. Only
     runs count that have the given values, and that equal this run in the fields under `same`.
@@ -82,8 +88,15 @@ def check_records(
             checks.append(Check(name, type_, "status", error, "completed", FAILED))
             continue
         for criterion, settings in criteria[type_].items():
-            checks.append(Check(name, type_, criterion, *_apply(record, settings, records)))
+            if _is_asked(record, settings):
+                checks.append(Check(name, type_, criterion, *_apply(record, settings, records)))
     return checks
+
+
+def _is_asked(record: Mapping[str, Any], criterion: Mapping[str, Any]) -> bool:
+    least = criterion.get("where_at_least", {})
+    found = {field: number(find(record, field)) for field in least}
+    return all(value is not None and value >= least[field] for field, value in found.items())
 
 
 def _apply(

@@ -17,6 +17,8 @@ from typing import Any
 
 import jsonschema_rs
 
+from kimi_recursive.text import shown
+
 SCHEMAS = Path(__file__).parent / "schemas"
 
 
@@ -155,7 +157,7 @@ def problems(record: Mapping[str, Any], kind: Kind) -> list[str]:
             if value is not None:
                 datetime.fromisoformat(value)
         except ValueError as error:
-            found.append(f"{field}: {error}, got '{value}'")
+            found.append(f"{field}: {error}, got {shown(value)}")
     return found
 
 
@@ -173,8 +175,23 @@ def normalize(record: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 owner[leaf] = parse_time(owner[leaf]).isoformat()
             except ValueError as error:
-                raise ValueError(f"{field}: {error}, got '{owner[leaf]}'") from None
+                raise ValueError(f"{field}: {error}, got {shown(owner[leaf])}") from None
     return clean
+
+
+def complete(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with every field of the schema, null where it was missing, so that whoever reads a log
+    can name any of them. Mappings are there even if all their fields are null."""
+    return _complete(record, kind_of(record).schema)
+
+
+def _complete(value: Mapping[str, Any] | None, schema: Mapping[str, Any]) -> dict[str, Any]:
+    full = dict(value or {})
+    for name, child in schema["properties"].items():
+        found = full.get(name)
+        inner = "properties" in child and isinstance(found, Mapping | None)
+        full[name] = _complete(found, child) if inner else found
+    return full
 
 
 def without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +221,8 @@ def _explain(error: Any) -> str:
         field = f"{where}.{error.kind.property}" if where else error.kind.property
         return f"{field}: is missing"
     if error.kind.name in ("pattern", "anyOf"):
-        return f"{where}: must be an ISO 8601 time (2025-10-21T00:00:00Z), got {error.instance!r}"
+        found = shown(error.instance)
+        return f"{where}: must be an ISO 8601 time (2025-10-21T00:00:00Z), got {found}"
     message = error.message
     if len(message) > 160:
         message = f"{message[:60]} ... {message[-90:]}"

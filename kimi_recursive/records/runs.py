@@ -16,7 +16,7 @@ from kimi_recursive.files import read_json_object
 from kimi_recursive.layout import RESULTS_SUFFIX, Layout, WorkFolder
 from kimi_recursive.model.config import CONFIG_NAME
 from kimi_recursive.processes.logs import logged_error
-from kimi_recursive.records.kinds import number, parse_time
+from kimi_recursive.records.kinds import complete, get, number, parse_time
 from kimi_recursive.records.log import append_records
 from kimi_recursive.status import Status
 from kimi_recursive.training.experiment import METADATA_NAME
@@ -65,6 +65,7 @@ def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
         return None
     params, results = meta.get("training_params") or {}, meta.get("final_results") or {}
     type_ = _type(meta)
+    domain = "embedding" if type_ == "embedding_distillation" else "language_modeling"
     history = results.get("validation") or []
     metrics = {**(meta.get("best_metrics") or {}), **results}
     metrics = {k: v for k, v in metrics.items() if number(v) is not None}
@@ -75,12 +76,17 @@ def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
     started, ended = parse_time(meta["started_at"]), parse_time(meta["ended_at"])
     data = {
         "run_id": _run_id(meta["experiment_name"], started),
-        "domain": "embedding" if type_ == "embedding_distillation" else "language_modeling",
+        "domain": domain,
         "status": meta["status"],
         "experiment_type": type_,
         "experiment_name": meta["experiment_name"],
         "description": meta.get("description"),
-        "dataset_config": _dataset(meta.get("paths") or {}),
+        "dataset_config": {
+            "domain": domain,
+            "split": "train",
+            **(meta.get("dataset") or {}),
+            "paths": meta.get("paths") or {},
+        },
         "hyperparameters": {**params, "learning_rate": params.get("lr")},
         "architecture": _architecture(directory, params),
         "metrics_history": history,
@@ -101,7 +107,7 @@ def record_of_experiment(directory: str | Path) -> dict[str, Any] | None:
         "host": meta.get("host"),
         "versions": meta.get("versions"),
     }
-    return {"timestamp": ended.isoformat(), "run_data": data}
+    return complete({"timestamp": ended.isoformat(), "run_data": data})
 
 
 def record_of_evaluation(path: str | Path) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def record_of_evaluation(path: str | Path) -> dict[str, Any]:
         }
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}") from None
-    return {
+    record = {
         "branch": found.get("git_branch"),
         "commit": (found.get("git_commit") or "")[:7] or None,
         "timestamp": time.isoformat(),
@@ -148,11 +154,13 @@ def record_of_evaluation(path: str | Path) -> dict[str, Any]:
         f"{found['split']} documents, {found['inner_steps']} inner steps",
         "versions": found["versions"],
     }
+    return complete(record)
 
 
 def _trainings(layout: Layout) -> Iterator[dict[str, Any]]:
     for work in layout.works():
-        if work.metadata.is_file() and (record := _or_warn(record_of_experiment, work.folder)):
+        record = _or_warn(record_of_experiment, work.folder) if work.metadata.is_file() else None
+        if record and not get(record, "run_data.hyperparameters.quick"):
             yield record
 
 
@@ -191,25 +199,21 @@ def _failed_trainings(layout: Layout) -> Iterator[dict[str, Any]]:
             "log_path": str(log),
             "findings": "ended before the first step",
         }
-        yield {"timestamp": time.isoformat(), "run_data": data}
+        yield complete({"timestamp": time.isoformat(), "run_data": data})
 
 
 def _failed_evaluations(layout: Layout) -> Iterator[dict[str, Any]]:
     for log in layout.logs_of("evaluate"):
         if error := logged_error(log)[0]:
             time = _modified(log)
-            yield {
-                "branch": None,
-                "commit": None,
+            yield complete({
                 "timestamp": time.isoformat(),
                 "experiment": log.stem,
                 "run_id": _run_id(log.stem, time),
                 "status": "failed",
                 "error_message": error,
-                "metrics": None,
                 "config": {"experiment_type": _evaluation_type(log.stem)},
-                "notes": None,
-            }
+            })  # fmt: skip
 
 
 def _modified(path: Path) -> datetime:
@@ -239,23 +243,6 @@ def _type(meta: Mapping[str, Any]) -> str:
 def _evaluation_type(stage: str) -> str:
     kinds = {"baseline": "baseline_evaluation", "after_surgery": "surgery_evaluation"}
     return next((v for k, v in kinds.items() if stage.startswith(k)), "refinement_evaluation")
-
-
-def _dataset(paths: Mapping[str, str]) -> dict[str, Any]:
-    """Paths of the data, and its sizes if the data still exists."""
-    sizes: dict[str, Any] = {}
-    try:
-        if "teacher" in paths:
-            found = read_json_object(Path(paths["teacher"]) / "teacher.json")
-            sizes = {"train_size": found["num_train"], "val_size": found["num_validation"]}
-        elif "tokens" in paths:
-            found = read_json_object(Path(paths["tokens"]) / "tokens.json")["splits"]
-            sizes = {"train_size": found["train"]["num_documents"]}
-            sizes["val_size"] = found["validation"]["num_documents"]
-            sizes["domain_params"] = {"num_tokens": {k: v["num_tokens"] for k, v in found.items()}}
-    except (ValueError, KeyError):
-        pass
-    return {"split": "train", **sizes, "paths": dict(paths)}
 
 
 def _architecture(directory: Path, params: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -18,12 +18,13 @@ from kimi_recursive.records.kinds import (
     KINDS,
     Kind,
     checked,
+    complete,
     get,
     kind_of,
     run_state,
 )
 from kimi_recursive.records.log import append_records, kind_of_log, read_lines, read_records
-from kimi_recursive.text import unknown_key_message
+from kimi_recursive.text import shown, unknown_key_message
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_mapping(path: str | Path) -> FieldMapping:
             raise ValueError(unknown_key_message(key, allowed, str(path)))
     kind = found.get("kind", "training_log")
     if kind not in KINDS:
-        raise ValueError(f"{path}: kind: must be one of {', '.join(KINDS)}, got '{kind}'")
+        raise ValueError(f"{path}: kind: must be one of {', '.join(KINDS)}, got {shown(kind)}")
     return FieldMapping(
         KINDS[kind], found["fields"], found.get("defaults") or {}, found.get("keep")
     )
@@ -145,9 +146,9 @@ class Merged:
 def merge(sources: Sequence[str], target: Path, dry_run: bool = False) -> Merged:
     """Append to a log the records of other logs that it does not have.
 
-    Records are the same if their content is; the order of keys does not matter. If a run differs,
-    the target keeps its own record, and the conflict is listed. A record `running` does not
-    conflict with the record of how the run ended.
+    Records are the same if their content is; the order of keys does not matter, and a field that is
+    null is as good as missing. If a run differs, the target keeps its own record, and the conflict
+    is listed. A record `running` does not conflict with the record of how the run ended.
 
     Args:
         sources: Paths, or URLs that fsspec opens (`s3://...`, `https://...`, `sftp://...`).
@@ -182,8 +183,13 @@ def merge(sources: Sequence[str], target: Path, dry_run: bool = False) -> Merged
                     merged.num_same += 1
                 elif run in seen:
                     other, place = seen[run]
-                    fields = ", ".join(sorted(_differences(checked(other)[0], record)))
-                    merged.conflicts.append(f"'{run[0]}' differs in {where} and {place}: {fields}")
+                    differ = _differences(complete(checked(other)[0]), complete(record))
+                    fields = ", ".join(sorted(differ))
+                    if fields:
+                        conflict = f"'{run[0]}' differs in {where} and {place}: {fields}"
+                        merged.conflicts.append(conflict)
+                    else:
+                        merged.num_same += 1
                 else:
                     merged.new.append(record)
                     contents.add(content)

@@ -13,7 +13,8 @@ import polars as pl
 from kimi_recursive.files import replacing
 from kimi_recursive.records.kinds import TRAINING_LOG, Kind, find, get, number, parse_time
 from kimi_recursive.records.query import Filter, is_lower_better, select
-from kimi_recursive.tables import Column, Table, cut
+from kimi_recursive.tables import Column, Table
+from kimi_recursive.text import cut
 
 # Always shown; then the columns that are shown if a run of the domain has a value.
 GUIDE_COLUMNS = {

@@ -17,6 +17,7 @@ from kimi_recursive.report.matrix_tables import (
     problem_table,
     step_table,
 )
+from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import COLUMNS, Matrix, read_matrix
 from kimi_recursive.status import Status
 from kimi_recursive.tables import Table
@@ -32,7 +33,8 @@ def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
         ValueError: the folder holds results, but none of this config.
     """
     matrix = read_matrix(config, layout)
-    others = [row["detail"] for row in matrix.rows if row["detail"].startswith(OTHER_CONFIG)]
+    details = [row.get("detail") or "" for row in matrix.rows]
+    others = [detail for detail in details if detail.startswith(OTHER_CONFIG)]
     if others and not matrix.done:
         raise ValueError(
             f"{layout.folder}: holds the results of another config; name that one with "
@@ -55,6 +57,7 @@ def summary_text(matrix: Matrix, config: Config, layout: Layout) -> str:
         ["Does recursion help?", comparison_table(matrix.comparisons).to_text()],
         ["Is it efficient?", efficiency_table(matrix).to_text()],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
+        ["Do the runs meet their criteria?", success_table(matrix, layout).to_text()],
         [cost_table(matrix).to_text()],
         [step_table(matrix, layout.folder).to_text()],
     ]

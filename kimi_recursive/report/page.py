@@ -21,13 +21,21 @@ from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.comparison import comparison_table
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report import figures, matrix_tables
-from kimi_recursive.report.answers import repeat_lines, zero_init_lines
+from kimi_recursive.report.answers import zero_init_lines
 from kimi_recursive.report.comparisons import documents_path
-from kimi_recursive.report.composition import composition_table, draw_composition, read_answer
+from kimi_recursive.report.composition import (
+    QUESTION,
+    composition_sentence,
+    composition_table,
+    draw_composition,
+    read_answer,
+)
 from kimi_recursive.report.curves import Curve, read_curves
 from kimi_recursive.report.facts import compare_facts, compare_versions, read_facts
 from kimi_recursive.report.figures import draw_perplexity_by_step
 from kimi_recursive.report.problems import find_problems
+from kimi_recursive.report.sentences import answers
+from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import Matrix, read_matrix
 from kimi_recursive.track_b.answers import heading, student_tables
 from kimi_recursive.track_b.collect import seed_logs
@@ -83,7 +91,11 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
     facts = read_facts(settings, layout, matrix, students)
     problems = find_problems(settings, layout, matrix, students, damaged)
     answer = read_answer(layout)
+    control = [(QUESTION, composition_sentence(answer))] if answer else []
+    efficiency = matrix_tables.efficiency_table(matrix)
+    success = success_table(matrix, layout, students)
     return {
+        "answers": control + answers(matrix, efficiency, success),
         "num_done": len(matrix.done),
         "num_expected": len(matrix.rows),
         "newest": max(
@@ -95,8 +107,8 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "zero_init": zero_init_lines(matrix.proofs),
         "verdicts": comparison_table(matrix.comparisons),
         "verdict_figure": _verdict_drawing(matrix),
-        "efficiency": matrix_tables.efficiency_table(matrix),
-        "repeat": " ".join(line.strip() for line in repeat_lines(matrix.repeat)),
+        "efficiency": efficiency,
+        "success": success,
         "stages": matrix_tables.stage_table(matrix, results),
         "cost": matrix_tables.cost_table(matrix),
         "step_figure": _step_drawing(matrix),
@@ -164,7 +176,7 @@ def _step_drawing(matrix: Matrix) -> Drawing | None:
         "Perplexity on held-out documents over the number of inner steps, a line for each arm and "
         "seed. Open markers are steps beyond the trained depth."
     )
-    text = "Line chart of perplexity by inner step; the table below has its numbers."
+    text = "Line chart of perplexity by inner step; the table beside it has its numbers."
     return _drawing(draw_perplexity_by_step(matrix.done), "steps", text, caption)
 
 
@@ -202,7 +214,7 @@ def _inner_step_drawing(counts: Sequence[Mapping[str, Any]]) -> Drawing | None:
         "Left: after how many inner steps the boundary head would stop, of all scored chunks. "
         "Right: how many inner steps a round of generation ran."
     )
-    text = "Bar charts of inner steps by stage; the table below has the numbers."
+    text = "Bar charts of inner steps by stage; the table beside it has the numbers."
     return _drawing(figures.draw_inner_steps(counts), "inner-steps", text, caption)
 
 

@@ -133,7 +133,8 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
         return row | {"status": Status.MISSING, "detail": detail}
     scores, recursive = found["perplexity"], found["config"]
     if evaluation.seed is not None:
-        row |= {k: recursive[k] for k in ("max_inner_steps", "d_state", "use_latent_token")}
+        keys = ("max_inner_steps", "d_state", "use_latent_token", "commit")
+        row |= {k: recursive[k] for k in keys}
         row["layers_to_refine"] = json.dumps(recursive["layers_to_refine"])
     if trained:
         last = trained[-1]

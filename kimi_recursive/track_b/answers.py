@@ -11,7 +11,6 @@ from kimi_recursive.layout import Layout
 from kimi_recursive.status import Status
 from kimi_recursive.tables import NAME, NUMBER, VERDICT, Column, Table
 from kimi_recursive.text import fit
-from kimi_recursive.track_b.evaluate import PRECISIONS
 from kimi_recursive.track_b.summary import (
     BASELINE,
     COLUMNS,
@@ -19,7 +18,6 @@ from kimi_recursive.track_b.summary import (
     Result,
     mean,
     score_methods,
-    stored_row,
     summary_row,
 )
 
@@ -36,14 +34,12 @@ def summarize(
     """Write the three summaries; they say which runs are missing or failed.
 
     Args:
+        csv_path: One row for each experiment.
         heading: First lines of `summary.txt`.
         comparison_path: One row for each method and precision, scored on the test queries.
     """
     scored = score_methods(results)
-    rows = [summary_row(result) for result in results]
-    for result in _shown_in_all_precisions(results):
-        if result.tables:
-            rows += [stored_row(result, p) for p in PRECISIONS if p != "float32"]
+    rows = [summary_row(result) for result in results if result.experiment]
     for path, columns, records in (
         (csv_path, COLUMNS, rows),
         (comparison_path, COMPARED, scored),

@@ -29,7 +29,7 @@ def run_by_hand(
         sheet, name: The row to start from.
         changed: Texts by column that replace those of the row.
         teacher_dir: Folder that `encode_sentences` or `import_vectors` wrote.
-        run_id: Name of the folder; by default `SheetRow.run_id`.
+        run_id: Name of the folder; by default `SheetRow.run_id`, so that a rerun resumes.
 
     Returns: the result, and the folder: see `track_b.collect`, with `students/<key>` for each seed.
 

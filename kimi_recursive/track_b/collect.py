@@ -19,7 +19,7 @@ import polars as pl
 from kimi_recursive.files import write_json
 from kimi_recursive.layout import StudentFolder
 from kimi_recursive.track_b.status import SCORED, read_logs, write_logs
-from kimi_recursive.track_b.summary import Result, run_id
+from kimi_recursive.track_b.summary import Result
 
 
 def seed_logs(results: Sequence[Result], students_dir: Path) -> dict[str, pl.DataFrame]:
@@ -48,6 +48,7 @@ def collect_experiment(
     Args:
         students_dir: Folder of the runs, by key.
         run_logs: File with the output of each seed's run.
+        run_dir: The folder; its name is the run id.
     """
     assert result.experiment is not None
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def collect_experiment(
     for logs in seed_logs([result], students_dir).values():
         write_logs(run_dir, logs)
     seeds = {str(seed): run.summary for seed, run in result.runs.items()}
-    facts = {"run_id": run_id(result), "status": result.status, "seeds": seeds}
+    facts = {"run_id": run_dir.name, "status": result.status, "seeds": seeds}
     write_json(StudentFolder(run_dir).summary, facts)
     for seed, path in run_logs.items():
         target = run_dir / f"logs/sweep_seed{seed}.log"

@@ -13,7 +13,7 @@ from kimi_recursive.track_b.answers import heading, summarize
 from kimi_recursive.track_b.collect import collect_experiment, seed_logs
 from kimi_recursive.track_b.figure import draw_recall_by_step
 from kimi_recursive.track_b.sheet import select_experiments
-from kimi_recursive.track_b.summary import Result, read_results
+from kimi_recursive.track_b.summary import Result, read_results, run_id
 
 
 def summarize_track_b(
@@ -40,7 +40,7 @@ def summarize_track_b(
                 keys = result.experiment.keys.items()
                 logs = {s: layout.log("train_student", key) for s, key in keys}
                 # The temporary folder is a sibling of the final one: links stay valid in its place.
-                run_dir = folder / result.experiment.run_id
+                run_dir = folder / run_id(result)
                 collect_experiment(result, layout.track_b.students, logs, run_dir)
     save_png(
         draw_recall_by_step(results, seed_logs(results, layout.track_b.students)), Path(figure)

@@ -44,7 +44,7 @@ class SheetRow:
 
     @property
     def run_id(self) -> str:
-        """Name of the experiment's folder; without the time, so that a rerun resumes."""
+        """Names the experiment, without the time at which it began."""
         s = self.settings
         seeds = ",".join(map(str, self.seeds))
         return (
@@ -62,6 +62,11 @@ def student_key(settings: Mapping[str, Any], seed: int) -> str:
     """Name of a run, from what it computes."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{settings['objective']}_{settings['steps']}_tau{settings['tau']:g}_{digest}_s{seed}"
+
+
+def is_quick(settings: Mapping[str, Any]) -> bool:
+    """Whether these are the few steps of `track_b.quick`, which show only that a run works."""
+    return all(settings[key] == value for key, value in QUICK.items())
 
 
 def runs_of(experiments: list[SheetRow]) -> dict[str, tuple[dict[str, Any], int]]:

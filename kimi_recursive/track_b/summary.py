@@ -153,7 +153,8 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def run_id(result: Result) -> str:
-    """`SheetRow.run_id`, with the time at which the first run began, if one has begun."""
+    """Names the experiment in `summary.csv`, and its folder: `SheetRow.run_id`, with the time at
+    which the first run began, if one has begun."""
     assert result.experiment is not None
     started = [run.summary.get("started_at") for run in result.runs.values()]
     first = min((time for time in started if time), default=None)
@@ -162,27 +163,17 @@ def run_id(result: Result) -> str:
 
 
 def summary_row(result: Result) -> dict[str, Any]:
-    scores = {"vs_teacher_recall10": result.recall, "vs_teacher_ndcg10": result.ndcg}
-    row = {"experiment": result.name, "status": result.status, **scores}
-    if result.experiment is None:
-        return {**row, "run_id": result.name, "steps": 0}
+    """The row of an experiment in `summary.csv`."""
+    assert result.experiment is not None
     ended = [run.summary.get("ended_at") for run in result.runs.values()]
     return {
         **{name: result.experiment.settings[name] for name in COLUMNS[5:13]},
-        **row,
+        "experiment": result.name,
+        "status": result.status,
+        "vs_teacher_recall10": result.recall,
+        "vs_teacher_ndcg10": result.ndcg,
         "steps": result.experiment.settings["steps"],
         "seeds": ",".join(map(str, result.experiment.seeds)),
         "timestamp": max((time for time in ended if time), default=None),
         "run_id": run_id(result),
-    }
-
-
-def stored_row(result: Result, precision: str) -> dict[str, Any]:
-    name = f"{result.name}_{precision}"
-    return {
-        **summary_row(result),
-        "experiment": name,
-        "run_id": f"{summary_row(result)['run_id']}_{precision}",
-        "vs_teacher_recall10": mean(result.scores("validation", precision)),
-        "vs_teacher_ndcg10": mean(result.scores("validation", precision, "ndcg@10")),
     }

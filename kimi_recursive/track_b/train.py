@@ -30,7 +30,7 @@ from kimi_recursive.track_b.evaluate import score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL, score_vectors
 from kimi_recursive.track_b.neighbours import Floats
 from kimi_recursive.track_b.objectives import build_objective
-from kimi_recursive.track_b.sheet import check_against_teacher
+from kimi_recursive.track_b.sheet import check_against_teacher, is_quick
 from kimi_recursive.track_b.status import write_logs
 from kimi_recursive.track_b.student import Student, build_student
 from kimi_recursive.track_b.teacher import load_vectors
@@ -86,12 +86,17 @@ def train_student(
     }
     paths = {"teacher": teacher_dir, "neighbours": neighbours_path}
     facts = {"seed": seed, "hyperparameters": dict(settings), "versions": versions()}
+    queries = {split: len(rows) for split, rows in truth.queries.items()}
+    dataset = {"train_size": len(train), "val_size": queries["validation"]}
+    dataset["total_size"] = len(train) + queries["validation"] + queries["test"]
+    about = (
+        f"A student with {settings['objective']} at temperature {settings['tau']:g}, seed {seed}"
+    )
+    params = {"seed": seed, **settings} | ({"quick": True} if is_quick(settings) else {})
     with (
         WorkDirectory(StudentFolder(run_dir).work.folder, fingerprint) as work,
         _ended(run_dir, facts, work) as summary,
-        ExperimentTracker(
-            work.path, name, None, None, {"seed": seed, **settings}, paths
-        ) as tracker,
+        ExperimentTracker(work.path, name, about, None, params, paths, dataset) as tracker,
     ):
         summary["started_at"] = tracker.metadata["created_at"]
         start = partial(StudentTask, settings, seed, vectors, truth, run_dir, work.checkpoints)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedModel
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearTopkRouter
 
+from kimi_recursive.data.tokens import token_counts
 from kimi_recursive.data.windows import IGNORED, Window
 from kimi_recursive.files import NUMERICS_VERSION, file_digest, publishing, write_parquet
 from kimi_recursive.kimi.switch import install_fast_kda
@@ -169,6 +170,7 @@ def train_base(
             "A tiny Kimi-Linear, trained from scratch",
             training_params={"seed": settings.seed, **training.to_mapping()},
             paths={"tokens": tokens_dir, "tokenizer": tokenizer_dir},
+            dataset=token_counts(tokens_dir),
         ) as tracker,
     ):
         result = train_loop(task, training.loop(), work, tracker, accelerator)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from kimi_recursive.data.tokens import token_counts
 from kimi_recursive.data.windows import IGNORED
 from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import NUMERICS_VERSION, write_parquet
@@ -116,7 +117,8 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
             record.description,
             config,
             {"phase": None, "seed": spec.seed, **settings.to_mapping()},
-            {"model_path": files.parent, "tokens": files.tokens, **record.inputs},
+            record.paths(files.tokens, model_path=files.parent),
+            token_counts(files.tokens),
         ) as tracker,
     ):
         tracker.start_afresh()

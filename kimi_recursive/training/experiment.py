@@ -6,7 +6,8 @@
     checkpoints/                   written by `kimi_recursive.training.checkpoint`
     logs/                          TensorBoard
     metrics/step_000100.json
-    notes/notes.txt, issues.txt, generation_samples.jsonl
+    notes/notes.txt                under the six headings of HEADINGS
+    notes/issues.txt, generation_samples.jsonl
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ METADATA_NAME = "experiment_metadata.json"
 END_KEYS = (
     "ended_at", "error", "failed_step", "last_good_step", "last_good_checkpoint", "last_step",
 )  # fmt: skip
+
+
+HEADINGS = (
+    "Hypothesis: what is tested?",
+    "Setup: config, data, parameters",
+    "Observations: what happened?",
+    "Issues: which problems came up?",
+    "Results: the final metrics",
+    "Conclusions: what was learnt?",
+)
 
 
 def now() -> str:
@@ -70,6 +81,7 @@ class ExperimentTracker:
         config: Saved as `recursive_config.json`.
         training_params: Steps, batch size, learning rate, ...
         paths: Model, config and data that the run reads, by name.
+        dataset: Sizes of the data, as a record of the run has them under `dataset_config`.
     """
 
     def __init__(
@@ -80,14 +92,21 @@ class ExperimentTracker:
         config: RecursiveConfig | None = None,
         training_params: Mapping[str, Any] | None = None,
         paths: Mapping[str, Any] | None = None,
+        dataset: Mapping[str, Any] | None = None,
     ):
         self.directory = Path(directory)
         self._writer = None
         self._purge_step: int | None = None
         for name in ("metrics", "logs", "notes"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
-        for name in ("notes.txt", "issues.txt", "generation_samples.jsonl"):
+        for name in ("issues.txt", "generation_samples.jsonl"):
             (self.directory / "notes" / name).touch()
+        notes = self.directory / "notes" / "notes.txt"
+        if not notes.is_file():
+            lines = [f"{number}. {heading}" for number, heading in enumerate(HEADINGS, 1)]
+            if description:
+                lines[0] += f"\n{description}"
+            write_text(notes, "\n\n".join(lines) + "\n\n")
         if self.metadata_path.is_file():
             self.metadata = read_json_object(self.metadata_path)
         else:
@@ -104,6 +123,7 @@ class ExperimentTracker:
             "description": description or None,
             "training_params": None if training_params is None else dict(training_params),
             "paths": None if paths is None else {k: v and str(v) for k, v in paths.items()},
+            "dataset": None if dataset is None else dict(dataset),
         }
         self._update(**{key: value for key, value in given.items() if value is not None})
         if config is not None:
@@ -165,7 +185,7 @@ class ExperimentTracker:
     # ---- observations ----
 
     def add_note(self, text: str) -> None:
-        """Append a line with the time to `notes/notes.txt`."""
+        """Append a line with the time to `notes/notes.txt`, below the headings."""
         self._append("notes.txt", f"[{now()}] {text}\n")
 
     def add_issue(self, text: str) -> None:

@@ -62,16 +62,15 @@ class Parent:
             ValueError: the parent is of another kind of arm, or the depth of the recursive arm is
                 unknown and its FLOPs count.
         """
-        own = Path(self.path) / CONFIG_NAME
-        if self.phase is not None:
-            single_pass = RecursiveConfig.from_file(own).single_pass
+        if self.sidecar is not None and self.phase is not None:
+            single_pass = self.sidecar.config().single_pass
             if single_pass != bool(ARMS[spec.arm].get("single_pass")):
                 kind = "a single-pass" if single_pass else "the recursive"
                 raise ValueError(
                     f"{self.path}: was trained as {kind} arm and cannot continue as arm "
                     f"'{spec.arm}'"
                 )
-        config = spec.config or RecursiveConfig.from_file(own)
+        config = spec.config or RecursiveConfig.from_file(Path(self.path) / CONFIG_NAME)
         reference = RecursiveConfig.from_dict({**config.to_dict(), **spec.overrides})
         if spec.arm == "vanilla_flops" and reference.single_pass and reference.max_inner_steps == 1:
             raise ValueError(

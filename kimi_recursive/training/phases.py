@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kimi_recursive.data.tokens import token_counts
 from kimi_recursive.data.windows import Window
 from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import (
@@ -104,11 +105,22 @@ def train_phase(
             stack.enter_context(work)
             about = {"phase": spec.phase, "arm": spec.arm, "seed": seed}
             params = about | {"total_steps": budget.num_steps} | settings.to_mapping()
-            paths = {"model_path": parent.path, "base": parent.base, "tokens": files.tokens}
-            paths |= {"recursive_config": Path(parent.path) / CONFIG_NAME, **record.inputs}
+            paths = record.paths(
+                files.tokens,
+                model_path=parent.path,
+                base=parent.base,
+                recursive_config=Path(parent.path) / CONFIG_NAME,
+            )
             tracker = stack.enter_context(
                 ExperimentTracker(
-                    files.work, record.name, record.description, config, params, paths
+                    files.work,
+                    record.name,
+                    record.description
+                    or f"Phase {spec.phase} of the arm {spec.arm} with seed {seed}",
+                    config,
+                    params,
+                    paths,
+                    token_counts(files.tokens),
                 )
             )
         distributed.wait_for_all()

@@ -90,6 +90,8 @@ class Record:
         name: Of the experiment; by default the name of its folder.
         description: What is tested, in words.
         inputs: Further paths to record, by name.
+        tokens_stay: Whether the folder of tokens will still be there, so that its path is worth
+            recording.
         num_kept: Checkpoints to keep beside the best; None for all.
         refuse_others: Raise when the directory holds another computation, instead of starting
             afresh.
@@ -98,5 +100,10 @@ class Record:
     name: str | None = None
     description: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    tokens_stay: bool = True
     num_kept: int | None = NUM_KEPT
     refuse_others: bool = False
+
+    def paths(self, tokens: Path, **more: Any) -> dict[str, Any]:
+        """The paths that the experiment directory records."""
+        return {**more, **({"tokens": tokens} if self.tokens_stay else {}), **self.inputs}

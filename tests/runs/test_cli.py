@@ -13,6 +13,7 @@ from commands import call
 from models import SMALL, make_base, make_wrapper
 
 from kimi_recursive import RecursiveConfig
+from kimi_recursive.model.loading import load_base
 from kimi_recursive.model.sidecar import save_sidecar
 
 
@@ -53,6 +54,34 @@ def test_the_stages_of_the_seed_from_the_command_line(model_dir, monkeypatch, ca
     assert again["perplexity"]["perplexity"] == pytest.approx(base, rel=1e-5)
     documents = pl.read_parquet(model_dir / "out/finetuned_recursive_documents.parquet")
     assert set(documents["step"]) == {0, 1, 2, 3}
+
+
+def test_a_stage_that_the_sidecar_is_not_of_is_refused(model_dir, tmp_path, monkeypatch, capsys):
+    """A trained model once wrote its numbers into after_surgery_results.json."""
+    adapters = make_wrapper(load_base(model_dir / "base"), single_pass=True, max_inner_steps=1)
+    save_sidecar(adapters, tmp_path / "adapters", model_dir / "base", "a")
+    save_sidecar(adapters, tmp_path / "fresh", model_dir / "base")
+    recursive, vanilla = "finetuned_recursive", "finetuned_vanilla or finetuned_vanilla_flops"
+    cases = [
+        (model_dir / "sidecar", ["--stage", "after_surgery"], recursive),
+        (model_dir / "sidecar", ["--stage", "finetuned_vanilla"], recursive),
+        (model_dir / "sidecar", ["--stage", "finetuned_recursive_b"], recursive),
+        (model_dir / "sidecar", ["--stage", "baseline", "--use_recursive"], recursive),
+        (tmp_path / "adapters", ["--stage", "finetuned_recursive"], vanilla),
+        (tmp_path / "fresh", ["--stage", "finetuned_vanilla"], "after_surgery or baseline"),
+    ]
+    for model, (_, stage, *more), message in cases:
+        given = {"--stage": stage, "--model_path": model, "--output_dir": tmp_path / "out"}
+        assert call(monkeypatch, *options(model_dir, **given), *more) == 2, stage
+        error = f"error: --stage {stage}: {model} is of stage {message}\n"
+        assert capsys.readouterr().err.endswith(error), (stage, error)
+    assert not (tmp_path / "out").exists()
+    for model, (_, stage, *more) in [
+        (tmp_path / "adapters", ["--stage", "finetuned_vanilla_flops"]),
+        (tmp_path / "fresh", ["--stage", "baseline", "--use_recursive"]),
+    ]:
+        given = {"--stage": stage, "--model_path": model, "--output_dir": tmp_path / "out"}
+        assert call(monkeypatch, *options(model_dir, **given), *more) == 0, stage
 
 
 def test_user_errors_are_one_line_with_exit_code_2_and_write_nothing(

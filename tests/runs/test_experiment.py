@@ -18,9 +18,10 @@ from models import SMALL, random_ids
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kimi_recursive import ExperimentTracker, RecursiveConfig, load_model_with_config
+from kimi_recursive import ExperimentTracker, RecursiveConfig, data, load_model_with_config
 from kimi_recursive.model.sidecar import Sidecar
 from kimi_recursive.processes.signals import Interrupted
+from kimi_recursive.records.runs import record_of_experiment
 from kimi_recursive.training.loop import Diverged
 
 
@@ -68,7 +69,13 @@ def test_the_directory_of_the_guide(tmp_path):
     metrics = json.loads((folder / "metrics/step_000005.json").read_text())
     assert metrics == {"step": 5, "loss": 2.5, "lr_sidecar": 3e-4}
     assert scalars(folder, "loss") == [(5, 2.5)]
-    assert (folder / "notes/notes.txt").read_text().endswith("] loss plateaued\n")
+    notes = (folder / "notes/notes.txt").read_text()
+    headings = re.findall(r"^\d\. (\w+)", notes, re.MULTILINE)
+    assert headings == [
+        "Hypothesis", "Setup", "Observations", "Issues", "Results", "Conclusions",
+    ]  # fmt: skip
+    assert notes.startswith("1. Hypothesis: what is tested?\ntesting\n\n2. Setup")
+    assert notes.endswith("] loss plateaued\n")
     assert (folder / "notes/issues.txt").read_text().endswith("] out of memory\n")
     sample = json.loads((folder / "notes/generation_samples.jsonl").read_text())
     assert sample == {"step": 5, "prompt": "The", "completion": " state", "token_ids": [1, 2]}
@@ -209,7 +216,7 @@ def test_the_guide_works_as_written(arguments, tmp_path, monkeypatch, capsys):
     scheduler = torch.load(checkpoint_dir / "scheduler.pt", weights_only=True)
     assert scheduler["last_epoch"] == 4
     # Rates on record: those that the steps used.
-    for step, expected_lr in ((2, 3e-4), (4, 3e-4 * (0.1 + 0.9 * 0.5))):
+    for step, expected_lr in ((2, 3e-4), (4, 3e-4)):  # constant after the warm-up
         metrics = json.loads((folder / f"metrics/step_00000{step}.json").read_text())
         assert isinstance(metrics["lr_sidecar"], float)
         assert metrics["lr_sidecar"] == pytest.approx(expected_lr)
@@ -217,6 +224,27 @@ def test_the_guide_works_as_written(arguments, tmp_path, monkeypatch, capsys):
     assert rates.keys() == {2, 3, 4, 6} and rates[2] == pytest.approx(3e-4)
     samples = [json.loads(x) for x in (folder / "notes/generation_samples.jsonl").open()]
     assert [s["step"] for s in samples] == [0, 3, 6] and samples[0]["completion"]
+
+
+def test_the_record_of_a_run_by_hand_has_sizes_and_no_path_that_is_gone(
+    arguments, model_dir, tmp_path, monkeypatch
+):
+    """Without --tokens-dir its tokens are deleted afterwards."""
+    call(monkeypatch, *arguments("trained", description=None))
+    call(monkeypatch, *arguments("scored", recursive_config=tmp_path / "baseline.json"))
+    data.tokenize_corpus(model_dir / "corpus", model_dir / "base", tmp_path / "tokens")
+    kept = arguments("kept", tokens_dir=tmp_path / "tokens", corpus=None)
+    assert call(monkeypatch, *kept) == 0
+    for name in ("trained", "scored", "kept"):
+        run = record_of_experiment(tmp_path / "experiments" / name)["run_data"]
+        found = run["dataset_config"]
+        sizes = [found[f"{part}_size"] for part in ("train", "val", "total")]
+        assert sizes == [3, 1, 5] and found["domain"] == "language_modeling", name
+        assert found["domain_params"]["num_tokens"]["train"] == 84
+        assert ("tokens" in found["paths"]) == (name == "kept")
+        assert all(Path(path).exists() for path in found["paths"].values()), name
+    described = record(tmp_path / "experiments/trained")["description"]
+    assert described == "Phase a of the arm recursive with seed 0"
 
 
 def test_a_cut_off_experiment_goes_on_and_another_is_refused(

@@ -210,13 +210,14 @@ def test_several_processes_share_no_spread_base(tmp_path, monkeypatch):
 
 
 def test_the_command_takes_a_device_map(model_dir, tmp_path, monkeypatch, capsys):
-    arguments = ("evaluate", "--model-path", model_dir / "sidecar", "--stage", "after_surgery",
+    stage = "finetuned_recursive"
+    arguments = ("evaluate", "--model-path", model_dir / "sidecar", "--stage", stage,
                  "--corpus", model_dir / "docs", "--context-length", "16")  # fmt: skip
     for name, extra in {"plain": (), "auto": ("--device-map", "auto")}.items():
         assert call(monkeypatch, *arguments, "--output-dir", tmp_path / name, *extra) == 0
     assert "modules on each device: cpu 1" in capsys.readouterr().err
     one, other = (
-        json.loads(Path(tmp_path / n / "after_surgery_results.json").read_text())["perplexity"]
+        json.loads(Path(tmp_path / n / f"{stage}_results.json").read_text())["perplexity"]
         for n in ("plain", "auto")
     )
     assert one == other
@@ -306,7 +307,7 @@ def test_a_model_goes_where_training_would_put_it(model_dir, monkeypatch, capsys
     state = SimpleNamespace(device=torch.device("cuda:9"))
     monkeypatch.setattr("accelerate.PartialState", lambda: state)
     missing = "error: device cuda:9: "
-    evaluate = ["evaluate", "--stage", "after_surgery", "--corpus", model_dir / "docs"]
+    evaluate = ["evaluate", "--stage", "finetuned_recursive", "--corpus", model_dir / "docs"]
     evaluate += ["--split", "train", "--context-length", 8, "--max-windows", 1]
     evaluate += ["--output-dir", model_dir / "eval", "--model-path"]
     for command in (["generate", "--prompt", "ab", "--model"], evaluate):

@@ -13,10 +13,12 @@ from records import make_results, make_track_b, shipped_config, write_json
 from kimi_recursive.drawing import to_svg
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.settings import Config
-from kimi_recursive.report.answers import summarize
+from kimi_recursive.report.answers import summarize, summary_text
 from kimi_recursive.report.curves import read_curves
+from kimi_recursive.report.matrix_tables import efficiency_table
 from kimi_recursive.report.page import write_report
-from kimi_recursive.report.summary import read_matrix
+from kimi_recursive.report.success import success_table
+from kimi_recursive.report.summary import Matrix, read_matrix
 from kimi_recursive.track_b.publish import read_track_b, summarize_track_b
 
 CONFIG = shipped_config()
@@ -94,7 +96,75 @@ def test_verdicts_come_first_with_interval_and_word(whole, made):
     headings = [e["text"] for e in whole.all("h2")]
     assert headings[0] == "Answers" and "(0)" in headings[-2]
     assert "Zero-init proof (seed 0): PASSED" in whole.text
-    assert "trained and evaluated twice" in whole.text
+
+
+def test_it_opens_with_a_sentence_for_each_question_and_one_picture(whole, tmp_path):
+    questions = [e["text"] for e in whole.all("dt")]
+    assert len(questions) == 5 and all(question.endswith("?") for question in questions)
+    zero, helps, efficient, same, met = (e["text"] for e in whole.all("dd"))
+    assert zero == "Yes: all 1 checks of the proof passed, for seed 0."
+    assert helps.startswith("No: finetuned_recursive_c is better than baseline (-"), helps
+    assert "worse than finetuned_vanilla_flops_c (+" in helps and helps.endswith(", in perplexity.")
+    assert efficient == (
+        "The boundary head would stop finetuned_recursive_c after 1.25 inner steps (target 1 to "
+        "2: cannot miss it, as K is 2); with all of them, a token costs 1.00x the baseline's FLOPs."
+    )
+    assert "trained and evaluated twice" in same
+    assert "refinement_training: validation_loss, met by 8 of 9 runs" in met
+    first = [e["tag"] for e in whole.elements if e["tag"] in ("dl", "svg", "table")][:3]
+    assert first == ["dl", "svg", "table"], "the picture's numbers are behind it, folded"
+    answers = [e["text"] for e in report(tmp_path / "results").all("dd")]
+    assert [a.startswith("Not known: ") for a in answers] == [True, True, True, False, True]
+    assert answers[3] == "Repeated run: missing"
+
+
+def test_tables_that_repeat_a_figure_fold_away_beside_it(whole):
+    folded = {e["text"].strip() for e in whole.all("caption") if "details" in e["inside"]}
+    repeated = {COMPARED, "How many took so many inner steps"}
+    assert repeated | {"Perplexity by inner step, against the baseline"} <= folded
+    pairs = [e for e in whole.all("div") if e["attributes"].get("class") == "pair"]
+    assert len(pairs) == 4, "each with its figure"
+
+
+@pytest.mark.parametrize(("depth", "stopped", "commit", "judged", "generated"), [
+    (4, 1.25, "verified", "within", "4.00, fixed by the config"),
+    (4, 2.5, "verified", "outside", "4.00, fixed by the config"),
+    (2, 1.25, "verified", "cannot miss it, as K is 2", "2.00, fixed by the config"),
+    (4, 1.25, "learned", "within", "4.00"),
+])  # fmt: skip
+def test_efficiency_judges_the_number_that_the_config_does_not_fix(
+    depth, stopped, commit, judged, generated
+):
+    """`verified` runs all K inner steps in every round, so their mean says nothing."""
+    base = {"status": "ok", "stage": "baseline", "forward_flops_per_token": 2e6}
+    row = {
+        "status": "ok", "stage": "finetuned_recursive", "arm": "recursive", "inner_steps": depth,
+        "mean_inner_steps": float(depth), "halting_mean_inner_steps": stopped, "commit": commit,
+        "halting_perplexity": 50.0, "forward_flops_per_token": 9e6,
+    }  # fmt: skip
+    found = efficiency_table(Matrix([base, row], {}, [], None)).rows
+    expected = ["finetuned_recursive", f"{stopped:.2f}", judged, "50.0000", generated, "4.50x"]
+    assert found == [expected]
+
+
+def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
+    config, layout = shipped_config(phases=["a", "b"]), Layout(tmp_path / "results")
+    make_track_b(make_results(layout.folder, config), config)
+    matrix = read_matrix(Config.from_mapping(config), layout)
+    table = success_table(matrix, layout)
+    training, evaluation = table.rows
+    assert training == ["refinement_training: validation_loss", "5 of 6 runs"]
+    assert evaluation == ["refinement_evaluation: perplexity", "6 of 6 runs"]
+    assert table.notes == [f"{training[0]} (below 0) is not met by vanilla_b_s0 (0)."]
+    assert table.to_text() in summary_text(matrix, layout.folder)
+    [*shown, students] = report(layout.folder, config).rows(table.caption)
+    assert [row[0] for row in shown] == [training[0], evaluation[0]]
+    assert students[0] == "embedding_distillation: improves", "1 % of the steps: no more is asked"
+    monkeypatch.chdir(tmp_path)
+    table = success_table(matrix, layout)
+    assert table.rows == [] and table.notes == [
+        "config/criteria.yaml: cannot be read (No such file or directory)"
+    ]
 
 
 def test_every_stage_has_its_interval_against_the_baseline(whole, made):

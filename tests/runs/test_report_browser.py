@@ -14,7 +14,7 @@ ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-WIDTHS = (1280, 390)
+WIDTHS = (1280, 390, 1920)
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
 )
@@ -23,6 +23,10 @@ LEAVES_THE_PAGE = """() => [...document.querySelectorAll('body *')].filter(e =>
     !e.parentElement.closest('.wide, pre')
     && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
 ).map(e => e.outerHTML.slice(0, 80))"""
+SIDE_BY_SIDE = """() => [...document.querySelectorAll('.pair')].filter(e =>
+    e.children.length == 2 && e.querySelector('figure')
+).map(e => e.children[0].getBoundingClientRect().right
+    <= e.children[1].getBoundingClientRect().left)"""
 FIGURES = """() => [...document.querySelectorAll('figure svg')].map(svg => {
     const box = e => { const r = e.getBoundingClientRect();
         return {left: r.left, right: r.right, top: r.top, bottom: r.bottom} };
@@ -104,6 +108,12 @@ def test_the_page_does_not_scroll_sideways(page):
     width = page.evaluate("document.documentElement.clientWidth")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(LEAVES_THE_PAGE) == []
+
+
+def test_figure_and_table_stand_side_by_side_where_the_window_is_wide(page):
+    pairs = page.evaluate(SIDE_BY_SIDE)
+    wide = page.viewport_size["width"] == 1920
+    assert all(side == wide for side in pairs)
 
 
 def test_headings_are_in_order_and_the_contents_lead_to_them(page):

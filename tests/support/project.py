@@ -74,7 +74,7 @@ class Project:
     @classmethod
     def make(cls, folder: Path) -> "Project":
         """A copy of the checkout's workflow with tiny text and config."""
-        for name in ("Snakefile", "rules", "workflow", "profiles", "config", "environment.yml"):
+        for name in ("Snakefile", "rules", "workflow", "profiles", "config"):
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, folder / name)

@@ -126,6 +126,14 @@ def make_training(folder: Path, config: dict, run, rng) -> None:
         "num_trainable_parameters": 848_706, "best_step": steps,
         "settings": config["training"][run.phase], "config": have, "versions": VERSIONS,
     })  # fmt: skip
+    end = 3.93 if (run.arm, run.phase) == ("vanilla", "b") else 3.9
+    validation = [{"step": t, "validation_loss_step_2": 3.93} for t in (0, steps)]
+    write_json(folder / "work/experiment_metadata.json", {
+        "experiment_name": run.key, "status": "completed",
+        "started_at": "2026-11-20T08:00:00+00:00", "ended_at": "2026-11-20T08:01:00+00:00",
+        "training_params": {"phase": run.phase, "arm": run.arm, "seed": run.seed},
+        "final_results": {"best_validation_loss": end, "validation": validation},
+    })  # fmt: skip
     last = f"validation_loss_step_{1 if run.arm.startswith('vanilla') else 2}"
     write_parquet(folder / "train_logs.parquet", {
         "step": range(steps + 1), "tokens": [None, *(1024 * t for t in range(1, steps + 1))],
@@ -150,6 +158,12 @@ def make_track_b(results: Path, config: dict, num_queries: int = 20) -> Path:
             write_json(folder / f"students/{key}/logs/train_summary.json", {
                 "seed": seed, "hyperparameters": experiment.settings, "versions": VERSIONS,
                 "started_at": "2026-11-20T11:50:57+00:00", "status": "completed",
+            })  # fmt: skip
+            write_json(folder / f"students/{key}/work/experiment_metadata.json", {
+                "experiment_name": key, "status": "completed",
+                "started_at": "2026-11-20T11:50:57+00:00", "ended_at": "2026-11-20T11:51:00+00:00",
+                "training_params": experiment.settings, "paths": {"teacher": "track_b/teacher"},
+                "final_results": {"best_step": steps, "best_vs_teacher_recall@10": 0.7},
             })  # fmt: skip
             table = make_scores(rng, key, 0.7, num_queries)
             table.write_parquet(folder / f"students/{key}/evaluation.parquet")

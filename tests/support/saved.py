@@ -29,7 +29,7 @@ def tokens_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
-    """A Llama with a byte-level tokenizer of 300 tokens, a sidecar, and the documents."""
+    """A Llama with a byte-level tokenizer of 300 tokens, a sidecar of phase a, the documents."""
     root = tmp_path_factory.mktemp("cli")
     (root / "docs").mkdir()
     for i in range(5):
@@ -41,7 +41,7 @@ def model_dir(tmp_path_factory) -> Path:
     data.prepare_corpus(corpus, root / "corpus")
     data.train_tokenizer(root / "corpus", root / "tokenizer", TokenizerSettings(280))
     load_tokenizer(root / "tokenizer").save_pretrained(root / "base")
-    save_sidecar(perturb(make_wrapper(base)), root / "sidecar", root / "base")
+    save_sidecar(perturb(make_wrapper(base)), root / "sidecar", root / "base", "a")
     return root
 
 

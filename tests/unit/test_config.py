@@ -146,8 +146,7 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
     settings["base"]["kind"] = "scrach"
     settings["seeds"] = [1, 1]
     assert errors_of(settings) == [
-        "config: unknown key 'evalution'; did you mean 'evaluation'?",
-        "config: key 'evaluation' is missing",
+        "config: unknown key 'evalution'; did you mean 'evaluation'? (config lacks evaluation)",
         "base.kind: must be one of scratch, pretrained, got 'scrach'",
         "seeds: must be a list without repetition, got [1, 1]",
         "training.a.lr: must be above 0, got 0",
@@ -198,6 +197,31 @@ def test_single_errors_of_the_workflow_config(settings, path, value, error):
     node[key] = value
     lines = errors_of(settings)
     assert len(lines) == 1 and error in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "start", "end"),
+    [
+        ("base", {"a": 1}, "base: unknown key 'a'; allowed:", " and 5 more)"),
+        ("training", {"a": {"a": {"a": 1}}}, "training.a: unknown key 'a'; allowed:", " more)"),
+        ("training", {}, "training: lacks a, b, c", ""),
+        ("base", "x" * 10_000, "base: must be of type object, got 'xxx", "x…"),
+        ("recursive", {"x" * 10_000: 1}, "recursive: unknown key 'xxx", "use_token_feedback"),
+        ("recursive", {"d_state": "x" * 10_000}, "recursive: d_state must be an int", "x…"),
+        ("tokenizer", {"x" * 10_000: {}}, "tokenizer: unknown key 'xxx", "lacks vocab_size)"),
+        ("corpus", {"source": []}, "corpus.source: must be", "text_field, validation)"),
+    ],
+)
+def test_one_wrong_section_is_one_short_line(settings, section, value, start, end):
+    settings[section] = value
+    [line] = errors_of(settings)
+    assert line.startswith(start) and line.endswith(end) and len(line) < 700, line
+
+
+def test_a_path_that_is_too_long_for_a_file_is_cut(settings):
+    settings["base"] |= {"kind": "pretrained", "path": "x" * 10_000}
+    [line] = errors_of(settings)
+    assert line.startswith("base.path: no such directory: xxx") and len(line) < 200
 
 
 def test_every_unknown_recursive_key_is_named(settings):
@@ -293,7 +317,7 @@ def test_the_readme_shows_every_column_of_the_sheet_with_its_default():
             assert f"| `{shown}` |" in rows[name], name
 
 
-def test_environment_yml_and_pyproject_hold_the_same_set():
+def test_the_environments_of_conda_and_pip_hold_the_same_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     pins = (ROOT / "constraints.txt").read_text().splitlines()
@@ -306,7 +330,10 @@ def test_environment_yml_and_pyproject_hold_the_same_set():
             else:
                 wanted.add(requirement)
     wanted = {pinned.get(re.match(r"[\w-]+", name)[0], name) for name in wanted}
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "workflow/environment.yml").read_text())
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     assert sorted(pip) == sorted(wanted)
+    assert {*extras["slurm"]} <= wanted, "snakemake --profile profiles/slurm works after make env"
+    whole = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert whole["dependencies"][-1] == {"pip": ["-c constraints.txt", "-e .[all]"]}
     assert f"python{project['requires-python']}" in environment["dependencies"]

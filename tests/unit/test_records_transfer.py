@@ -11,6 +11,8 @@ from project import ROOT
 
 from kimi_recursive.records import append_records, read_records, validate
 from kimi_recursive.records.criteria import check_records, read_criteria
+from kimi_recursive.records.kinds import complete
+from kimi_recursive.records.transfer import merge
 
 OLD = [
     {
@@ -126,6 +128,15 @@ def test_logs_are_merged_by_content(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, "log", "merge", here, "--into", here) == 0  # nothing new in itself
 
 
+def test_a_field_that_is_null_is_as_good_as_missing(tmp_path):
+    """Logs of before have no null for what was not measured."""
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    append_records(here, [training("old")])
+    append_records(there, [complete(training("old"))])
+    merged = merge([str(there)], here)
+    assert (merged.num_same, merged.new, merged.conflicts) == (1, [], [])
+
+
 def test_a_log_is_merged_from_a_url(tmp_path, monkeypatch, capsys):
     append_records(tmp_path / "there.jsonl", [BASELINE, baseline("b")])
     with fsspec.open("memory://volume/baselines.jsonl", "wb") as file:
@@ -230,6 +241,8 @@ def test_a_run_is_held_against_the_best_before_it_that_is_comparable():
         ("t: {a: {field: x, above: 1, below: 2}}", "t.a: must have one of"),
         ("t: {a: {field: x, above: best}}", "t.a: above must be a number, got 'best'"),
         ("t: {a: {field: x, abovee: 1}}", "t.a: unknown key 'abovee'"),
+        ("t: {a: {field: x, above: 1, where_at_least: 3}}", "must map fields to numbers, got 3"),
+        ("t: {a: {field: x, above: 1, where_at_least: {n: many}}}", "must map fields to numbers"),
         ("t: 3", "t.: must have a 'field'"),
         ("- t", "not a YAML mapping, but list"),
     ],
@@ -237,6 +250,26 @@ def test_a_run_is_held_against_the_best_before_it_that_is_comparable():
 def test_bad_criteria_are_one_line(tmp_path, text, expected):
     (tmp_path / "criteria.yaml").write_text(text)
     assert expected in error_of(read_criteria, tmp_path / "criteria.yaml")
+
+
+def test_a_criterion_is_asked_of_runs_that_are_long_enough():
+    """A student with 1 % of the sheet's steps is not asked for the recall of the whole length."""
+    criteria = read_criteria(ROOT / "config/criteria.yaml")
+    records = [
+        training(
+            name,
+            experiment_type="embedding_distillation",
+            best_step=steps,
+            hyperparameters={"steps": steps},
+            final_metrics={"best_vs_teacher_recall@10": 0.84},
+        )
+        for name, steps in (("short", 80), ("long", 8000))
+    ]
+    assert results(records, criteria) == {
+        ("short", "improves"): "passed",
+        ("long", "improves"): "passed",
+        ("long", "recall@10"): "failed",
+    }
 
 
 def test_the_projects_criteria_are_valid_and_have_the_guides_types():

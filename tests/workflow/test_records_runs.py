@@ -1,5 +1,6 @@
 """What the workflow ran is in the logs, each run once."""
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from project import ONLY_A
 
 from kimi_recursive.files import git_state
 from kimi_recursive.records import read_records, validate
+from kimi_recursive.records.kinds import BASELINES, TRAINING_LOG
 from kimi_recursive.records.runs import record_of_experiment, record_runs
 from kimi_recursive.training.experiment import ExperimentTracker
 
@@ -54,6 +56,16 @@ def test_summarize_records_every_run_of_the_matrix_once(copy):
 
 
 @pytest.mark.workflow
+def test_every_field_of_the_schema_is_there(copy):
+    """The guide's snippets name fields that language models have no number for."""
+    for path, kind in zip(logs(copy.folder), (BASELINES, TRAINING_LOG), strict=True):
+        for record in read_records(path):
+            for field in kind.fields:
+                *parents, name = field.split(".")
+                assert name in functools.reduce(dict.__getitem__, parents, record), field
+
+
+@pytest.mark.workflow
 def test_a_failed_training_is_recorded_with_its_error(copy):
     _, training_log = logs(copy.folder)
     broken = {**ONLY_A, "training": {**ONLY_A["training"]}}
@@ -89,7 +101,9 @@ def test_jobs_that_failed_without_a_record_of_their_own_are_recorded(tmp_path, m
     [evaluation] = read_records(baselines)
     assert evaluation["status"] == "failed" and evaluation["error_message"] == "no such layer"
     assert evaluation["timestamp"] == "2023-11-14T22:13:20+00:00"
+    assert evaluation["metrics"]["balance_delta"] is evaluation["notes"] is None
     [run] = read_records(training_log)
+    assert run["run_data"]["final_metrics"]["accuracy"] is run["run_data"]["pid"] is None
     assert run["run_data"]["run_id"] == "vanilla_b_s0_20231114T221320"
     assert run["run_data"]["error_message"] == "no such layer"
 

@@ -94,7 +94,7 @@ def test_three_students_for_four_seeds_and_all_files_of_the_guide(whole):
     for name, seeds in (("one", "0"), ("both", "0,1")):
         run_id = f"trackB_v1_{name}_s12_seeds{seeds}_tau0.07_m32_q50"
         assert rows[name]["run_id"].startswith(f"{run_id}_20")
-        folder = whole.path(f"{FOLDER}/runs/{run_id}")
+        folder = whole.path(f"{FOLDER}/runs/{rows[name]['run_id']}")
         logs = pl.read_parquet(folder / "logs/train_logs.parquet")
         assert logs["seed"].unique().to_list() == [int(seed) for seed in seeds.split(",")]
         lines = (folder / "logs/train_logs.jsonl").read_text().splitlines()
@@ -122,6 +122,7 @@ def test_a_dry_run_writes_nothing(copied):
     done = track_b(copied, "--dry-run", "--configfile", "tiny.yaml")
     assert done.returncode == 0 and "train_student" in done.stdout + done.stderr
     assert done.stderr.count("missing_logs, not started") == 3
+    assert " (one, both)  missing_logs" in done.stderr and " (v2)  missing_logs" in done.stderr
     assert not copied.path("results").exists()
 
 
@@ -157,7 +158,18 @@ def test_runs_without_success_are_trained_again_the_others_are_not(copied):
     assert "(none)" in copied.path(f"{FOLDER}/summary.txt").read_text()
 
 
-def test_quick_runs_have_a_summary_of_their_own(copied):
+def test_a_run_without_its_parquet_is_run_by_the_driver_as_by_the_plan(copied):
+    """Its JSON lines are a success, but the workflow waits for the parquet."""
+    (students(copied)[0] / "logs/train_logs.parquet").unlink()
+    assert "train_student" in copied.planned("track_b")
+    done = track_b(copied, "-d", "--configfile", "tiny.yaml")
+    assert done.returncode == 0 and "success, train_logs.parquet is missing" in done.stderr
+    assert done.stderr.count("run  ") == 1 and done.stderr.count("skip ") == 2
+
+
+def test_quick_runs_have_a_summary_of_their_own_and_no_record(copied):
+    log = copied.path("experiments/training_log.jsonl")
+    recorded = log.read_text()
     before = copied.path(f"{FOLDER}/summary.csv").read_bytes()
     done = track_b(copied, "-q", "--configfile", "tiny.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -166,6 +178,7 @@ def test_quick_runs_have_a_summary_of_their_own(copied):
     quick = copied.path("results/track_b_quick/runs")
     names = [path.name for path in quick.iterdir() if path.is_dir()]
     assert len(names) == 3 and all("_s10_" in name for name in names)
+    assert len(students(copied)) == 6 and log.read_text() == recorded
 
 
 def test_force_trains_everything_again_and_keeps_the_old_until_then(copied):
@@ -250,6 +263,7 @@ def test_by_hand_with_the_variables_of_the_guide(tmp_path, call_in):
     assert "wrote runs/my_custom_run" in printed
     summary = json.loads((tmp_path / "runs/my_custom_run/logs/train_summary.json").read_text())
     assert summary["status"] == "success" and list(summary["seeds"]) == ["2", "3"]
+    assert summary["run_id"] == "my_custom_run"
     used = summary["seeds"]["2"]["hyperparameters"]
     assert {k: used[k] for k in (*V1, "tau", "lr_schedule")} == {
         "steps": 9, "warmup": 3, "save_every": 3, "eval_every": 3, "dim": 6, "hidden": 16,
