@@ -50,6 +50,11 @@ def surgery_evaluation(wildcards):
     return LAYOUT.evaluation(runs.surgery_name(CONFIG, ZERO_INIT[wildcards.proof]))
 
 
+def gate(wildcards):
+    """The proof that a training needs. Ancient: a proof that is made again retrains nothing."""
+    return ancient(LAYOUT.proof(runs.zero_init_name(CONFIG, training(wildcards).seed)))
+
+
 def asked_for(rule):
     """Whether this summary itself was asked for, of whatever exists."""
     return rule in workflow.dag_settings.targets

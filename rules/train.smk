@@ -3,7 +3,7 @@ rule train_phase:
         tokens=rules.tokenize_corpus.output,
         base=LAYOUT.base.model,
         parent=lambda wildcards: artefacts.parent_of(training(wildcards), LAYOUT),
-        proof=lambda wildcards: LAYOUT.proof(runs.zero_init_name(CONFIG, training(wildcards).seed)),
+        proof=gate,
     output:
         sidecar=directory(LAYOUT.run("{key}").sidecar),
         logs=LAYOUT.run("{key}").logs,

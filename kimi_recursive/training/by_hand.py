@@ -15,12 +15,12 @@ from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import NUMERICS_VERSION, write_parquet
 from kimi_recursive.layout import RunFolder
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig, get_phase_a_config
+from kimi_recursive.model.digests import model_digest
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.sidecar import SIDECAR_NAME, base_of
 from kimi_recursive.processes.signals import Interrupted, stop_signals
-from kimi_recursive.training.batches import Batches, check_windows
+from kimi_recursive.training.batches import Batches, check_windows, token_digests
 from kimi_recursive.training.checkpoint import WorkDirectory
-from kimi_recursive.training.digests import model_digest, token_digests
 from kimi_recursive.training.experiment import METADATA_NAME, ExperimentTracker
 from kimi_recursive.training.objective import build_objective
 from kimi_recursive.training.phases import train_phase
