@@ -28,7 +28,6 @@ localrules:
     compare_repeat,
     summarize,
     plot_perplexity_by_step,
-    summarize_track_b,
     report,
 
 

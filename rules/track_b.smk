@@ -158,6 +158,7 @@ rule summarize_track_b:
         ),
     log:
         LAYOUT.log("summarize_track_b"),
+    localrule: True  # too light for a job of its own on a cluster
     conda:
         "../environment.yml"
     params:

@@ -55,7 +55,9 @@ def score_windows(
     columns = ("document", "start", "chunk", "step", "num_tokens", "loss_sum", "num_correct",
                "p_commit", "seconds")  # fmt: skip
     rows: dict[str, list] = {name: [] for name in columns}
-    bar = tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress)
+    bar = tqdm(
+        total=len(windows), desc="evaluate", unit="window", disable=None if progress else True
+    )
     for batch in batches(windows, batch_size):
         inputs = torch.from_numpy(np.stack([w.inputs for w in batch])).to(wrapper.device)
         targets = torch.from_numpy(np.stack([w.targets for w in batch])).to(wrapper.device)

@@ -120,7 +120,9 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
     ):
         tracker.start_afresh()
         [validation] = losses_by_step(wrapper, batches.validation, settings.batch_size)
-        for step in tqdm(range(num_steps), desc="baseline", unit="step", mininterval=2.0):
+        for step in tqdm(
+            range(num_steps), desc="baseline", unit="step", mininterval=2.0, disable=None
+        ):
             if arrived:
                 raise Interrupted(step)
             batch = batches.at(step, wrapper.device)
