@@ -31,6 +31,11 @@ localrules:
     report,
 
 
+# Snakemake itself says only that jobs failed.
+onerror:
+    say_why_it_stopped(log)
+
+
 rule all:
     default_target: True
     input:

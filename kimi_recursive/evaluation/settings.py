@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-GENERATION_KEYS = ("prompts", "max_new_tokens")
+PROMPT_KEYS = ("prompts", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EvaluationSettings:
 
     def scoring(self) -> dict[str, Any]:
         """The settings that decide scores: all but those of generations."""
-        return {k: v for k, v in self.to_dict().items() if k not in GENERATION_KEYS}
+        return {k: v for k, v in self.to_dict().items() if k not in PROMPT_KEYS}
 
 
 @dataclass(frozen=True)
