@@ -20,9 +20,9 @@ SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(C
 	$(if $(GPUS),--resources gpu=$(GPUS))
 SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 
-.PHONY: all check test test-fast test-slow test-slurm mutants env lint dry-run summarize report unlock clean config
+.PHONY: all check test test-fast test-slow test-slurm mutants env lint dry-run summarize report unlock unlocked clean config
 
-all: env config
+all: env config unlocked
 	$(SNAKEMAKE) all
 
 # Lint and tests side by side, for two cores.
@@ -62,6 +62,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
 	@touch $@
 
+# Snakemake's own message about a lock is long, and does not know `make unlock`.
+unlocked:
+	@! ls .snakemake/locks/* >/dev/null 2>&1 || { echo 'error: Snakemake is running in this' \
+		'folder, or was killed there; after a kill: make unlock' >&2; exit 2; }
+
 config:
 	@test -z '$(CONFIG)' || test -f '$(CONFIG)' \
 		|| { echo 'error: CONFIG=$(CONFIG): no such file' >&2; exit 2; }
@@ -77,10 +82,10 @@ lint: env
 dry-run: env config
 	$(SNAKEMAKE) --dry-run all
 
-summarize: env config
+summarize: env config unlocked
 	$(SNAKEMAKE) summarize
 
-report: env config
+report: env config unlocked
 	$(SNAKEMAKE) report
 	@echo results/report.html
 

@@ -28,6 +28,11 @@ localrules:
     track_b,
 
 
+# Snakemake itself says only that jobs failed.
+onerror:
+    say_why_it_stopped(log)
+
+
 rule all:
     default_target: True
     input:

@@ -71,6 +71,7 @@ class BaseFolder(Folder):
 
     model = _at("model")
     logs = _at("train_logs.parquet")
+    published = _at("published")
     work = Part("work", WorkFolder)
 
 
@@ -80,6 +81,7 @@ class RunFolder(Folder):
     sidecar = _at("sidecar")
     logs = _at("train_logs.parquet")
     summary = _at("train_summary.json")
+    published = _at("published")
     work = Part("work", WorkFolder)
 
 
@@ -96,6 +98,10 @@ class EvaluationFiles(Folder):
     @property
     def documents(self) -> Path:
         return self.folder / f"{self.name}_documents.parquet"
+
+    @property
+    def published(self) -> Path:
+        return self.folder / "published" / self.name
 
     @classmethod
     def all_in(cls, folder: Path) -> list[EvaluationFiles]:

@@ -9,10 +9,14 @@ from collections.abc import Iterable
 
 def unknown_key_message(key: str, allowed: Iterable[str], where: str) -> str:
     """One line that names an unknown key, where it stands, and the nearest valid one."""
-    allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(allowed)}"
-    return f"{where}: unknown key {shown(key)}; {hint}"
+    return f"{where}: unknown key {shown(key)}; {did_you_mean(key, allowed, 'allowed')}"
+
+
+def did_you_mean(word: str, known: Iterable[str], title: str) -> str:
+    """The nearest known word as a question; where none is near, `title` and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"{title}: {', '.join(known)}"
 
 
 WIDTH = 100

@@ -8,6 +8,7 @@ from kimi_recursive.files import NUMERICS_VERSION
 from kimi_recursive.matrix import artefacts, expected, runs
 from kimi_recursive.matrix.settings import Config, composition_config, validate_settings
 from kimi_recursive.records.criteria import CRITERIA_PATH
+from kimi_recursive.processes.logs import INTERRUPTED
 from kimi_recursive.track_b.sheet import neighbour_settings, runs_of, select_experiments
 
 try:
@@ -53,13 +54,15 @@ def evaluation(wildcards):
     return EVALUATIONS[wildcards.name]
 
 
-def surgery_evaluation(wildcards):
-    return LAYOUT.evaluation(runs.surgery_name(CONFIG, ZERO_INIT[wildcards.proof]))
-
-
 def asked_for(rule):
     """Whether this summary itself was asked for, of whatever exists."""
     return rule in workflow.dag_settings.targets
+
+
+def say_why_it_stopped(log):
+    """Above Snakemake's last lines: whether the user stopped it. `log` is Snakemake's own."""
+    if "on user request" in Path(log).read_text(encoding="utf-8", errors="replace"):
+        print(INTERRUPTED, file=sys.stderr)
 
 
 def needs(rule, *paths):

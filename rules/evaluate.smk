@@ -37,10 +37,6 @@ rule compare_zero_init:
         tokens=rules.tokenize_corpus.output,
         base=LAYOUT.base.model,
         surgery=lambda wildcards: LAYOUT.surgery(ZERO_INIT[wildcards.proof]),
-        baseline_results=LAYOUT.evaluation("baseline").results,
-        baseline_documents=LAYOUT.evaluation("baseline").documents,
-        surgery_results=lambda wildcards: surgery_evaluation(wildcards).results,
-        surgery_documents=lambda wildcards: surgery_evaluation(wildcards).documents,
     output:
         proof=report(
             LAYOUT.proof("{proof}"),
@@ -58,8 +54,6 @@ rule compare_zero_init:
     resources:
         gpu=CONFIG.resources.gpus_per_evaluation,
     params:
-        surgery=lambda wildcards: surgery_evaluation(wildcards).name,
-        evaluation=CONFIG.evaluation.to_dict(),
         load=LOAD,
         numerics=NUMERICS_VERSION,
     script:

@@ -158,7 +158,7 @@ rule summarize_track_b:
         ),
     log:
         LAYOUT.log("summarize_track_b"),
-    localrule: True
+    localrule: True  # too light for a job of its own on a cluster
     conda:
         "../workflow/environment.yml"
     params:

@@ -3,6 +3,7 @@ rule train_phase:
         tokens=rules.tokenize_corpus.output,
         base=LAYOUT.base.model,
         parent=lambda wildcards: artefacts.parent_of(training(wildcards), LAYOUT),
+        # Made of what the training is made of, so that nothing else retrains.
         proof=lambda wildcards: LAYOUT.proof(runs.zero_init_name(CONFIG, training(wildcards).seed)),
     output:
         sidecar=directory(LAYOUT.run("{key}").sidecar),

@@ -87,7 +87,7 @@ def evaluate(
         raise ValueError("--recursive-config and --use_recursive exclude each other")
     config = read_recursive_config(recursive_config)
     quiet_libraries()
-    from kimi_recursive.evaluation.scores import evaluate_stage
+    from kimi_recursive.evaluation.stage import evaluate_stage
     from kimi_recursive.layout import SIDECAR_NAME
     from kimi_recursive.model.loading import local_model
     from kimi_recursive.model.sidecar import Sidecar

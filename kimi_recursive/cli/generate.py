@@ -42,13 +42,18 @@ def generate(
         int | None,
         typer.Option(min=0, help="Inner steps of --commit verified. Default: the model's."),
     ] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample, not greedy.")] = False,
+    sample: Annotated[
+        bool, typer.Option("--sample", "--do-sample", help="Sample, not greedy.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="For --sample.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="For --sample; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(help="For --sample.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="For --sample.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the continuation; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--stop", "--stop-strings", help="A text that ends the continuation; repeatable."
+        ),
     ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Print tokens as they are committed; one prompt only.")
@@ -68,7 +73,8 @@ def generate(
     """Continue prompts; statistics go to standard error.
 
     --compare shows what the base generates beside what the refined model does, how many tokens
-    agree, and how fast each is. With --commit learned, verified generation is shown as well.
+    of each prompt agree (not with --sample), and how fast each is. With --commit learned, verified
+    generation is shown as well.
     """
     if commit not in (None, *COMMIT_MODES):
         raise ValueError(f"--commit: must be one of {', '.join(COMMIT_MODES)}, got '{commit}'")
@@ -115,10 +121,10 @@ def generate(
             typer.echo(f"> {text}\n{side_by_side(texts)}\n")
         for name, run in runs.items():
             typer.echo(f"{name}: {run.summary()}", err=True)
-            if name != "base":
+            if name != "base" and not sample:  # two samples need not agree
                 other = "verified" if name == "learned" else "base"
                 same = agreement(run.tokens, runs[other].tokens)
-                typer.echo(f"  the first {same} tokens equal those of {other}", err=True)
+                typer.echo(f"  the first tokens equal those of {other}: {same}", err=True)
         return
     if stream:
         from transformers import TextStreamer
@@ -170,7 +176,7 @@ def _run(
 
     from kimi_recursive.evaluation.scores import prompt_ids
     from kimi_recursive.model.generation import plain_generation
-    from kimi_recursive.model.loading import check_context
+    from kimi_recursive.model.loop import check_context
 
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows))
@@ -200,13 +206,13 @@ def _run(
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> str:
-    """`n of m`: n tokens, counted from the start of each prompt, are the same in both runs."""
+    """`n of m` for each prompt: its first n tokens are the same in both runs."""
     num_same = [
         sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
         for a, b in zip(ours, theirs, strict=True)
     ]
-    total = sum(max(len(a), len(b)) for a, b in zip(ours, theirs, strict=True))
-    return f"{sum(num_same)} of {total}"
+    totals = [max(len(a), len(b)) for a, b in zip(ours, theirs, strict=True)]
+    return ", ".join(f"{n} of {total}" for n, total in zip(num_same, totals, strict=True))
 
 
 def side_by_side(texts: dict[str, str], width: int | None = None) -> str:

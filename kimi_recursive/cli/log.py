@@ -27,6 +27,7 @@ Domain = Annotated[
 ]
 Type = Annotated[str | None, typer.Option("--type", help="Only this experiment type.")]
 Metric = Annotated[str | None, typer.Option(help="A field that holds a number.")]
+Json = Annotated[bool, typer.Option("--json", help="A JSON object for each row.")]
 Where = Annotated[list[str] | None, typer.Option(help="FIELD=VALUE; repeatable: all must hold.")]
 
 
@@ -117,6 +118,7 @@ def query(
     format_: Annotated[
         str, typer.Option("--format", help="table, or json: the records, one per line.")
     ] = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
 ) -> None:
     """List the records that match, in the order of the log."""
     from kimi_recursive.records import query, table
@@ -134,7 +136,7 @@ def query(
     found = query.select(log, wanted, numbers=[shown])
     _warn(log, found.problems)
     rows = found.rows if limit is None else found.rows.tail(limit)
-    if format_ == "json":
+    if as_json or format_ == "json":
         for line in table.matching_lines(log, rows[table.ROW].to_list()):
             typer.echo(line)
     else:
@@ -157,6 +159,7 @@ def best(
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many to show.")] = 1,
+    as_json: Json = False,
 ) -> None:
     """Show the best run by a metric. Failed runs do not count."""
     from kimi_recursive.records import query
@@ -169,7 +172,7 @@ def best(
     if found.rows.is_empty():
         raise ValueError(f"{log}: no matching run has a number in '{metric}'")
     typer.echo(f"{'lowest' if lowest else 'highest'} {metric} of {found.rows.height}", err=True)
-    _print_runs(found.rows.head(top), metric)
+    _print_runs(found.rows.head(top), metric, as_json)
 
 
 @app.command()
@@ -182,13 +185,14 @@ def compare(
     domain: Domain = None,
     type_: Type = None,
     where: Where = None,
+    as_json: Json = False,
 ) -> None:
     """Group runs by a field: count, and mean, spread and best of each metric."""
     from kimi_recursive.records import query
 
     wanted = query.Filter(domain=domain, type=type_, where=_where(where))
     rows = query.compare(log, by, metric or [query.default_metric(log)], wanted)
-    _print_table(rows.columns, 1, rows.iter_rows())
+    _print_table(rows.columns, 1, rows.iter_rows(), as_json)
 
 
 @app.command()
@@ -231,6 +235,7 @@ def check(
     ] = Path("config/criteria.yaml"),
     type_: Type = None,
     run_id: Annotated[str | None, typer.Option("--id", help="Only this run.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Check runs against the success criteria of their experiment type.
 
@@ -247,7 +252,8 @@ def check(
     if not checks:
         raise ValueError(f"{log}: no matching run has ended and is of a type in {criteria}")
     columns = ("run_id", "criterion", "result", "value", "wanted")
-    _print_table(columns, 2, [[getattr(found, name) for name in columns] for found in checks])
+    rows = [[getattr(found, name) for name in columns] for found in checks]
+    _print_table(columns, 2, rows, as_json)
     num_failed = sum(c.result == FAILED for c in checks)
     typer.echo(f"{len(checks)} criteria, {num_failed} failed", err=True)
     raise SystemExit(1 if num_failed else 0)
@@ -356,16 +362,23 @@ def _warn(log: Path, problems: tuple[str, ...]) -> None:
         typer.echo(f"warning: {log}: {problem}", err=True)
 
 
-def _print_runs(rows: Any, metric: str) -> None:
+def _print_runs(rows: Any, metric: str, as_json: bool = False) -> None:
     from kimi_recursive.records.views import times
 
     columns = ("run_id", "domain", "status", "end (UTC)", metric)
     rows = rows.with_columns(times().alias("end (UTC)")).select(columns)
-    _print_table(columns, 1, rows.iter_rows())
+    _print_table(columns, 1, rows.iter_rows(), as_json)
 
 
-def _print_table(columns: Sequence[str], names: int, rows: Iterable[Sequence[Any]]) -> None:
+def _print_table(
+    columns: Sequence[str], names: int, rows: Iterable[Sequence[Any]], as_json: bool = False
+) -> None:
     """The first `names` columns tell rows apart; a narrow terminal cuts them last."""
+    if as_json:
+        for row in rows:
+            found = dict(zip(columns, row, strict=True))
+            typer.echo(json.dumps(found, ensure_ascii=False, default=str))
+        return
     from kimi_recursive.tables import NAME, TEXT, Column, Table
 
     kinds = [NAME if number < names else TEXT for number in range(len(columns))]

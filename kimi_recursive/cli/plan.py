@@ -13,7 +13,12 @@ GIB = 2**30
 
 def plan(
     config: Annotated[
-        Path | None, typer.Option(help="YAML with the keys that differ from config/config.yaml.")
+        Path | None,
+        typer.Option(
+            "--configfile",
+            "--config",
+            help="YAML with the keys that differ from config/config.yaml.",
+        ),
     ] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of one GPU, in GiB.")] = 80.0,
     tflops: Annotated[
@@ -44,7 +49,7 @@ def plan(
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}: must be above 0, got {value}")
     if config is not None and not config.is_file():
-        raise ValueError(f"{config}: no such file (--config)")
+        raise ValueError(f"{config}: no such file (--configfile)")
     from kimi_recursive.matrix.settings import read_config
     from kimi_recursive.processes.logs import quiet_libraries
 

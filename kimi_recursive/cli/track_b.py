@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 LAYOUT = Layout()
 JOB_FAILED = 1  # Snakemake's exit code
+INTERRUPTED_EXIT_CODE = 130  # as shells have it
+LOCKED = "Snakemake is running in this folder, or was killed there; after a kill: make unlock"
 
 
 @app.callback(invoke_without_command=True)
@@ -97,10 +99,15 @@ def drive(
 
 
 def _call(command: list[str]) -> int:
-    try:
-        return subprocess.run(command).returncode
-    except KeyboardInterrupt:  # Snakemake and its jobs get it too, and write a checkpoint
-        return 130
+    process, interrupted = subprocess.Popen(command), False
+    while (code := process.poll()) is None:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # Snakemake and its jobs get it too, and write a checkpoint
+            interrupted = True
+    if code and any(Path(".snakemake/locks").glob("*")):
+        typer.echo(f"error: {LOCKED}", err=True)
+    return INTERRUPTED_EXIT_CODE if interrupted else code
 
 
 def _failures(states: Mapping[str, tuple[str, str]], since: float) -> tuple[list[str], bool]:

@@ -19,12 +19,8 @@ from torch import Tensor
 
 from kimi_recursive.kimi.switch import uninstall_fast_kda
 from kimi_recursive.model.config import COMMIT_MODES
-from kimi_recursive.model.loading import (
-    check_context,
-    load_model_with_config,
-    load_tokenizer,
-    local_model,
-)
+from kimi_recursive.model.loading import load_model_with_config, load_tokenizer, local_model
+from kimi_recursive.model.loop import check_context
 from kimi_recursive.model.output import GenerationOptions
 from kimi_recursive.model.sidecar import Sidecar, base_of
 

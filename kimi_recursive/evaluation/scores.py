@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,20 +14,19 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from kimi_recursive.data.tokens import TokenSplit, load_tokens
+from kimi_recursive.data.tokens import TokenSplit
 from kimi_recursive.data.windows import Window, document_windows
 from kimi_recursive.evaluation.bootstrap import wilson_interval
 from kimi_recursive.evaluation.flops import forward_flops_per_token
-from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
-from kimi_recursive.files import git_state, versions, write_json, write_parquet
-from kimi_recursive.layout import EvaluationFiles
-from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.model.generation import plain_generation
-from kimi_recursive.model.loading import check_context, load_model_with_config
-from kimi_recursive.model.placement import placed
+from kimi_recursive.model.loop import check_context
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
+
+Scored = tuple[dict[str, Any], pl.DataFrame]  # results, and scores by document
 
 
 def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
@@ -66,7 +63,9 @@ def score_windows(
     columns = ("document", "start", "chunk", "step", "num_tokens", "loss_sum", "num_correct",
                "p_commit", "seconds")  # fmt: skip
     rows: dict[str, list] = {name: [] for name in columns}
-    bar = tqdm(total=len(windows), desc="evaluate", unit="window", disable=not progress)
+    bar = tqdm(
+        total=len(windows), desc="evaluate", unit="window", disable=None if progress else True
+    )
     for batch in batches(windows, batch_size):
         inputs = torch.from_numpy(np.stack([w.inputs for w in batch])).to(wrapper.device)
         targets = torch.from_numpy(np.stack([w.targets for w in batch])).to(wrapper.device)
@@ -209,9 +208,16 @@ def _counts(inner_steps: Iterable[int], last: int) -> list[int]:
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, behind the tokenizer's bos where it has one."""
+    """Token ids of a prompt, behind the tokenizer's bos where it has one.
+
+    Raises:
+        ValueError: there is no token.
+    """
     ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    if not ids:
+        raise ValueError(f"prompt {prompt!r}: has no token; this model needs at least one")
+    return ids
 
 
 def generate_samples(
@@ -285,32 +291,13 @@ def written_answers(
     return pl.DataFrame(found, schema={"document": pl.Int64, "written_at": pl.Int64})
 
 
-def evaluate_model(
+def _score(
     wrapper: ChunkRefineWrapper,
-    tokenizer,
     split: TokenSplit,
     settings: EvaluationSettings,
-    depths: Sequence[int] = (),
-) -> tuple[dict[str, Any], pl.DataFrame]:
-    """Evaluate one model on held-out documents.
-
-    Args:
-        depths: Numbers of inner steps to score beside 0..K; they do not count in the throughput.
-
-    Returns:
-        Results as JSON types, and `document_scores`. `perplexity.perplexity` and
-        `perplexity.token_accuracy` are those of step K; `by_step` has all.
-
-    Raises:
-        ValueError: no document with two tokens, or prompts without a tokenizer.
-    """
-    check_context(
-        wrapper.base,
-        max(settings.context_length, settings.max_new_tokens),
-        "evaluation.context_length, evaluation.max_new_tokens",
-    )
-    if tokenizer is None and settings.prompts:
-        raise ValueError("evaluation.prompts need a tokenizer, and the model has none")
+    depths: Sequence[int],
+) -> Scored:
+    """Score one model on held-out documents: all that its prompts do not change."""
     windows = document_windows(split, settings.context_length, settings.max_windows_per_document)
     if not windows:
         raise ValueError("the evaluation split has no document of at least two tokens")
@@ -332,9 +319,6 @@ def evaluate_model(
     first = next(batches(windows, settings.batch_size))
     input_ids = torch.from_numpy(first[0].inputs)[None].to(wrapper.device)
     num_tokens = sum(w.num_targets for w in windows)
-    samples, generation = generate_samples(
-        wrapper, tokenizer, settings.prompts, settings.max_new_tokens
-    )
     results = {
         "perplexity": {
             **{k: at_last[k] for k in ("perplexity", "token_accuracy", "loss")},
@@ -344,65 +328,53 @@ def evaluate_model(
         },
         "pairs": exact_match_by_group(documents),
         "inner_steps": last,
-        "mean_inner_steps": generation["mean_inner_steps"],
-        "num_rounds_by_step": generation["num_rounds_by_step"],
         "halting": halting_scores(within, wrapper.config.commit_threshold),
         "forward_flops_per_token": forward_flops_per_token(wrapper, input_ids),
-        "throughput": {
-            "evaluated_tokens_per_second": num_tokens / within["seconds"].sum(),
-            "generated_tokens_per_second": generation["tokens_per_second"],
-        },
-        "generations": samples,
+        "throughput": {"evaluated_tokens_per_second": num_tokens / within["seconds"].sum()},
     }
     return results, documents
 
 
-def evaluate_stage(
-    spec: EvaluationSpec,
-    model_path: str | Path,
-    tokens_dir: str | Path,
-    files: EvaluationFiles,
-    config: RecursiveConfig | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    **load_options: Any,
-) -> dict[str, Any]:
-    """Load a model, evaluate it, write results and scores by document.
+def check_lengths(base: PreTrainedModel, settings: EvaluationSettings) -> None:
+    """Raises ValueError when windows or continuations are longer than the base can read."""
+    for name in ("context_length", "max_new_tokens"):
+        check_context(base, getattr(settings, name), f"evaluation.{name}")
+
+
+def evaluate_model(
+    wrapper: ChunkRefineWrapper,
+    tokenizer,
+    split: TokenSplit,
+    settings: EvaluationSettings,
+    depths: Sequence[int] = (),
+    scored: Scored | None = None,
+) -> Scored:
+    """Evaluate one model on held-out documents.
 
     Args:
-        files: What to write.
-        config: By default the sidecar's own, or recursion disabled for a base.
-        overrides: Parameters to change in that config.
-        load_options: Passed on to `load_model_with_config`; the device is training's by default.
+        depths: Numbers of inner steps to score beside 0..K; they do not count in the throughput.
+        scored: What an earlier evaluation with other prompts returned; its scores are taken.
+
+    Returns:
+        Results as JSON types, and `document_scores`. `perplexity.perplexity` and
+        `perplexity.token_accuracy` are those of step K; `by_step` has all.
 
     Raises:
-        ValueError: from loading or evaluating.
+        ValueError: no document with two tokens, prompts without a tokenizer, or a context that the
+            base cannot read.
     """
-    wrapper, tokenizer, config = load_model_with_config(
-        model_path, config=config, overrides=overrides, **placed(load_options)
+    check_lengths(wrapper.base, settings)
+    if tokenizer is None and settings.prompts:
+        raise ValueError("evaluation.prompts need a tokenizer, and the model has none")
+    scores, documents = scored or _score(wrapper, split, settings, depths)
+    samples, generation = generate_samples(
+        wrapper, tokenizer, settings.prompts, settings.max_new_tokens
     )
-    results, documents = evaluate_model(
-        wrapper, tokenizer, load_tokens(Path(tokens_dir), spec.split), spec.settings, spec.depths
-    )
-    adapter = wrapper.adapter
-    lora = [p.numel() for p in adapter.lora_parameters().values()] if adapter else []
+    speed = {"generated_tokens_per_second": generation.pop("tokens_per_second")}
     results = {
-        "stage": spec.stage,
-        "model_path": str(model_path),
-        "split": spec.split,
-        **results,
-        "num_parameters": {
-            "base": sum(p.numel() for p in wrapper.base.parameters()) - sum(lora),
-            "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
-            "lora": sum(lora),
-        },
-        "config": config.to_dict(),
-        "evaluation": {**spec.settings.to_dict(), "depths": list(spec.depths)},
-        "dtype": str(wrapper.base.dtype).removeprefix("torch."),
-        "upstream": spec.upstream,
-        "versions": versions(),
-        **git_state(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **scores,
+        **generation,
+        "throughput": {**scores["throughput"], **speed},
+        "generations": samples,
     }
-    write_parquet(files.documents, documents)
-    write_json(files.results, results)
-    return results
+    return results, documents

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PROMPT_KEYS = ("prompts", "max_new_tokens")
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -34,6 +36,10 @@ class EvaluationSettings:
     def to_dict(self) -> dict[str, Any]:
         """As the config and the results file have them."""
         return asdict(self)
+
+    def scoring(self) -> dict[str, Any]:
+        """The settings that decide scores: all but those of generations."""
+        return {k: v for k, v in self.to_dict().items() if k not in PROMPT_KEYS}
 
 
 @dataclass(frozen=True)

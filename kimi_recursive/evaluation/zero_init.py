@@ -1,4 +1,4 @@
-"""The two proofs: after surgery the loop runs and changes nothing, and a run can be repeated."""
+"""The proof that after surgery the loop runs and changes nothing."""
 
 from __future__ import annotations
 

@@ -7,9 +7,15 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-from kimi_recursive.processes.logs import USER_ERROR_EXIT_CODE, logging_to, quiet_libraries
+from kimi_recursive.processes.logs import (
+    INTERRUPTED,
+    USER_ERROR_EXIT_CODE,
+    logging_to,
+    quiet_libraries,
+)
 
 
 @contextmanager
@@ -29,8 +35,12 @@ def job(snakemake) -> Iterator[None]:
     quiet_libraries()
     os.environ["POLARS_MAX_THREADS"] = str(snakemake.threads)
     attempt = snakemake.resources.get("tries")
-    kept = Path(snakemake.log[0]).with_suffix(".error")
-    with logging_to(snakemake.log[0]):
+    log = Path(snakemake.log[0])
+    kept = log.with_suffix(".error")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # Not printed; Snakemake calls a log without a line "empty file" when it stops the job.
+    log.write_text(f"started at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n", encoding="utf-8")
+    with logging_to(log, append=True):
         if attempt == 1:
             kept.unlink(missing_ok=True)
         elif attempt and kept.is_file():
@@ -46,7 +56,7 @@ def job(snakemake) -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
         except KeyboardInterrupt:
-            sys.exit("interrupted")
+            sys.exit(INTERRUPTED)
         except Exception as error:
             traceback.print_exc()
             first = (str(error).splitlines() or [""])[0]

@@ -144,12 +144,6 @@ def all_evaluations(config: Config) -> dict[str, Evaluation]:
     return {run.name: run for run in [*evaluations(config), *([repeat] if repeat else [])]}
 
 
-def surgery_name(config: Config, seed: int) -> str:
-    """The name of the evaluation of a seed's untrained cells."""
-    runs = evaluations(config)
-    return next(run.name for run in runs if run.stage == "after_surgery" and run.seed == seed)
-
-
 def zero_init_name(config: Config, seed: int) -> str:
     """The name of a seed's zero-init proof."""
     return "zero_init" if seed == config.seeds[0] else f"zero_init_s{seed}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer, StopStringCriteria
 
 from kimi_recursive.model import learned, verified
-from kimi_recursive.model.loop import ChunkLoop
+from kimi_recursive.model.loop import ChunkLoop, check_context
 from kimi_recursive.model.output import GenerationOptions, GenerationStats, Output, Sampling
+
+OWN_OPTIONS = ("commit", "num_steps")  # of the loop alone; the base has nothing to do with them
 
 
 @contextmanager
@@ -33,6 +35,29 @@ def plain_generation(base: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         base.generation_config = own
+
+
+def generate_with_base(
+    base: PreTrainedModel,
+    input_ids: Tensor | None,
+    *,
+    seed: int | None = None,
+    return_stats: bool = False,
+    **keywords: Any,
+) -> Any:
+    """`base.generate` with the arguments of `generate_chunks`.
+
+    Args:
+        seed: Of sampling, as in `GenerationOptions`.
+        return_stats: Also return `GenerationStats`, which are empty: there are no rounds.
+        keywords: Passed on to `base.generate`, without `commit` and `num_steps`.
+    """
+    passed = {k: v for k, v in keywords.items() if k not in OWN_OPTIONS}
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = cast("Any", base).generate(input_ids, **passed)
+    return (output, GenerationStats()) if return_stats else output
 
 
 @torch.no_grad()
@@ -62,8 +87,8 @@ def generate_chunks(
         tuple of that and the statistics.
 
     Raises:
-        ValueError: an empty prompt, an option out of its range, several rows with a streamer,
-            sampling or a number of steps with `learned`.
+        ValueError: an empty prompt, more tokens than the base has positions, an option out of its
+            range, several rows with a streamer, sampling or a number of steps with `learned`.
     """
     chosen = GenerationOptions(max_new_tokens=max_new_tokens, **options).with_defaults(
         loop.config, loop.base.generation_config
@@ -77,6 +102,8 @@ def generate_chunks(
         prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
     if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
         raise ValueError(f"attention_mask: leaves nothing of row {empty[0]}")
+    longest = max(map(len, prompts)) + max_new_tokens
+    check_context(loop.base, longest, "prompt and max_new_tokens")
 
     eos, pad, stop = chosen.eos_token_id, chosen.pad_token_id, None
     assert isinstance(eos, list) and pad is not None

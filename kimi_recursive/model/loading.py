@@ -109,13 +109,6 @@ def numeric(load_options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in load_options.items() if k not in ("device", "device_map")}
 
 
-def check_context(base: PreTrainedModel, length: int, where: str) -> None:
-    """Raises ValueError when `length` tokens are more than the base has positions for."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(f"{where}: {length} tokens are more than the base's {limit} positions")
-
-
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:

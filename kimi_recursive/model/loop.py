@@ -74,6 +74,13 @@ def _check_embeddings(base: PreTrainedModel, config: RecursiveConfig, d_model: i
         )
 
 
+def check_context(base: PreTrainedModel, length: int, where: str) -> None:
+    """Raises ValueError when `length` tokens are more than the base has positions for."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"{where}: {length} tokens are more than the base's {limit} positions")
+
+
 @dataclass
 class ChunkState:
     """One chunk after step t: all that step t + 1 needs.
@@ -131,6 +138,8 @@ class ChunkLoop(nn.Module):
             pass has no step before, and does not use it.
         boundary: `BoundaryHead`, or None when disabled.
         adapter: The trained changes inside the base (`kimi_recursive.model.adapter`), or None.
+        phase, revision: The phase that trained the cells, and the revision of a base from the Hub,
+            as the sidecar says that was loaded last; else None.
 
     Raises:
         ValueError: invalid config, layers that the base does not have, or a path from step to step
@@ -156,6 +165,8 @@ class ChunkLoop(nn.Module):
         self.feedback: TokenFeedback | None = None
         self.boundary: BoundaryHead | None = None
         self.adapter: Adapter | None = None
+        self.phase: str | None = None
+        self.revision: str | None = None
         self._active = config.recursive_enabled
         if not config.recursive_enabled:
             return

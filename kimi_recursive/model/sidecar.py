@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from kimi_recursive.doors import missing_extra
 from kimi_recursive.files import read_safetensors, replacing
-from kimi_recursive.layout import SIDECAR_NAME
+from kimi_recursive.layout import SIDECAR_NAME, RunFolder
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
+from kimi_recursive.model.loop import ChunkLoop
 from kimi_recursive.model.placement import embedding_weight
 from kimi_recursive.model.weights import misfit, read_weights
-from kimi_recursive.model.wrapper import ChunkRefineWrapper
 
 METADATA_KEY = "kimi_recursive"
 
@@ -149,12 +149,15 @@ def base_of(model: str | Path | Sidecar) -> str:
         model: A base (folder or Hub id), or a sidecar (folder, or already open).
 
     Raises:
-        ValueError: a folder that is missing, or a damaged sidecar.
+        ValueError: a folder that is missing or holds a run, or a damaged sidecar.
     """
     sidecar = model if isinstance(model, Sidecar) else Sidecar.find(model)
     where = str(model) if sidecar is None else sidecar.base_path()
     if is_local(where) and not Path(where).is_dir():
         raise ValueError(f"{where}: no such model directory")
+    inside = RunFolder(Path(where)).sidecar
+    if (inside / SIDECAR_NAME).is_file() and not (Path(where) / "config.json").is_file():
+        raise ValueError(f"{where}: is the folder of a run; its model is {inside}")
     return where
 
 
@@ -177,7 +180,7 @@ def base_identity(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def save_sidecar(
-    wrapper: ChunkRefineWrapper,
+    wrapper: ChunkLoop,
     directory: str | Path,
     base_path: str | Path,
     phase: str | None = None,
@@ -226,7 +229,7 @@ def _write(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Non
         save_file(tensors, temporary, metadata=metadata)
 
 
-def load_sidecar(wrapper: ChunkRefineWrapper, sidecar: str | Path | Sidecar) -> None:
+def load_sidecar(wrapper: ChunkLoop, sidecar: str | Path | Sidecar) -> None:
     """Load the cells into a wrapper, and into its base what was trained there.
 
     Args:
@@ -252,6 +255,7 @@ def load_sidecar(wrapper: ChunkRefineWrapper, sidecar: str | Path | Sidecar) -> 
     if problem := misfit(tensors, expected):
         raise ValueError(f"{sidecar.path}: does not fit this config: {problem}")
     wrapper.load_state_dict(tensors, strict=False)
+    wrapper.phase, wrapper.revision = sidecar.phase, sidecar.revision
     if sidecar.lora or sidecar.unfrozen_layers:
         with missing_extra("lora", "A model of phase b or c"):
             from kimi_recursive.model.adapter import load_adapter

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kimi_recursive.model.generation import generate_chunks
+from kimi_recursive.model.generation import generate_chunks, generate_with_base
 from kimi_recursive.model.loop import ChunkLoop
+from kimi_recursive.model.sidecar import is_local, save_sidecar
 
 
 class ChunkRefineWrapper(ChunkLoop):
@@ -39,6 +41,27 @@ class ChunkRefineWrapper(ChunkLoop):
             self.adapter = None
         return self.base
 
+    def save_pretrained(self, folder: str | Path, base_path: str | Path | None = None) -> None:
+        """Save cells, config, and what was trained inside the base, as a sidecar. Load it with
+        `load_model_with_config(folder)`. The base is named in it, not copied.
+
+        Args:
+            folder: The folder of the sidecar; made where it is missing.
+            base_path: The base, a folder or a Hub id; by default where it was loaded from.
+
+        Raises:
+            ValueError: recursion is disabled, or nobody has said where the base is.
+        """
+        where = str(base_path or self.base.name_or_path)
+        if not where:
+            raise ValueError(
+                "save_pretrained: the base was not loaded from anywhere; save it with "
+                "base.save_pretrained(FOLDER), and give base_path=FOLDER"
+            )
+        if is_local(where) and not Path(where).is_dir():
+            raise ValueError(f"{where}: no such model directory (base_path)")
+        save_sidecar(self, folder, where, self.phase, self.revision)
+
     def step_logits(
         self,
         input_ids: Tensor,
@@ -46,7 +69,8 @@ class ChunkRefineWrapper(ChunkLoop):
         num_steps: int | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits of one chunk at every inner step.
+        """Logits of one chunk, of at most `chunk_width` tokens, at every inner step. `forward`
+        takes texts of any length.
 
         Args:
             input_ids: [B, P + W]; the chunk is `input_ids[:, chunk_start:]`, the rest its prefix.
@@ -66,8 +90,9 @@ class ChunkRefineWrapper(ChunkLoop):
             )
         if input_ids.shape[1] - chunk_start > self.config.chunk_width:
             raise ValueError(
-                f"the chunk has {input_ids.shape[1] - chunk_start} tokens, more than "
-                f"chunk_width = {self.config.chunk_width}"
+                f"step_logits takes one chunk: input_ids[:, {chunk_start}:] has "
+                f"{input_ids.shape[1] - chunk_start} tokens, more than chunk_width = "
+                f"{self.config.chunk_width}; model(input_ids) scores a longer text"
             )
         chunk = next(self.chunks(input_ids, attention_mask, chunk_start))
         return torch.stack([state.logits for state in self.steps(chunk, num_steps)])
@@ -105,12 +130,13 @@ class ChunkRefineWrapper(ChunkLoop):
 
     @torch.no_grad()
     def generate_chunks(self, input_ids: Tensor | None = None, **keywords: Any) -> Any:
-        """Generate with the loop, or call `base.generate` with the same arguments when not active.
+        """Generate with the loop, or call `base.generate` with the same arguments when not active;
+        those that only the loop has (`OWN_OPTIONS`) are then left out.
 
         See `kimi_recursive.model.generation.generate_chunks` for arguments, result and errors.
         """
         if not self.active:
-            return cast("Any", self.base).generate(input_ids, **keywords)
+            return generate_with_base(self.base, input_ids, **keywords)
         if input_ids is None:
             raise ValueError("input_ids is missing")
         return generate_chunks(self, input_ids, **keywords)

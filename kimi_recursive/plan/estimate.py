@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import moe
 
 from kimi_recursive.evaluation.flops import count_flops, flop_counter
+from kimi_recursive.evaluation.scores import check_lengths
 from kimi_recursive.kimi import kda
 from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
@@ -30,6 +31,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.base import kimi_config
+from kimi_recursive.training.batches import check_windows
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import Draw, build_objective
 from kimi_recursive.training.settings import Architecture, PhaseSettings
@@ -84,7 +86,8 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
         gradients) and checkpoint, and the FLOPs and scored or trained tokens of one step.
 
     Raises:
-        ValueError: the base's config cannot be read, or a phase does not fit the base.
+        ValueError: the base's config cannot be read, or a phase or the evaluation does not fit the
+            base.
     """
     base_config, dtype = base_shape(config)
     runs = {}
@@ -96,6 +99,10 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
             "base": sum(p.numel() for p in wrapper.base.parameters()),
             "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
         }
+        check_lengths(wrapper.base, settings.evaluation)
+        for phase in settings.phases:
+            context = settings.training[phase].context_length
+            check_windows(wrapper, context, f"training.{phase}.context_length")
         print("planning the evaluation", file=sys.stderr)
         runs["evaluation"] = _evaluation(wrapper, config["evaluation"])
         for phase in config["phases"]:

@@ -21,8 +21,8 @@ import torch
 from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM
 
-from kimi_recursive.evaluation.scores import evaluate_stage
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
+from kimi_recursive.evaluation.stage import evaluate_stage
 from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.plan.estimate import base_shape

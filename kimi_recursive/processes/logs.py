@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED = "interrupted; the same command goes on where it was"
 
 
 class _Tee:

@@ -12,12 +12,16 @@ import polars as pl
 from kimi_recursive.records.kinds import find, number
 from kimi_recursive.records.log import kind_of_log, read_lines
 from kimi_recursive.records.table import Table, read_table
+from kimi_recursive.status import Status
+from kimi_recursive.text import did_you_mean
 
 # Shown by default: the first of these that has a value.
 DEFAULT_METRICS = {
     "training_log": ("best_val_accuracy", "best_val_loss"),
     "baselines": ("accuracy", "perplexity"),
 }
+STATUSES = tuple(s.in_experiment for s in (Status.OK, Status.RUNNING, Status.FAILED))
+MOST_VALUES = 1000  # of a field, among which a similar one is looked for
 LOWER_IS_BETTER = ("loss", "perplexity", "delta", "error", "seconds")
 
 
@@ -44,7 +48,8 @@ class Filter:
 def select(
     path: str | Path, wanted: Filter, texts: Sequence[str] = (), numbers: Sequence[str] = ()
 ) -> Table:
-    """The records that match, in the order of the log.
+    """The records that match, in the order of the log. A value that no record has is among the
+    problems of the table.
 
     Args:
         texts, numbers: More fields to read.
@@ -56,12 +61,23 @@ def select(
     numbers = [*([wanted.metric] if wanted.metric else []), *numbers]
     table = read_table(path, numbers, [*where, *texts])
     usual = {"domain": wanted.domain, "status": wanted.status, "type": wanted.type}
-    tests = [_is(name, value) for name, value in {**usual, **where}.items() if value is not None]
+    asked = {name: value for name, value in {**usual, **where}.items() if value is not None}
+    tests = [_is(name, value) for name, value in asked.items()]
     if wanted.metric:
         tests.append(pl.col(wanted.metric).is_not_null())
         tests += [pl.col(wanted.metric) > wanted.above] if wanted.above is not None else []
         tests += [pl.col(wanted.metric) < wanted.below] if wanted.below is not None else []
-    return Table(table.rows.filter(*tests), table.problems)
+    unknown = [x for name, value in asked.items() for x in _unknown(table.rows, name, value)]
+    return Table(table.rows.filter(*tests), (*table.problems, *unknown))
+
+
+def _unknown(rows: pl.DataFrame, name: str, value: str) -> list[str]:
+    """What to say where no record at all has this value: as a rule it is misspelt."""
+    if (name == "status" and value in STATUSES) or rows.filter(_is(name, value)).height:
+        return []
+    there = rows[name].drop_nulls().unique().cast(pl.String).sort().head(MOST_VALUES)
+    hint = did_you_mean(value, there, "there are") if len(there) else "no record has any"
+    return [f"no record has the {name} '{value}'; {hint}"]
 
 
 def _is(name: str, value: str) -> pl.Expr:

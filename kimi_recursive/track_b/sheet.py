@@ -97,8 +97,9 @@ def select_experiments(track_b: Mapping[str, Any]) -> list[SheetRow]:
     if unknown := [name for name in wanted if name not in found]:
         where = "track_b.experiments"
         raise ValueError("\n".join(unknown_key_message(name, found, where) for name in unknown))
+    dim = {} if track_b["dim"] is None else {"dim": track_b["dim"]}
     chosen = [
-        SheetRow(e.name, e.seeds, _scaled(e.settings, track_b["scale"], track_b["quick"]))
+        SheetRow(e.name, e.seeds, _scaled({**e.settings, **dim}, track_b))
         for e in (found[name] for name in wanted)
     ]
     if errors := list(_check_corpus(chosen, track_b)):
@@ -227,8 +228,27 @@ def check_against_teacher(
 
 def _check_corpus(experiments: list[SheetRow], track_b: Mapping[str, Any]) -> Iterator[str]:
     """Errors that would otherwise appear only after the teacher has encoded."""
-    total, dim = _known_shape(track_b["teacher"])
-    total = track_b["num_sentences"] or total
+    teacher = track_b["teacher"]
+    if teacher["kind"] == "vectors" and not Path(teacher["path"]).is_file():
+        yield f"track_b.teacher.path: {teacher['path']}: no such file"
+        return
+    num_vectors, dim = _known_shape(teacher)
+    wanted = track_b["num_sentences"]
+    if num_vectors is not None and wanted is not None and wanted > num_vectors:
+        yield (
+            f"track_b.num_sentences: {wanted} are wanted, and {teacher['path']} has {num_vectors} "
+            "rows; null takes all"
+        )
+        return
+    longer = [e.name for e in experiments if e.settings["dim"] > dim]
+    if longer and teacher["kind"] == "vectors":
+        most = max(e.settings["dim"] for e in experiments)
+        yield (
+            f"{track_b['sheet']}: dim is up to {most} in {', '.join(longer)}, and the vectors of "
+            f"{teacher['path']} have {dim} numbers; set track_b.dim to less than {dim}"
+        )
+        return
+    total = wanted or num_vectors
     queries = track_b["num_validation_queries"] + track_b["num_test_queries"]
     num_train = math.inf if total is None else total - queries
     if num_train < 2:
@@ -252,12 +272,13 @@ def _known_shape(teacher: Mapping[str, Any]) -> tuple[int | None, float]:
         except (OSError, ValueError):  # import_vectors says what is wrong
             return None, math.inf
         if len(shape) == 2:
-            return shape
+            return int(shape[0]), int(shape[1])
     return None, math.inf
 
 
-def _scaled(settings: Mapping[str, Any], scale: float, quick: bool) -> dict[str, Any]:
-    if quick:
+def _scaled(settings: Mapping[str, Any], track_b: Mapping[str, Any]) -> dict[str, Any]:
+    if track_b["quick"]:
         return {**settings, **QUICK}
+    scale = track_b["scale"]
     scaled = {key: max(1, round(settings[key] * scale)) for key in SCALED_KEYS if settings[key]}
     return {**settings, **scaled}

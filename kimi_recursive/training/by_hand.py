@@ -17,12 +17,12 @@ from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import NUMERICS_VERSION, write_parquet
 from kimi_recursive.layout import SIDECAR_NAME, RunFolder
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig, get_phase_a_config
+from kimi_recursive.model.digests import model_digest
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.sidecar import base_of
 from kimi_recursive.processes.signals import Interrupted, stop_signals
-from kimi_recursive.training.batches import Batches, check_windows
+from kimi_recursive.training.batches import Batches, check_windows, token_digests
 from kimi_recursive.training.checkpoint import WorkDirectory
-from kimi_recursive.training.digests import model_digest, token_digests
 from kimi_recursive.training.experiment import METADATA_NAME, ExperimentTracker
 from kimi_recursive.training.objective import build_objective
 from kimi_recursive.training.phases import train_phase
@@ -124,7 +124,9 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
         tracker.start_afresh()
         num_tokens = 0
         [validation] = losses_by_step(wrapper, batches.validation, settings.batch_size)
-        for step in tqdm(range(num_steps), desc="baseline", unit="step", mininterval=2.0):
+        for step in tqdm(
+            range(num_steps), desc="baseline", unit="step", mininterval=2.0, disable=None
+        ):
             if arrived:
                 raise Interrupted(step)
             batch = batches.at(step, wrapper.device)

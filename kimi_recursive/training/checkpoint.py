@@ -108,16 +108,12 @@ class WorkDirectory:
         path = self.path / "fingerprint.json"
         if path.is_file() or self._complete():
             before = json.loads(path.read_text()) if path.is_file() else {}
-            changed = sorted(
-                key
-                for key in before.keys() | self.fingerprint.keys()
-                if _given(before.get(key)) != _given(self.fingerprint.get(key))
-            )
+            changed = _differing(before, self.fingerprint)
             if changed and self.refuse_others:
                 self._lock.close()
                 raise ValueError(
-                    f"{self.path}: holds another experiment, {', '.join(changed)} differ; "
-                    "choose another name, or --force to start it afresh"
+                    f"{self.path}: holds another experiment, with a different "
+                    f"{', '.join(changed)}; choose another name, or --force to start it afresh"
                 )
             if changed:
                 _say(f"{self.path}: starting afresh, {', '.join(changed)} changed")
@@ -224,9 +220,16 @@ def complete_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name[5:]))
 
 
-def _given(value: Any) -> Any:
-    """The value without keys that are None, which say no more than keys that are absent."""
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+def _differing(before: Any, now: Any, where: str = "") -> list[str]:
+    """The dotted keys whose values differ. A key that is None says no more than one that is absent.
+    A section that only one of the two has is named as a whole."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [where]
+    return [
+        name
+        for key in sorted(before.keys() | now.keys())
+        for name in _differing(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+    ]
 
 
 def _metadata(path: Path) -> dict[str, Any]:

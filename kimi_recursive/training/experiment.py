@@ -24,6 +24,8 @@ from typing import Any
 
 from kimi_recursive.files import git_state, read_json_object, versions, write_json, write_text
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
+from kimi_recursive.status import Status
+from kimi_recursive.training.checkpoint import complete_checkpoints
 
 METADATA_NAME = "experiment_metadata.json"
 # How an attempt ended; a new attempt begins without them.
@@ -73,7 +75,8 @@ class ExperimentTracker:
     Outside a `with` block it adds notes, issues and metrics to a new or an existing experiment.
     A `with` block is one attempt at running the experiment. Its metadata say `running`, and at the
     end `completed`, `interrupted` (a rerun resumes it) or `failed`, with the error, the step, and
-    the last good checkpoint.
+    the last good checkpoint. After an attempt that measures nothing, a completed experiment has the
+    metadata that it had before: it was published again, and is not another run.
 
     Args:
         directory: Created when missing.
@@ -96,6 +99,7 @@ class ExperimentTracker:
     ):
         self.directory = Path(directory)
         self._writer = None
+        self._completed: dict[str, Any] | None = None
         self._purge_step: int | None = None
         for name in ("metrics", "logs", "notes"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
@@ -109,6 +113,8 @@ class ExperimentTracker:
             write_text(notes, "\n\n".join(lines) + "\n\n")
         if self.metadata_path.is_file():
             self.metadata = read_json_object(self.metadata_path)
+            if self.metadata.get("status") == Status.OK.in_experiment:
+                self._completed = dict(self.metadata)
         else:
             created, name = now(), experiment_name or self.directory.resolve().name
             stamp = created[:19].replace("-", "").replace(":", "")
@@ -149,6 +155,10 @@ class ExperimentTracker:
         if error is None:
             if self._writer is not None:
                 self._writer.close()
+            if self._completed is not None:
+                self.metadata = self._completed
+                self._update()
+                return
             self._update(status="completed", ended_at=now())
             return
         with suppress(OSError):  # A full disk must not hide the error that reports it.
@@ -162,7 +172,6 @@ class ExperimentTracker:
             self._update(status="interrupted", ended_at=now(), last_step=_step_of(error))
             return
         # Here: torch, which those that only read records do without.
-        from kimi_recursive.training.checkpoint import complete_checkpoints
 
         kept = complete_checkpoints(self.directory)
         self._update(
@@ -207,6 +216,7 @@ class ExperimentTracker:
         Raises:
             ValueError: the metrics cannot be written (a full disk).
         """
+        self._completed = None
         metrics = finite({"step": step, **metrics})
         try:
             write_json(self.directory / "metrics" / f"step_{step:06d}.json", metrics)

@@ -230,7 +230,7 @@ def train_loop(
         desc=name,
         unit="step",
         mininterval=2.0,
-        disable=not distributed.is_main(),
+        disable=None if distributed.is_main() else True,  # None: no bars but on a terminal
     )
     with stop_signals() as arrived, bar:
         while run.step < settings.num_steps:

@@ -6,6 +6,7 @@ C: every n-th layer of the base joins, pulled to its pretrained weights.
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,22 @@ from kimi_recursive.evaluation.scores import losses_by_step
 from kimi_recursive.files import (
     NUMERICS_VERSION,
     publishing,
+    read_json_object,
     versions,
     write_json,
     write_parquet,
 )
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
+from kimi_recursive.model.digests import model_digest, sidecar_digests
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.sidecar import load_sidecar, save_sidecar
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
 from kimi_recursive.processes.signals import stop_signals
-from kimi_recursive.training.batches import Batches, check_windows
+from kimi_recursive.published import REPUBLISHED, Published
+from kimi_recursive.training.batches import Batches, check_windows, token_digests
 from kimi_recursive.training.budget import Budget, match_flops
 from kimi_recursive.training.checkpoint import WorkDirectory
-from kimi_recursive.training.digests import model_digest, sidecar_digests, token_digests
 from kimi_recursive.training.experiment import ExperimentTracker
 from kimi_recursive.training.groups import Groups, group_optimizer, parameter_groups
 from kimi_recursive.training.loop import LoopResult, Task, train_loop
@@ -64,7 +67,8 @@ def train_phase(
     takes as many more steps as bring it to the training FLOPs of the recursive arm, with its
     learning rate and corruption scheduled over all of them; `vanilla` also shares the corruption.
 
-    Several processes (`torchrun`) share every batch; the first one writes.
+    Where `files.published` keeps a run of the same settings and inputs, nothing is trained and no
+    model is loaded. Several processes (`torchrun`) share every batch; the first one writes.
 
     Returns: the summary, in the first process; an empty dict in the others.
 
@@ -75,6 +79,10 @@ def train_phase(
     parent = Parent.open(files.parent, spec.phase, load.revision)
     reference, config = parent.configs(spec)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    fingerprint = _fingerprint(spec, files, load, parent, config)
+    published = files.keeper(fingerprint)
+    if published and published.fits():
+        return _republish(spec, files, published)
     wrapper, tokenizer, _ = load_model_with_config(
         parent.sidecar or parent.path,
         config=config,
@@ -96,8 +104,8 @@ def train_phase(
 
     torch.manual_seed(seed)
     wrapper.train()
-    fingerprint = _fingerprint(spec, files, load, parent, config) | {"num_steps": budget.num_steps}
-    work = WorkDirectory(files.work, fingerprint, record.num_kept, record.refuse_others)
+    of_work = fingerprint | {"num_steps": budget.num_steps}
+    work = WorkDirectory(files.work, of_work, record.num_kept, record.refuse_others)
     summary: dict[str, Any] = {}
     with ExitStack() as stack:
         tracker: Any = distributed.Silent()
@@ -131,9 +139,25 @@ def train_phase(
                 task.write(folder)
             write_parquet(files.logs, result.logs)
             write_json(files.summary, summary)
+            if published:
+                published.keep()
             tracker.finish({key: summary[key] for key in FINAL_RESULTS})
     distributed.wait_for_all()
     return summary
+
+
+def _republish(spec: PhaseSpec, files: RunFiles, published: Published) -> dict[str, Any]:
+    """Put the files of a finished run into their places; what `train_phase` returns."""
+    distributed.wait_for_all()
+    if not distributed.is_main():
+        return {}
+    published.restore()
+    print(f"{_title(spec)}: {REPUBLISHED} {published.folder}", file=sys.stderr)
+    return read_json_object(files.summary)
+
+
+def _title(spec: PhaseSpec) -> str:
+    return f"train {spec.arm} {spec.phase} seed {spec.seed}"
 
 
 @dataclass(eq=False)
@@ -154,11 +178,11 @@ class PhaseTask(Task):
     batches: Batches
 
     def __post_init__(self) -> None:
-        spec, wrapper = self.spec, self.wrapper
-        self.description = f"train {spec.arm} {spec.phase} seed {spec.seed}"
+        wrapper = self.wrapper
+        self.description = _title(self.spec)
         self.watch = f"validation_loss_step_{wrapper.config.max_inner_steps}"
         if wrapper.reads_logits:
-            self.first_steps = {"sidecar": spec.settings.feedback_only_steps or 0}
+            self.first_steps = {"sidecar": self.spec.settings.feedback_only_steps or 0}
         self.trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:

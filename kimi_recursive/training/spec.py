@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.published import Published
 from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.settings import NUM_KEPT, PhaseSettings
 
@@ -54,6 +55,8 @@ class RunFiles:
         logs: Parquet, one row a step (columns: README of `results/`).
         summary: JSON: parameters, tokens, FLOPs, best step, validation loss by inner step.
         work: The experiment directory (`training.experiment`), with the checkpoints.
+        published: Keeps sidecar, logs and summary, so that a run of the same fingerprint is not
+            trained again; None keeps nothing.
     """
 
     parent: str | Path
@@ -62,6 +65,12 @@ class RunFiles:
     logs: Path
     summary: Path
     work: Path
+    published: Path | None = None
+
+    def keeper(self, fingerprint: Mapping[str, Any]) -> Published | None:
+        """What keeps the outputs of a run of this fingerprint."""
+        outputs = (self.sidecar, self.logs, self.summary)
+        return self.published and Published(self.published, outputs, fingerprint)
 
 
 @dataclass(frozen=True)

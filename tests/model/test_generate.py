@@ -188,7 +188,22 @@ def test_generation_refuses_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=message):
             wrapper.generate_chunks(ids, **options)
+    gpt2 = make_wrapper(make_base("gpt2"))
+    with pytest.raises(ValueError, match="129 tokens are more than the base's 128 positions"):
+        gpt2.generate_chunks(ids, max_new_tokens=126)
     with pytest.raises(ValueError, match="P >= 1"):
         wrapper.generate_chunks(ids[:, :0])
     with pytest.raises(ValueError, match="a streamer takes one row, got 2"):
         wrapper.generate_chunks(random_ids(2, 3), streamer=Listener())
+
+
+@torch.no_grad()
+def test_the_base_takes_the_options_of_the_loop():
+    wrapper = perturb(make_wrapper(make_base("llama")))
+    ids, own = random_ids(1, 3), {"commit": "verified", "num_steps": 2}
+    with wrapper.disabled() as base:
+        output, stats = wrapper.generate_chunks(ids, max_new_tokens=5, return_stats=True, **own)
+        assert torch.equal(output, base.generate(ids, max_new_tokens=5)) and stats.num_rounds == 0
+        options = {"max_new_tokens": 20, "do_sample": True, "seed": 3}
+        once, again = (wrapper.generate_chunks(ids, **options, **own) for _ in range(2))
+    assert torch.equal(once, again)

@@ -258,3 +258,29 @@ def test_fetch_base_links_a_directory_and_explains_what_it_cannot_fetch(tmp_path
     with pytest.raises(ValueError, match=r"base.hub_id: org/model cannot be fetched") as error:
         fetch_base(tmp_path / "other", hub_id="org/model", revision="0" * 40)
     assert "\n" not in str(error.value) and not (tmp_path / "other").exists()
+
+
+@torch.no_grad()
+def test_a_wrapper_saves_itself(tmp_path, base):
+    ids = random_ids(1, 8)
+    base.config._name_or_path = base.name_or_path = ""
+    wrapper = perturb(make_wrapper(base))
+    with pytest.raises(ValueError, match="the base was not loaded from anywhere"):
+        wrapper.save_pretrained(tmp_path / "mine")
+    base.save_pretrained(tmp_path / "base")
+    wrapper.save_pretrained(tmp_path / "mine", base_path=tmp_path / "base")
+    save_sidecar(wrapper, tmp_path / "of_b", tmp_path / "base", phase="b")
+    model, _, _ = load_model_with_config(tmp_path / "of_b")
+    model.save_pretrained(tmp_path / "again")
+    again, _, config = load_model_with_config(tmp_path / "again")
+    assert Sidecar.open(tmp_path / "again").phase == "b" and config == wrapper.config
+    assert Sidecar.open(tmp_path / "mine").phase is None
+    assert torch.equal(again.step_logits(ids), model.step_logits(ids))
+    with pytest.raises(ValueError, match="no/such: no such model directory"):
+        wrapper.save_pretrained(tmp_path / "mine", base_path=tmp_path / "no/such")
+
+
+def test_a_run_is_not_its_model(saved, tmp_path):
+    shutil.move(saved[1], tmp_path / "run/sidecar")
+    with pytest.raises(ValueError, match="is the folder of a run; its model is "):
+        load_model_with_config(tmp_path / "run")

@@ -20,12 +20,12 @@ from kimi_recursive.data.windows import document_windows
 from kimi_recursive.evaluation.scores import (
     document_scores,
     evaluate_model,
-    evaluate_stage,
     generate_samples,
     halting_scores,
     score_windows,
 )
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
+from kimi_recursive.evaluation.stage import evaluate_stage
 from kimi_recursive.evaluation.zero_init import compare_zero_init, require_zero_init
 from kimi_recursive.layout import SIDECAR_NAME, Layout
 from kimi_recursive.model.loading import load_model_with_config

@@ -264,10 +264,10 @@ def test_a_cut_off_experiment_goes_on_and_another_is_refused(
         assert (folder / name).read_bytes() == straight.read_bytes()
     assert call(monkeypatch, *arguments("cut", lr=1e-3)) == 2
     error = capfd.readouterr().err
-    assert "holds another experiment, settings differ; choose another name, or --force" in error
+    assert "holds another experiment, with a different settings.lr; choose another name" in error
     assert record(folder)["training_params"]["lr"] == 3e-4
     assert call(monkeypatch, *arguments("cut", "--force", lr=1e-3)) == 0
-    assert "starting afresh, settings changed" in capfd.readouterr().err
+    assert "starting afresh, settings.lr changed" in capfd.readouterr().err
     assert record(folder)["training_params"]["lr"] == 1e-3
 
 

@@ -103,8 +103,10 @@ def test_compare_shows_each_and_says_how_far_they_agree(model_dir, generated, mo
     assert [name.strip() for name in out.splitlines()[1].split("|")] == [
         "base", "verified", "learned",
     ]  # fmt: skip
-    assert f"the first {same} tokens equal those of base" in err
-    assert "tokens equal those of verified" in err
+    assert f"the first tokens equal those of base: {same}\n" in err
+    assert "tokens equal those of verified: " in err
+    assert generate(monkeypatch, model_dir / "sidecar", "--compare", "--sample", "--seed", 0) == 0
+    assert "equal" not in capsys.readouterr().err, "two samples need not agree"
 
 
 def test_columns_wrap_and_give_way_on_a_narrow_terminal():
@@ -117,7 +119,7 @@ def test_columns_wrap_and_give_way_on_a_narrow_terminal():
         "                         | six",
     ]
     assert side_by_side(texts, width=50) == "[base]\none two three four\n[refined]\nfive\n\nsix"
-    assert agreement([[1, 2, 3], [4]], [[1, 2, 4], [4, 5]]) == "3 of 5"
+    assert agreement([[1, 2, 3], [4]], [[1, 2, 4], [4, 5]]) == "2 of 3, 1 of 2"
 
 
 def test_a_base_alone_generates_and_is_not_compared(model_dir, generated, monkeypatch, capsys):
@@ -139,6 +141,7 @@ def test_a_base_alone_generates_and_is_not_compared(model_dir, generated, monkey
         (("--sample", "--top-p", 3), "top_p must be above 0 and at most 1, got 3.0"),
         (("--sample", "--commit", "learned"), "do_sample needs commit='verified'"),
         (("--max-new-tokens", 10**6), "positions"),
+        (("--prompt", ""), "prompt '': has no token; this model needs at least one"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(model_dir, monkeypatch, capsys, options, message):

@@ -266,7 +266,7 @@ def test_a_kill_before_the_fingerprint_does_not_block_the_folder(tmp_path):
     with WorkDirectory(tmp_path, {"problem": 1}, refuse_others=True):
         pass
     with (
-        pytest.raises(ValueError, match="holds another experiment, problem differ"),
+        pytest.raises(ValueError, match="holds another experiment, with a different problem"),
         WorkDirectory(tmp_path, {"problem": 2}, refuse_others=True),
     ):
         pass

@@ -19,8 +19,8 @@ from runs import PHASE, same_run, train_into
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kimi_recursive.evaluation.scores import evaluate_stage
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
+from kimi_recursive.evaluation.stage import evaluate_stage
 from kimi_recursive.evaluation.zero_init import compare_zero_init
 from kimi_recursive.files import write_json
 from kimi_recursive.kimi.switch import install_fast_kda, uninstall_fast_kda

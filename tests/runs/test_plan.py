@@ -160,7 +160,7 @@ def test_the_command_shows_the_plan(tmp_path, monkeypatch, capsys, planned):
         shutil.copytree(ROOT / name, tmp_path / name)
     small = {**TINY, "phases": ["a"]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(small))
-    assert call(monkeypatch, "plan", "--config", "mine.yaml", "--gpu-memory", "24") == 0
+    assert call(monkeypatch, "plan", "--configfile", "mine.yaml", "--gpu-memory", "24") == 0
     out = capsys.readouterr().out
     assert "phase a" in out and "GPUs of 24 GiB" in out
     assert max(map(len, out.splitlines())) <= 100
@@ -183,6 +183,30 @@ def test_a_wrong_plan_is_one_line(tmp_path, monkeypatch, capsys, arguments, expe
     assert call(monkeypatch, "plan", *arguments) == 2
     err = capsys.readouterr().err
     assert expected in err and len(err.splitlines()) == 1
+
+
+def test_a_base_of_too_few_positions_is_refused_as_in_the_workflow(config, tmp_path):
+    CONFIGS["gpt2"]().save_pretrained(tmp_path)  # 128 positions
+    config = {**config, "base": {**config["base"], "kind": "pretrained", "path": str(tmp_path)}}
+    longer = {"context_length": 160}
+    evaluation = {**config["evaluation"], **longer}
+    with pytest.raises(ValueError, match=r"evaluation.context_length: 160 tokens are more than"):
+        plan({**config, "evaluation": evaluation})
+    training = {**config["training"], "b": {**config["training"]["b"], **longer}}
+    with pytest.raises(ValueError, match=r"training.b.context_length: 160 tokens are more than"):
+        plan({**config, "training": training})
+
+
+def test_the_columns_of_a_plan_stand_apart():
+    run = {
+        "num_trainable": 48_000_000_000, "weight_bytes": 2**40, "optimizer_bytes": 2**42,
+        "peak_bytes": 2**41, "checkpoint_bytes": 2**43, "flops": 1e18, "tokens": 1e4,
+    }  # fmt: skip
+    found = {"num_parameters": {"base": 1, "sidecar": 1}, "dtype": "float32", "runs": {"a": run}}
+    row = next(x for x in plan_text(found, 2**30, 1e18).splitlines() if "phase a" in x)
+    assert row.split()[2:] == [
+        "48.00B", "1024.00", "4096.00", "2048.00", "7168.00", "7965", "1e+05", "10000", "8192.000",
+    ]  # fmt: skip
 
 
 def test_the_released_config_is_read_as_it_is():

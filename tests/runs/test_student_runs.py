@@ -199,7 +199,7 @@ def test_other_hyperparameters_start_afresh_other_intervals_do_not(teacher, tmp_
     run(teacher, tmp_path, V1, save_every=6)
     assert "resumed at step 12" in capsys.readouterr().err
     run(teacher, tmp_path, V1, tau=0.2)
-    assert "starting afresh, settings changed" in capsys.readouterr().err
+    assert "starting afresh, settings.tau changed" in capsys.readouterr().err
 
 
 def test_neighbours_found_for_others_too_do_not_train_again(teacher, tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_neighbours_found_for_others_too_do_not_train_again(teacher, tmp_path, c
     run(tmp_path, tmp_path, V1)
     assert "resumed at step 12" in capsys.readouterr().err
     run(tmp_path, tmp_path, V1, threshold=0.5)
-    assert "starting afresh, neighbours, settings changed" in capsys.readouterr().err
+    assert "starting afresh, neighbours, settings.threshold changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("values", [V1, V2])

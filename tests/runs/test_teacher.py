@@ -143,6 +143,12 @@ def test_vectors_that_are_refused(tmp_path):
     assert "row 11 has a vector with length zero (1 such)" in refused(bad)
     message = refused(good[:1].repeat(30, 0))
     assert "22 distinct vectors are needed" in message and "it has 1 in 30 rows" in message
+    bad = good.copy()
+    bad[5:20] = bad[4]
+    bad[2], bad[3] = np.nan, 0
+    message = refused(bad)
+    assert "row 3 has a vector with length zero (1 such); row 2 has a vector with NaN" in message
+    assert "22 distinct vectors are needed (20 of them queries), but it has 15 in 30" in message
     assert "must be a matrix of floats, got int64" in refused(np.ones((30, 4), dtype=np.int64))
     assert "must be a matrix" in refused(good[0])
     ragged = pl.DataFrame({"v": [[1.0, 2.0], [1.0]] * 20})

@@ -14,7 +14,7 @@ from runs import PHASE, same, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive.data.settings import TokenizerSettings
-from kimi_recursive.layout import SIDECAR_NAME
+from kimi_recursive.layout import SIDECAR_NAME, BaseFolder
 from kimi_recursive.model.loading import load_base, load_model_with_config
 from kimi_recursive.model.sidecar import save_sidecar
 from kimi_recursive.training.base import ExpertBalancer, train_base
@@ -107,7 +107,7 @@ def test_other_validation_documents_select_anew(world, capfd):
     train_in(world, "recursive")
     shutil.copy(world / "tokens/test.parquet", world / "tokens/validation.parquet")
     train_in(world, "recursive")
-    assert "starting afresh, tokens changed" in capfd.readouterr().err
+    assert "starting afresh, tokens.validation changed" in capfd.readouterr().err
 
 
 def test_the_flops_matched_arm_starts_afresh_when_its_budget_changes(world, capfd):
@@ -186,9 +186,7 @@ def test_train_base_trains_balances_and_publishes(tmp_path):
         BaseSettings.from_mapping({**shipped, **config}),
         tmp_path / "tokens",
         tmp_path / "tokenizer",
-        tmp_path / "base/model",
-        tmp_path / "base/train_logs.parquet",
-        tmp_path / "base/work",
+        BaseFolder(tmp_path / "base"),
     )
     logs = pl.read_parquet(tmp_path / "base/train_logs.parquet")
     validation = logs["validation_loss"].drop_nulls()

@@ -40,6 +40,14 @@ def test_links_and_paths_of_a_page_resolve(page):
         assert (ROOT / name).is_file() or (ROOT / "kimi_recursive" / name).is_file(), name
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "Makefile"], ids=lambda page: page.name)
+def test_no_target_stands_behind_configfile(page):
+    """Snakemake takes every name behind `--configfile` as another config."""
+    for command in re.findall(r"snakemake [^`\n]*--configfile [^`\n]*", page.read_text("utf-8")):
+        names = command.partition("--configfile ")[2].partition(" #")[0].split()
+        assert all(name.startswith("-") for name in names[1:2]), command
+
+
 def test_the_readme_is_short_and_links_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 200

@@ -236,3 +236,52 @@ def test_the_recipes_of_the_docs_run(tmp_path, monkeypatch):
         arguments = command.replace("LOG", "experiments/training_log.jsonl").split()
         code = call(monkeypatch, "log", *arguments)
         assert code == (1 if arguments[0] == "check" else 0), command  # one of RUNS fails
+
+
+def test_a_value_that_no_record_has_is_said_with_the_nearest(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log.jsonl"
+    append_records(log, RUNS)
+    for option, value, said in (
+        ("--domain", "plannin", "no record has the domain 'plannin'; did you mean 'planning'?"),
+        (
+            "--where",
+            "fusion_mode=x",
+            "no record has the fusion_mode 'x'; there are: equal, learned",
+        ),
+        ("--status", "complete", "no record has the status 'complete'; did you mean 'completed'?"),
+    ):
+        assert call(monkeypatch, "log", "query", log, option, value) == 0
+        assert said in capsys.readouterr().err
+    append_records(log, [training("none", domain="causal")])
+    assert call(monkeypatch, "log", "query", log, "--domain", "causal", "--failed") == 0
+    assert "no record has" not in capsys.readouterr().err, "nothing is misspelt"
+
+
+@pytest.mark.parametrize(
+    "arguments, keys",
+    [
+        (("query",), {"run_data", "timestamp"}),
+        (("best", "--top", 2), {"run_id", "domain", "status", "end (UTC)", "best_val_accuracy"}),
+        (("compare",), {"status", "metric", "num_runs", "mean", "std", "best", "best run"}),
+        (("check", "--criteria", ROOT / "config/criteria.yaml"), {"run_id", "criterion", "value"}),
+    ],
+)
+def test_every_table_is_to_be_had_as_json(tmp_path, monkeypatch, capsys, arguments, keys):
+    log = tmp_path / "log.jsonl"
+    append_records(log, RUNS)
+    command, *options = arguments
+    assert call(monkeypatch, "log", command, log, *options, "--json") in (0, 1)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows and all(row.keys() >= keys for row in rows)
+
+
+def test_a_table_is_cut_on_a_terminal_alone(tmp_path, monkeypatch, capsys):
+    log, name = tmp_path / "log.jsonl", "a_run_with_a_name_of_thirty_nine_letters"
+    append_records(log, [training(name, domain="a domain of many words, which gives way first")])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "log", "query", log) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 80
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert call(monkeypatch, "log", "query", log) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert len(line) <= 80 and name in line and "…" in line

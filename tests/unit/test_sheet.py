@@ -11,6 +11,7 @@ from kimi_recursive.track_b.sheet import read_sheet, runs_of, select_experiments
 SHEET = ROOT / "config/track_b.tsv"
 CONFIG = {
     "enabled": True, "sheet": str(SHEET), "experiments": "all", "scale": 1.0, "quick": False,
+    "dim": None,
     "num_sentences": 8000, "num_validation_queries": 500, "num_test_queries": 500,
     "teacher": {"kind": "minilm", "path": None},
 }  # fmt: skip
@@ -120,9 +121,16 @@ def test_what_the_teacher_cannot_give_is_known_before_it_encodes(tmp_path):
     np.save(tmp_path / "v.npy", np.zeros((1030, 100), np.float32))
     brought = {"kind": "vectors", "path": str(tmp_path / "v.npy")}
     wrong = {**CONFIG, "teacher": brought, "num_sentences": None, "experiments": ["v2"]}
-    assert "dim: must be at most the teacher's (100), got 128" in error_of(
-        select_experiments, wrong
+    message = error_of(select_experiments, {**wrong, "experiments": ["v2", "core_20k_seed0"]})
+    assert message == (
+        f"{SHEET}: dim is up to 128 in v2, core_20k_seed0, and the vectors of {tmp_path}/v.npy "
+        "have 100 numbers; set track_b.dim to less than 100"
     )
+    fewer = {"dim": 32, "num_validation_queries": 10, "num_test_queries": 10}
+    assert select_experiments({**wrong, **fewer})[0].settings["dim"] == 32
+    assert "8000 are wanted, and" in error_of(select_experiments, {**wrong, "num_sentences": 8000})
+    gone = {**wrong, "teacher": {"kind": "vectors", "path": "no.npy"}}
+    assert error_of(select_experiments, gone) == "track_b.teacher.path: no.npy: no such file"
     (tmp_path / "sheet.tsv").write_text("experiment\tdim\nfew\t64\n")
     wrong = {**wrong, "sheet": str(tmp_path / "sheet.tsv"), "experiments": "all"}
     assert "number of training sentences (30), got 50" in error_of(select_experiments, wrong)

@@ -1,4 +1,4 @@
-"""The positive control: a second matrix over the same rules, with a config and a folder of its own."""
+"""The positive control: a second matrix over the same rules, with its own config and folder."""
 
 import json
 

@@ -133,3 +133,20 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsy
     record_runs("results")
     assert "nothing was recorded" in capsys.readouterr().err
     assert (tmp_path / "baselines.jsonl").read_text() == "my notes\n"
+
+
+def test_a_run_that_is_published_again_is_one_record(tmp_path):
+    """An attempt that measures nothing; one that trains is another run."""
+    folder = tmp_path / "mine"
+
+    def attempt(*steps: int) -> dict:
+        with ExperimentTracker(folder, training_params={"phase": "a", "tried": len(steps)}) as run:
+            run.metadata["started_at"] = f"2026-01-0{1 + len(steps)}T00:00:00+00:00"
+            for step in steps:
+                run.save_metrics(step, {"loss": 1.0})
+            run.finish({"validation": []})
+        return record_of_experiment(folder)
+
+    first = attempt(1)
+    assert attempt() == first
+    assert attempt(1, 2)["run_data"]["run_id"] != first["run_data"]["run_id"]

@@ -123,27 +123,79 @@ def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefacts, reruns
     assert copy.planned() == sorted(reruns)
 
 
-# What each edit changes is asked of the functions that make the parameters, in tests/unit; here,
-# that each rule takes its parameters from them.
-@pytest.mark.parametrize(
-    ("keys", "value", "reruns"),
-    [
-        (("corpus", "seed"), 1, EXPECTED),
-        (("base", "training", "lr"), 1e-3, [*SURGERY_ON, "train_base"]),
-        (("recursive", "d_state"), 4, SURGERY_ON),
-        (("evaluation", "max_new_tokens"), 9, ["compare_zero_init", *TRAINING_ON]),
-        (("training", "b", "recursive"), {"corruption_rate": 0.2}, PHASE_B_ON),
-        (("phases",), ["a"], ["plot_perplexity_by_step", "report", "summarize"]),
-    ],
-)
-def test_editing_a_value_redoes_only_what_reads_it(copy, keys, value, reruns):
+# By a key of the table in config/README.md, an edit. What each edit changes is asked of the
+# functions that make the parameters, in tests/unit; here, that each rule takes its parameters from
+# them.
+EDITS = {
+    "corpus": ("corpus.seed", 1),
+    "tokenizer": ("tokenizer.vocab_size", 330),
+    "base": ("base.training.lr", 1e-3),
+    "recursive": ("recursive.d_state", 4),
+    "recursive.lambda_*": ("recursive.lambda_halt", 0.1),
+    "recursive.commit": ("recursive.commit", "learned"),
+    "evaluation": ("evaluation.context_length", 16),
+    "evaluation.prompts": ("evaluation.prompts", ["another"]),
+    "evaluation.max_new_tokens": ("evaluation.max_new_tokens", 9),
+    "training.a": ("training.a.lr", 1e-3),
+    "training.b": ("training.b.recursive", {"corruption_rate": 0.2}),
+    "save_interval": ("training.a.save_interval", 5),
+    "resources": ("resources.gpus_per_run", 2),
+    "phases": ("phases", ["a"]),
+}
+
+
+def table_of_edits() -> dict[str, set[str]]:
+    """By key the rules that config/README.md says an edit runs again."""
+    text = (ROOT / "config/README.md").read_text().partition("## What an edit redoes")[2]
+    rows = [line.split("|")[1:3] for line in text.partition("\n## ")[0].splitlines()]
+    cells = [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in rows if len(row) == 2]
+    return {key: set(rules) for keys, rules in cells for key in keys}
+
+
+def test_the_table_names_every_edit():
+    assert table_of_edits().keys() == EDITS.keys()
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_an_edit_redoes_what_the_table_says(copy, key):
+    path, value = EDITS[key]
     config = json.loads(json.dumps(TINY))
+    *parents, last = path.split(".")
     node = config
-    for key in keys[:-1]:
-        node = node.setdefault(key, {})
-    node[keys[-1]] = value
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
     copy.write(config)
-    assert copy.planned() == sorted(set(reruns))
+    summaries = {"plot_perplexity_by_step", "summarize", "report"}
+    redone = table_of_edits()[key]
+    assert set(copy.planned()) == redone | (summaries if redone or key == "phases" else set())
+
+
+def test_what_is_published_is_neither_trained_nor_scored_again(copy):
+    """Without `work/`, everything is made again that has another cause than its inputs."""
+    results, log = copy.path("results"), copy.path("experiments/training_log.jsonl")
+    for work in [*results.glob("runs/*/work"), results / "base/work"]:
+        shutil.rmtree(work)
+    kept = [
+        *results.glob("runs/recursive_*/sidecar/*.safetensors"), *results.glob("eval/*.parquet"),
+        *results.glob("runs/recursive_*/train_logs.parquet"),
+    ]  # fmt: skip
+    before, records = {path: path.read_bytes() for path in kept}, log.read_bytes()
+    evaluations = copy.path("baselines.jsonl").read_bytes()
+    copy.write({**TINY, "evaluation": {**TINY["evaluation"], "prompts": ["another"]}})
+    runs = [str(path.relative_to(copy.folder)) for path in before if path.suffix == ".safetensors"]
+    again = [str(Path(path).parent) for path in runs]
+    scored = [f"results/eval/finetuned_recursive{x}_results.json" for x in ("", "_b")]
+    done = copy.snakemake("--forcerun", "train_base", *again, "--", *scored, *again, "summarize")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.read_bytes() for path in kept} == before
+    assert "step 0: validation" not in done.stderr, "nothing was trained"
+    assert done.stderr.count("was trained before with the same settings") >= 3
+    assert "evaluate: the scores are taken from" in done.stderr
+    found = json.loads((results / "eval/finetuned_recursive_results.json").read_text())
+    assert [sample["prompt"] for sample in found["generations"]] == ["another"]
+    assert found["evaluation"]["prompts"] == ["another"]
+    assert log.read_bytes() == records and copy.path("baselines.jsonl").read_bytes() == evaluations
 
 
 def test_an_edited_text_is_read_again(copy):

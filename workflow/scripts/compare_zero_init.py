@@ -3,17 +3,19 @@ from pathlib import Path
 from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.evaluation.settings import EvaluationSettings
-    from kimi_recursive.evaluation.zero_init import compare_zero_init
-    from kimi_recursive.layout import Layout
+    from kimi_recursive.evaluation.prove import prove_zero_init
+    from kimi_recursive.matrix.settings import GENERATION_KEYS, Config
 
-    compare_zero_init(
-        baseline=Layout(Path(snakemake.config["results_dir"])).evaluation("baseline"),
-        surgery=Layout(Path(snakemake.config["results_dir"])).evaluation(snakemake.params.surgery),
+    # From the config, not from parameters: a proof holds for other windows and prompts, too, and
+    # one that is made again retrains.
+    config = Config.from_mapping(snakemake.config)
+    prove_zero_init(
+        base_dir=Path(snakemake.input.base),
         surgery_dir=Path(snakemake.input.surgery),
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
-        settings=EvaluationSettings.from_mapping(snakemake.params.evaluation),
+        settings=config.evaluation,
+        overrides=config.recursive_part(GENERATION_KEYS),
         output_path=Path(snakemake.output.proof),
-        device_map=snakemake.config["resources"]["device_map"],
+        device_map=config.resources.device_map,
         **snakemake.params.load,
     )

@@ -3,8 +3,8 @@ from pathlib import Path
 from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.evaluation.scores import evaluate_stage
     from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
+    from kimi_recursive.evaluation.stage import evaluate_stage
     from kimi_recursive.layout import Layout
 
     spec = EvaluationSpec(
@@ -19,6 +19,7 @@ with job(snakemake):
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
         files=Layout(Path(snakemake.config["results_dir"])).evaluation(snakemake.wildcards.name),
         overrides=snakemake.params.recursive,
+        keep=True,
         device_map=snakemake.config["resources"]["device_map"],
         **snakemake.params.load,
     )

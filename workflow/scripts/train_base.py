@@ -12,7 +12,5 @@ with job(snakemake):
         BaseSettings.from_mapping(snakemake.config["base"]),
         tokens_dir=Path(snakemake.input.tokens[0]).parent,
         tokenizer_dir=Path(snakemake.input.tokenizer),
-        output_dir=Path(snakemake.output.model),
-        logs_path=Path(snakemake.output.logs),
-        work_dir=BaseFolder(Path(snakemake.output.model).parent).work.folder,
+        place=BaseFolder(Path(snakemake.output.model).parent),
     )

@@ -13,6 +13,7 @@ with job(snakemake):
 
     phase, resources = snakemake.params.phase, Resources(**snakemake.config["resources"])
     require_zero_init(snakemake.input.proof)
+    run = RunFolder(Path(snakemake.output.sidecar).parent)
     launch(
         train_phase,
         resources.num_processes,
@@ -30,7 +31,8 @@ with job(snakemake):
             sidecar=Path(snakemake.output.sidecar),
             logs=Path(snakemake.output.logs),
             summary=Path(snakemake.output.summary),
-            work=RunFolder(Path(snakemake.output.sidecar).parent).work.folder,
+            work=run.work.folder,
+            published=run.published,
         ),
         LoadOptions(device_map=resources.device_map, **snakemake.params.load),
         Record(name=snakemake.params.key),

@@ -1,4 +1,4 @@
-"""Digests of what a training reads, for its fingerprint."""
+"""Digests of models, for the fingerprints of what is made from them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from pathlib import Path
 
 from kimi_recursive.files import file_digest
 from kimi_recursive.layout import SIDECAR_NAME
-
-
-def token_digests(tokens_dir: str | Path) -> dict[str, str]:
-    """sha256 of the tokens that a training reads, by split."""
-    return {s: file_digest(Path(tokens_dir) / f"{s}.parquet") for s in ("train", "validation")}
 
 
 def model_digest(directory: str | Path, revision: str | None = None) -> str:
