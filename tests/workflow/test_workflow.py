@@ -134,6 +134,7 @@ EDITS = {
     "recursive": ("recursive.d_state", 4),
     "recursive.lambda_*": ("recursive.lambda_halt", 0.1),
     "recursive.commit": ("recursive.commit", "learned"),
+    "recursive.commit_threshold": ("recursive.commit_threshold", 0.9),
     "evaluation": ("evaluation.context_length", 16),
     "evaluation.prompts": ("evaluation.prompts", ["another"]),
     "evaluation.max_new_tokens": ("evaluation.max_new_tokens", 9),
