@@ -133,6 +133,7 @@ EDITS = {
     "recursive": ("recursive.d_state", 4),
     "recursive.lambda_*": ("recursive.lambda_halt", 0.1),
     "recursive.commit": ("recursive.commit", "learned"),
+    "recursive.commit_threshold": ("recursive.commit_threshold", 0.9),
     "evaluation": ("evaluation.context_length", 16),
     "evaluation.prompts": ("evaluation.prompts", ["another"]),
     "evaluation.max_new_tokens": ("evaluation.max_new_tokens", 9),
@@ -167,8 +168,9 @@ def test_an_edit_redoes_what_the_table_says(copy, key):
     node[last] = value
     copy.write(config)
     summaries = {"plot_perplexity_by_step", "summarize", "report"}
-    redone = table_of_edits()[key]
-    assert set(copy.planned()) == redone | (summaries if redone or key == "phases" else set())
+    planned = set(copy.planned())
+    assert planned - summaries == table_of_edits()[key]
+    assert planned >= {"summarize", "report"} or not planned
 
 
 def test_what_is_published_is_neither_trained_nor_scored_again(copy):
