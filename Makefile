@@ -27,13 +27,12 @@ all: env config
 	@cat results/summary.txt
 	@! test -f results/track_b/summary.txt || { echo; cat results/track_b/summary.txt; }
 
-# Lint and tests side by side, for two cores.
+# Lint and tests side by side, for two cores: the tests in one process, which imports torch once.
 check: env
 	$(MAKE) --jobs 2 lint test-fast
 
 test-fast: env
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-		-m 'not slow and not long and not other_bases' tests/unit tests/model
+	$(BIN)/python -m pytest -q -m 'not slow and not long and not other_bases' tests/unit tests/model
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
