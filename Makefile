@@ -25,13 +25,12 @@ SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 all: env config unlocked
 	$(SNAKEMAKE) all
 
-# Lint and tests side by side, for two cores.
+# Lint and tests side by side, for two cores: the tests in one process, which imports torch once.
 check: env
 	$(MAKE) --jobs 2 lint test-fast
 
 test-fast: env
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-		-m 'not slow and not long and not other_bases' tests/unit tests/model
+	$(BIN)/python -m pytest -q -m 'not slow and not long and not other_bases' tests/unit tests/model
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

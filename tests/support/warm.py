@@ -1,9 +1,9 @@
 """Python scripts in forks of a process that has imported torch and transformers, which takes longer
 than most jobs of a tiny matrix.
 
-`executable()` takes the place of `sys.executable` for Snakemake: it runs a script of a rule in such
-a fork, and anything else in Python itself. Polars is not imported: its threads do not survive a
-fork.
+`executable()` takes the place of `sys.executable` for Snakemake, and for what starts Snakemake: it
+runs a script of a rule in such a fork, and anything else in Python itself. Polars is not imported:
+its threads do not survive a fork.
 """
 
 import atexit
@@ -25,6 +25,10 @@ PRELOADED = (
 )  # fmt: skip
 STUB = """#!{python} -IS
 import os, socket, sys
+if sys.argv[1:3] == ["-m", "snakemake"]:
+    code = "import sys; sys.executable = " + repr(sys.argv[0])
+    code += "; from snakemake.cli import main; main(sys.argv[1:])"
+    os.execv({python!r}, [{python!r}, "-c", code, *sys.argv[3:]])
 if not (len(sys.argv) > 1 and "/.snakemake/scripts/" in sys.argv[1]):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 import json

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import warm
 from commands import call
 from project import ONLY_A, Project
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
@@ -56,7 +57,9 @@ def students(project: Project) -> list[Path]:
 
 
 def track_b(project: Project, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from kimi_recursive.cli import main; main()", "track-b"]
+    code = f"import sys; sys.executable = {warm.executable()!r}"
+    code += "; from kimi_recursive.cli import main; main()"
+    command = [sys.executable, "-c", code, "track-b"]
     return subprocess.run(
         [*command, *arguments],
         cwd=project.folder,
