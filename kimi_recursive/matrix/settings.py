@@ -186,10 +186,12 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{where}: {e}" for e in RecursiveConfig.from_dict(merged).validate())
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
-        if settings["batch_size"] % resources.num_processes:
+        parts = settings.get("gradient_accumulation_steps", 1)
+        if settings["batch_size"] % (resources.num_processes * parts):
+            times = f" times gradient_accumulation_steps ({parts})" * (parts > 1)
             yield (
                 f"training.{phase}.batch_size: must be a multiple of resources.gpus_per_run "
-                f"({resources.num_processes}), got {settings['batch_size']}"
+                f"({resources.num_processes}){times}, got {settings['batch_size']}"
             )
         if settings["context_length"] % width:
             yield (

@@ -163,25 +163,33 @@ def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dic
 
 
 def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) -> dict[str, Any]:
-    """One optimizer step on the last chunk of its windows, which needs the most memory. FLOPs are
-    the mean over all chunks: on average half as much text precedes a chunk."""
+    """One optimizer step on the last chunk of its windows, which needs the most memory: of parts of
+    a batch the second, beside the gradients of the first. FLOPs are the mean over all chunks, since
+    on average half as much text precedes a chunk, with what is computed again to save memory."""
     groups = parameter_groups(wrapper, phase, settings, seed=0)
     trainable = [p for members in groups.values() for p in members.values()]
     objective = build_objective(wrapper, settings.num_steps, settings, seed=0)
     context, width = settings.context_length, wrapper.config.chunk_width
-    windows = torch.zeros(settings.batch_size, context + 1, dtype=torch.long)
+    num_parts = settings.gradient_accumulation_steps
+    windows = torch.zeros(settings.batch_size // num_parts, context + 1, dtype=torch.long)
     with _disable_current_modes():
         generator = torch.Generator()
     start = context - width
     draw = Draw(start, wrapper.config.corruption_rate, 0.0, generator)
+    measured = min(2, num_parts)
+
+    def backward() -> None:
+        for _ in range(measured):
+            objective(windows, 0)[0].backward()
+
     with mock.patch.object(objective, "draw", lambda *_: draw):
-        step = _measure(wrapper, lambda: objective(windows, 0)[0].backward())
+        step = _measure(wrapper, backward)
     objective.zero_grad(set_to_none=True)
     with torch.no_grad():
         prefix = count_flops(lambda: wrapper.encode(windows[:, :start], wrapper.new_cache()))
     optimizer = 2 * _bytes(trainable)
     return {
-        "flops": step["flops"] - prefix / 2,
+        "flops": num_parts * (step["flops"] / measured - prefix / 2),
         "peak_bytes": step["peak_bytes"],
         "tokens": settings.batch_size * width,
         "num_trainable": sum(p.numel() for p in trainable),

@@ -12,17 +12,23 @@ Shapes: B batch, W chunk width, V vocabulary, K inner steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loop import ChunkState
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
 from kimi_recursive.training.settings import PhaseSettings
+
+# Logits of more numbers than this (256 MiB in float32) meet their losses a few rows at a time.
+SLICE = 2**26
 
 
 def corruption_rate_at(config: RecursiveConfig, progress: float) -> float:
@@ -43,11 +49,15 @@ class Draft:
         inputs: [B, W]. The committed ones are gold, some of the others are corrupted.
         targets: [B, W], gold.
         editable: bool [B, W], by slot.
+        num_editable, num_committed: How many slots are editable or not in the whole batch, for
+            each of the equal parts that it was cut into; at least one in all.
     """
 
     inputs: Tensor
     targets: Tensor
     editable: Tensor
+    num_editable: float
+    num_committed: float
 
 
 def corrupt(
@@ -58,28 +68,33 @@ def corrupt(
     vocab_size: int,
     generator: torch.Generator,
     sampling: float = 0.0,
+    part: tuple[int, int] = (0, 1),
 ) -> Draft:
     """Make a draft of gold text.
 
     Args:
         tokens: Gold [B, W + 1]: the W inputs and the last target, of the rows that this process
-            takes.
+            takes, or of one part of them.
         predicted: The base's own greedy prediction of each slot [B, W].
         rate: Share of the editable inputs that are replaced.
         own_share: Share of the replacements that are the base's prediction; the rest are random.
         generator: On the CPU; the only source of randomness.
         sampling: Further share of the editable inputs taken from `predicted` (scheduled
             sampling in one parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
+        part: Which part of how many.
     """
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:]
-    width, batch = inputs.shape[1], len(inputs) * distributed.num_processes()
-    rows = distributed.share(batch)
+    num_parts = distributed.num_processes() * part[1]
+    width, batch = inputs.shape[1], len(inputs) * num_parts
+    rows = distributed.share(batch, *part)
 
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)[rows].to(tokens.device)
 
-    committed = (rand(batch, 1) * width).long()  # 0..W-1: at least one slot is editable
-    editable = torch.arange(width, device=tokens.device) >= committed
+    # Of the whole batch. 0..W-1 are committed: at least one slot is editable.
+    committed = (torch.rand(batch, 1, generator=generator) * width).long()
+    num_committed = int(committed.sum())
+    editable = torch.arange(width, device=tokens.device) >= committed[rows].to(tokens.device)
     replace = (rand(batch, width) < rate) & editable
     own = rand(batch, width) < own_share
     noise = torch.randint(vocab_size, (batch, width), generator=generator)[rows]
@@ -90,7 +105,9 @@ def corrupt(
         replacement = torch.where(sampled, predicted, replacement)
         replace = replace | sampled
     inputs[:, 1:] = torch.where(replace, replacement, targets)[:, :-1]
-    return Draft(inputs, targets, editable)
+    num_editable = batch * width - num_committed
+    counts = (max(1, number) / num_parts for number in (num_editable, num_committed))
+    return Draft(inputs, targets, editable, *counts)
 
 
 def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
@@ -100,12 +117,10 @@ def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
     return torch.where(F.pad(editable[:, :-1], (1, 0)), edited, inputs)
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """This process's part of the mean over the masked values of the whole batch: the average of the
-    parts over all processes is that mean."""
-    mask = mask.to(values.dtype)
-    count = distributed.total(mask.sum()).clamp(min=1) / distributed.num_processes()
-    return (values * mask).sum() / count
+def _mean(values: Tensor, mask: Tensor, count: float) -> Tensor:
+    """A part of the mean over the masked values of the whole batch, of which each part has `count`
+    on average: the average over the parts is that mean."""
+    return (values * mask.to(values.dtype)).sum() / values.new_tensor(count)
 
 
 @dataclass
@@ -141,6 +156,7 @@ class DraftRepair(nn.Module):
         scheduled_sampling: Share of draft tokens taken from the model's own draft by the end of
             training; it grows linearly from 0.
         pull: Weight of the L2 pull of unfrozen layers to their pretrained weights.
+        recompute: Keep no activations of an inner step: its backward runs it again.
     """
 
     def __init__(
@@ -151,6 +167,7 @@ class DraftRepair(nn.Module):
         seed: int,
         scheduled_sampling: float = 0.0,
         pull: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         self.wrapper = wrapper
@@ -159,6 +176,7 @@ class DraftRepair(nn.Module):
         self.seed = seed
         self.scheduled_sampling = scheduled_sampling
         self.pull = pull
+        self.recompute = recompute
         adapter = wrapper.adapter
         self.unfrozen = list(adapter.layer_parameters().items()) if adapter else []
         self.base_trains = any(p.requires_grad for p in wrapper.base.parameters())
@@ -172,8 +190,16 @@ class DraftRepair(nn.Module):
         rate = corruption_rate_at(self.wrapper.config, progress)
         return Draw(start, rate, self.scheduled_sampling * progress, generator)
 
-    def forward(self, windows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Args: gold windows [B, T + 1] with T a multiple of the chunk width; the step from 0.
+    def forward(
+        self, windows: Tensor, step: int, part: tuple[int, int] = (0, 1)
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The losses of a batch, or of one of the equal parts that it is cut into; the average over
+        the parts is that of the batch.
+
+        Args:
+            windows: Gold [B, T + 1] with T a multiple of the chunk width.
+            step: The optimizer step, from 0.
+            part: Which part of how many.
 
         Returns: the weighted sum, and each loss by name, with the corruption rate and `tokens`.
         """
@@ -192,13 +218,15 @@ class DraftRepair(nn.Module):
                 base.logits.shape[-1],
                 drawn.generator,
                 drawn.sampling,
+                part,
             )
         # A single pass does not read step 0. A frozen base needs it again only for another draft.
         if not config.single_pass and (self.base_trains or not drawn.clean):
             with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
-                base = wrapper.start_chunk(draft.inputs, prefix)
+                run = _again if self.recompute and self.base_trains else _once
+                base = run(wrapper.start_chunk, draft.inputs, prefix)
         trains_step_0 = self.base_trains and not config.single_pass
-        losses = chunk_losses(wrapper, base, draft, trains_step_0)
+        losses = chunk_losses(wrapper, base, draft, trains_step_0, self.recompute)
         weights = {
             "final": config.lambda_final,
             "masked": config.lambda_masked,
@@ -243,11 +271,57 @@ def build_objective(
         seed,
         settings.scheduled_sampling or 0.0,
         settings.l2_pull or 0.0,
+        settings.gradient_checkpointing,
     )
 
 
+def _once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _again(function: Callable[..., Any], *arguments: Any) -> Any:
+    """As `_once`, but what its backward needs is computed again, not kept. The function draws
+    nothing at random and writes into nothing that it is given, so it gives the same bits."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _compare(logits: Tensor, targets: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
+    """Cross-entropy of logits [B, W, V] with targets [B, W], and with the logits of the step before
+    KL(step before || this step) without its gradient there; each [B, W], float32."""
+    log_probs = logits.float().log_softmax(-1)
+    ce = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    if before is None:
+        return (ce,)
+    earlier = before.float().log_softmax(-1)
+    return ce, F.kl_div(log_probs, earlier, log_target=True, reduction="none").sum(-1)
+
+
+def _in_slices(logits: Tensor, targets: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
+    """As `_compare`; of large logits no float32 copy stays, only one of a few rows at a time."""
+    rows = max(1, SLICE * len(logits) // logits.numel())
+    if rows >= len(logits):
+        return _compare(logits, targets, before)
+    earlier = [None] * len(logits) if before is None else before.split(rows)
+    slices = zip(logits.split(rows), targets.split(rows), earlier, strict=False)
+    parts = [_again(_compare, *one) for one in slices]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def _refine(
+    wrapper: ChunkRefineWrapper, chunk: ChunkState, inputs: Tensor, targets: Tensor
+) -> tuple[ChunkState, tuple[Tensor, ...]]:
+    """The next inner step, and its losses as in `_compare`; compared with the steps from 1 on."""
+    after = wrapper.refine(chunk, inputs)
+    before = chunk.logits.detach() if chunk.step else None
+    return after, _in_slices(after.logits, targets, before)
+
+
 def chunk_losses(
-    wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft, trains_step_0: bool = False
+    wrapper: ChunkRefineWrapper,
+    chunk: ChunkState,
+    draft: Draft,
+    trains_step_0: bool = False,
+    recompute: bool = False,
 ) -> dict[str, Tensor]:
     """The six losses over the inner steps 1..K, unweighted.
 
@@ -261,36 +335,36 @@ def chunk_losses(
     * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
 
     With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
-    base trains.
+    base trains. With `recompute` the activations of an inner step live only while it runs: its
+    backward runs it again, and gives the same gradients.
     """
     config, boundary = wrapper.config, wrapper.boundary
     assert boundary is not None, "recursion is enabled"
     num_steps = config.max_inner_steps
     keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
-    inputs, previous = draft.inputs, None
+    inputs, run = draft.inputs, _again if recompute else _once
     masked, stability, chunk_ce, commit_logits = [], [], [], []
     ce = log_length = chunk.logits.new_empty(0)  # of the last of the K >= 1 steps
     if trains_step_0:
-        logits = chunk.logits.float().transpose(1, 2)
-        ce = F.cross_entropy(logits, draft.targets, reduction="none")
-        masked.append(_mean(ce, draft.editable))
+        if chunk.logits.numel() > SLICE:
+            (ce,) = _in_slices(chunk.logits, draft.targets, None)
+        else:
+            logits = chunk.logits.float().transpose(1, 2)
+            ce = F.cross_entropy(logits, draft.targets, reduction="none")
+        masked.append(_mean(ce, draft.editable, draft.num_editable))
     for t in range(1, num_steps + 1):
         if t == keep_from:
             chunk = _detached(chunk)
-        chunk = wrapper.refine(chunk, inputs)
-        log_probs = chunk.logits.float().log_softmax(-1)
-        ce = -log_probs.gather(-1, draft.targets[..., None]).squeeze(-1)
+        chunk, (ce, *change) = run(_refine, wrapper, chunk, inputs, draft.targets)
         chunk_ce.append(ce.detach().mean(1))
-        if previous is not None:
-            change = F.kl_div(log_probs, previous, log_target=True, reduction="none").sum(-1)
-            stability.append(_mean(change, ~draft.editable))
+        if change:
+            stability.append(_mean(change[0], ~draft.editable, draft.num_committed))
         commit_logit, log_length = boundary.scores(chunk.h_top.detach())
         if t < num_steps:
-            masked.append(_mean(ce, draft.editable))
+            masked.append(_mean(ce, draft.editable, draft.num_editable))
             commit_logits.append(commit_logit)
             if config.commit == "learned":
                 inputs = edit(inputs, chunk.logits.argmax(-1), draft.editable)
-            previous = log_probs.detach()
     correct = chunk.logits.argmax(-1) == draft.targets
     run = correct.long().cumprod(1).sum(1).clamp(max=config.max_chunk_len)
     zero = ce.new_zeros(())

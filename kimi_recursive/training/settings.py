@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-NEUTRAL_KEYS = ("save_interval", "log_interval")  # They change no number.
+# They change no number, or only by the order of sums.
+NEUTRAL_KEYS = (
+    "save_interval", "log_interval", "gradient_accumulation_steps", "gradient_checkpointing",
+)  # fmt: skip
 NUM_KEPT = 2  # checkpoints that are kept beside the best
 
 
@@ -95,6 +98,10 @@ class PhaseSettings(_Training):
         scheduled_sampling: Phases b and c: share of draft tokens from the model's own draft by the
             end; it grows from 0.
         mixed_precision: `no` or `bf16`, of accelerate.
+        gradient_accumulation_steps: Parts of a batch that are in memory one after the other; their
+            gradients add up to one optimizer step.
+        gradient_checkpointing: Keep no activations of inner steps; the backward pass computes them
+            again.
         recursive: Parameters of `RecursiveConfig` that differ in this phase.
     """
 
@@ -120,6 +127,8 @@ class PhaseSettings(_Training):
     log_interval: int
     num_validation_windows: int
     mixed_precision: str
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     recursive: Mapping[str, Any] | None = None
 
     @classmethod

@@ -167,6 +167,7 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ("evaluation.batch_size", 0, "evaluation.batch_size: must be at least 1, got 0"),
         ("evaluation.batch_size", "16", "must be of type integer, got '16'"),
         ("evaluation.batch_size", 16.0, "must be of type integer, got 16.0"),
+        ("training.b.gradient_accumulation_steps", 3, "gpus_per_run (1) times gradient_accumula"),
         ("training.a.warmup_steps", 121, "training.a.warmup_steps: must be at most num_steps"),
         ("base.kind", "pretrained", "needs either path (a local directory) or hub_id"),
         ("base.dtype", "bfloat16", "base.dtype: phase c needs float32 (or phases: [a, b]), got bf"),
