@@ -23,6 +23,7 @@ from kimi_recursive.processes.logs import quiet_libraries
 from kimi_recursive.training.arms import ARMS, MAX_SEED, PHASES
 from kimi_recursive.training.settings import LoraSettings, PhaseSettings
 from kimi_recursive.training.spec import LoadOptions, PhaseSpec, Record
+from kimi_recursive.training.tracking import DEFAULT, TRACKERS
 
 
 def run_experiment(
@@ -112,6 +113,13 @@ def run_experiment(
             help="Keep no activations of inner steps, compute them again: less memory, more time.",
         ),
     ] = False,
+    tracking: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Where metrics are also shown: {', '.join(TRACKERS)}; repeatable. Nothing is "
+            "sent unless WANDB_MODE says so. Default: tensorboard."
+        ),
+    ] = None,
     corpus: Corpus = None,
     tokens_dir: TokensDir = None,
     output_dir: Annotated[Path, typer.Option(help="Their folder.")] = Path("experiments"),
@@ -190,6 +198,7 @@ def run_experiment(
         description=description,
         inputs={name: value for name, value in inputs.items() if value},
         num_kept=keep_checkpoints,
+        tracking=tracking or DEFAULT,
         refuse_others=not force,
     )
     spec = PhaseSpec(phase, settings, seed, arm, config=config)

@@ -65,6 +65,7 @@ class Config:
     Attributes:
         recursive: The parameters of the loop, with defaults for those that the config leaves out.
         training: Settings by phase.
+        tracking: Where metrics of a phase are also shown.
         track_b: The section `track_b`, as `track_b.sheet.select_experiments` reads it.
     """
 
@@ -78,6 +79,7 @@ class Config:
     seeds: tuple[int, ...]
     repeat: bool
     resources: Resources
+    tracking: tuple[str, ...]
     track_b: Mapping[str, Any]
 
     @classmethod
@@ -94,6 +96,7 @@ class Config:
             seeds=tuple(config["seeds"]),
             repeat=config["repeat"],
             resources=Resources(**config["resources"]),
+            tracking=tuple(config["tracking"]),
             track_b=config["track_b"],
         )
 
@@ -204,12 +207,18 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_pretrained(model: Mapping[str, Any], where: str) -> Iterator[str]:
-    if bool(model.get("path")) == bool(model.get("hub_id")):
-        yield f"{where}: kind 'pretrained' needs either path (a local directory) or hub_id"
+    sources = ("path", "hub_id", "package") if "package" in model else ("path", "hub_id")
+    if sum(bool(model.get(key)) for key in sources) != 1:
+        others = "hub_id" if len(sources) == 2 else "hub_id, or package"
+        yield f"{where}: kind 'pretrained' needs either path (a local directory) or {others}"
+    if (gguf := model.get("gguf_file")) and model.get("package"):
+        yield f"{where}.gguf_file: {model['package']} brings its own file, leave it out"
     if model.get("hub_id") and not model.get("revision"):
         yield f"{where}.revision: a hub_id needs a pinned revision (a commit hash or tag)"
     if model.get("path") and not Path(model["path"]).is_dir():
         yield f"{where}.path: no such directory: {model['path']}"
+    elif model.get("path") and gguf and not (Path(model["path"]) / gguf).is_file():
+        yield f"{where}.gguf_file: no such file in {model['path']}: {gguf}"
 
 
 def _check_teacher(teacher: Mapping[str, Any]) -> Iterator[str]:
@@ -229,6 +238,8 @@ def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:
     dtype, num_layers = base["dtype"], None
     if base["kind"] == "scratch":
         num_layers = base["architecture"]["num_hidden_layers"]
+    elif base.get("gguf_file") or base.get("package"):
+        pass  # float32, unless `dtype` says otherwise
     elif base.get("path") and (Path(base["path"]) / "config.json").is_file():
         found = read_json_object(Path(base["path"]) / "config.json")
         found = found.get("text_config") or found

@@ -30,6 +30,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.base import kimi_config
+from kimi_recursive.training.fetch import base_package
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import Draw, build_objective
 from kimi_recursive.training.settings import Architecture, PhaseSettings
@@ -132,17 +133,24 @@ def base_shape(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype
         return kimi_config(
             Architecture.from_mapping(base["architecture"]), vocabulary
         ), torch.float32
-    where = base["config_json"] or base["path"] or base["hub_id"]
+    where, gguf = base["config_json"] or base["path"] or base["hub_id"], base.get("gguf_file")
+    if base.get("package"):
+        file = base_package(base["package"])
+        where, gguf = str(file.parent), file.name
     revision = base["revision"] if where == base["hub_id"] else None
+    options = {"gguf_file": gguf} if gguf and where != base["config_json"] else {}
     try:
-        found = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(
+            where, revision=revision, trust_remote_code=False, **options
+        )
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
             f"base: the config of {where} cannot be read ({first}); set base.config_json to its "
             "config.json"
         ) from error
-    name = base["dtype"] if base["dtype"] != "auto" else found.dtype or torch.float32
+    own = torch.float32 if gguf else found.dtype  # as `convert_gguf` writes it
+    name = base["dtype"] if base["dtype"] != "auto" else own or torch.float32
     return found, name if isinstance(name, torch.dtype) else getattr(torch, name)
 
 

@@ -116,6 +116,7 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
             config,
             {"phase": None, "seed": spec.seed, **settings.to_mapping()},
             {"model_path": files.parent, "tokens": files.tokens, **record.inputs},
+            record.tracking,
         ) as tracker,
     ):
         tracker.start_afresh()

@@ -109,7 +109,13 @@ def train_phase(
             paths |= {"recursive_config": Path(parent.path) / CONFIG_NAME, **record.inputs}
             tracker = stack.enter_context(
                 ExperimentTracker(
-                    files.work, record.name, record.description, config, params, paths
+                    files.work,
+                    record.name,
+                    record.description,
+                    config,
+                    params,
+                    paths,
+                    record.tracking,
                 )
             )
         distributed.wait_for_all()

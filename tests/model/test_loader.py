@@ -22,7 +22,7 @@ from kimi_recursive.model.sidecar import (
     load_sidecar,
     save_sidecar,
 )
-from kimi_recursive.training.base import fetch_base
+from kimi_recursive.training.fetch import fetch_base
 
 
 @pytest.fixture

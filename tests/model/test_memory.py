@@ -53,7 +53,7 @@ def test_the_parts_of_a_batch_average_to_the_batch(num_parts):
     assert cut[1] == pytest.approx(whole[1], rel=1e-4, abs=1e-7)
     assert cut[1]["tokens"] == 32
     for name, gradient in whole[2].items():
-        assert torch.allclose(cut[2][name], gradient, rtol=1e-3, atol=1e-6), name
+        assert (cut[2][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("kind", ["kimi", "llama"])

@@ -33,5 +33,5 @@ with job(snakemake):
             work=RunFolder(Path(snakemake.output.sidecar).parent).work.folder,
         ),
         LoadOptions(device_map=resources.device_map, **snakemake.params.load),
-        Record(name=snakemake.params.key),
+        Record(name=snakemake.params.key, tracking=snakemake.config["tracking"]),
     )
