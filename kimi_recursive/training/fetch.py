@@ -79,7 +79,7 @@ def base_package(name: str) -> Path:
         ValueError: as in `packaged_file`.
     """
     version, file, sha256 = PACKAGES[name]
-    return packaged_file(name, version, file, sha256, "base.package")
+    return packaged_file(name, version, file, sha256, "base.package", "--no-deps ")
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
