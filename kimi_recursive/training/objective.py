@@ -50,14 +50,14 @@ class Draft:
         targets: [B, W], gold.
         editable: bool [B, W], by slot.
         num_editable, num_committed: How many slots are editable or not in the whole batch, for
-            each of the equal parts that it was cut into; at least one in all.
+            each of the equal parts that it was cut into; at least one in all. Scalars.
     """
 
     inputs: Tensor
     targets: Tensor
     editable: Tensor
-    num_editable: float
-    num_committed: float
+    num_editable: Tensor
+    num_committed: Tensor
 
 
 def corrupt(
@@ -93,7 +93,7 @@ def corrupt(
 
     # Of the whole batch. 0..W-1 are committed: at least one slot is editable.
     committed = (torch.rand(batch, 1, generator=generator) * width).long()
-    num_committed = int(committed.sum())
+    num_committed = committed.sum()
     editable = torch.arange(width, device=tokens.device) >= committed[rows].to(tokens.device)
     replace = (rand(batch, width) < rate) & editable
     own = rand(batch, width) < own_share
@@ -106,7 +106,7 @@ def corrupt(
         replace = replace | sampled
     inputs[:, 1:] = torch.where(replace, replacement, targets)[:, :-1]
     num_editable = batch * width - num_committed
-    counts = (max(1, number) / num_parts for number in (num_editable, num_committed))
+    counts = (n.clamp(min=1) / num_parts for n in (num_editable, num_committed))
     return Draft(inputs, targets, editable, *counts)
 
 
@@ -117,10 +117,10 @@ def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
     return torch.where(F.pad(editable[:, :-1], (1, 0)), edited, inputs)
 
 
-def _mean(values: Tensor, mask: Tensor, count: float) -> Tensor:
+def _mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
     """A part of the mean over the masked values of the whole batch, of which each part has `count`
     on average: the average over the parts is that mean."""
-    return (values * mask.to(values.dtype)).sum() / values.new_tensor(count)
+    return (values * mask.to(values.dtype)).sum() / count.to(values)
 
 
 @dataclass
