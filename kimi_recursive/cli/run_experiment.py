@@ -23,6 +23,7 @@ from kimi_recursive.processes.logs import quiet_libraries
 from kimi_recursive.training.arms import ARMS, MAX_SEED, PHASES
 from kimi_recursive.training.settings import LoraSettings, PhaseSettings
 from kimi_recursive.training.spec import LoadOptions, PhaseSpec, Record
+from kimi_recursive.training.tracking import DEFAULT, TRACKERS
 
 
 def run_experiment(
@@ -102,6 +103,23 @@ def run_experiment(
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
     num_validation_windows: Annotated[int, typer.Option(min=1, help="Per validation.")] = 32,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(min=1, help="Parts of a batch that are in memory one after the other.")
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Keep no activations of inner steps, compute them again: less memory, more time.",
+        ),
+    ] = False,
+    tracking: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Where metrics are also shown: {', '.join(TRACKERS)}; repeatable. Nothing is "
+            "sent unless WANDB_MODE says so. Default: tensorboard."
+        ),
+    ] = None,
     corpus: Corpus = None,
     tokens_dir: TokensDir = None,
     output_dir: Annotated[Path, typer.Option(help="Their folder.")] = Path("experiments"),
@@ -165,6 +183,8 @@ def run_experiment(
         log_interval=log_interval,
         num_validation_windows=num_validation_windows,
         mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing,
         scheduled_sampling=None if phase == "a" else scheduled_sampling,
         lora=LoraSettings(lora_rank, lora_alpha, targets) if phase == "b" else None,
         unfreeze_every=unfreeze_every if phase == "c" else None,
@@ -179,6 +199,7 @@ def run_experiment(
         inputs={name: value for name, value in inputs.items() if value},
         tokens_stay=tokens_dir is not None,
         num_kept=keep_checkpoints,
+        tracking=tracking or DEFAULT,
         refuse_others=not force,
     )
     spec = PhaseSpec(phase, settings, seed, arm, config=config)

@@ -188,15 +188,30 @@ def _scores(scores: Sequence[Scores]) -> str:
 def _loading(repo_id: str, branch: str | None, sidecar: Sidecar, base: Base) -> str:
     arguments = [f'"{repo_id}"']
     arguments += [f'revision="{branch}"'] if branch else []
+    tokenizer = ", ".join(arguments) if base.name is not None else "base_path"
     arguments += ["base_path=base_path"] if base.name is None else []
     arguments += ["trust_remote_code=True"] if base.trust_remote_code else []
+    tokenizer += ", trust_remote_code=True" if base.trust_remote_code else ""
+    here = ", ".join(arguments)
     lines = [
         "```python",
         "from kimi_recursive import load_model_with_config",
         "",
-        f"model, tokenizer, config = load_model_with_config({', '.join(arguments)})",
+        f"model, tokenizer, config = load_model_with_config({here})",
         'ids = tokenizer("The state of the Union is", return_tensors="pt").input_ids',
         "print(tokenizer.decode(model.generate_chunks(ids, max_new_tokens=32)[0]))",
+        "```",
+        "",
+        "Or as any model of transformers:",
+        "",
+        "```python",
+        "import kimi_recursive  # transformers then knows this kind of model",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({here})",
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
+        'inputs = tokenizer("The state of the Union is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",
         "```",
     ]
     text = "With the package `kimi_recursive` installed"

@@ -20,7 +20,7 @@ from kimi_recursive.files import read_json_object, write_json, write_text
 from kimi_recursive.hub.model_card import Base, Published, model_card
 from kimi_recursive.hub.results import read_comparisons, read_scores, workflow_results
 from kimi_recursive.layout import SIDECAR_NAME
-from kimi_recursive.model.sidecar import Sidecar
+from kimi_recursive.model.sidecar import Sidecar, write_native_config
 from kimi_recursive.training.checkpoint import MODEL_DIR, verify_checkpoint
 from kimi_recursive.training.experiment import METADATA_NAME
 
@@ -179,6 +179,7 @@ def gather(
         if name != SIDECAR_NAME:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(experiment.model_dir / name, folder / name)
+    write_native_config(folder)  # checkpoints of before have none
     sidecar.renamed(named.name, named.revision, folder / SIDECAR_NAME)
     if base_folder is not None:
         _copy_base(base_folder, folder / BASE_DIR)

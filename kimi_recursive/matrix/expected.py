@@ -54,6 +54,8 @@ def params_fetch_base(config: Config) -> dict[str, Any]:
         "hub_id": base.hub_id,
         "revision": base.revision,
         "trust_remote_code": base.trust_remote_code,
+        # Only where they are set: records of before do not have them.
+        **{k: v for k in ("gguf_file", "package") if (v := getattr(base, k)) is not None},
     }
 
 
@@ -108,7 +110,7 @@ def params_summary(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: params_summary(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in NEUTRAL_KEYS
+        if key not in (*NEUTRAL_KEYS, "tracking")
     }
 
 

@@ -69,6 +69,7 @@ class Config:
         recursive: The parameters of the loop, with defaults for those that the config leaves out.
         training: Settings by phase.
         composition: Config file of the positive control, or None.
+        tracking: Where metrics of a phase are also shown.
         track_b: The section `track_b`, as `track_b.sheet.select_experiments` reads it.
     """
 
@@ -84,6 +85,7 @@ class Config:
     repeat: bool
     resources: Resources
     composition: str | None
+    tracking: tuple[str, ...]
     track_b: Mapping[str, Any]
 
     @classmethod
@@ -102,6 +104,7 @@ class Config:
             repeat=config["repeat"],
             resources=Resources(**config["resources"]),
             composition=config["composition"],
+            tracking=tuple(config["tracking"]),
             track_b=config["track_b"],
         )
 
@@ -218,10 +221,12 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{where}: {e}" for e in RecursiveConfig.from_dict(merged).validate())
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
-        if settings["batch_size"] % resources.num_processes:
+        parts = settings.get("gradient_accumulation_steps", 1)
+        if settings["batch_size"] % (resources.num_processes * parts):
+            times = f" times gradient_accumulation_steps ({parts})" * (parts > 1)
             yield (
                 f"training.{phase}.batch_size: must be a multiple of resources.gpus_per_run "
-                f"({resources.num_processes}), got {settings['batch_size']}"
+                f"({resources.num_processes}){times}, got {settings['batch_size']}"
             )
         if settings["context_length"] % width:
             yield (
@@ -234,12 +239,18 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_pretrained(model: Mapping[str, Any], where: str) -> Iterator[str]:
-    if bool(model.get("path")) == bool(model.get("hub_id")):
-        yield f"{where}: kind 'pretrained' needs either path (a local directory) or hub_id"
+    sources = ("path", "hub_id", "package") if "package" in model else ("path", "hub_id")
+    if sum(bool(model.get(key)) for key in sources) != 1:
+        others = "hub_id" if len(sources) == 2 else "hub_id, or package"
+        yield f"{where}: kind 'pretrained' needs either path (a local directory) or {others}"
+    if (gguf := model.get("gguf_file")) and model.get("package"):
+        yield f"{where}.gguf_file: {model['package']} brings its own file, leave it out"
     if model.get("hub_id") and not model.get("revision"):
         yield f"{where}.revision: a hub_id needs a pinned revision (a commit hash or tag)"
     if model.get("path") and not os.path.isdir(model["path"]):
         yield f"{where}.path: no such directory: {cut(model['path'], WIDTH)}"
+    elif model.get("path") and gguf and not os.path.isfile(Path(model["path"], gguf)):
+        yield f"{where}.gguf_file: no such file in {cut(model['path'], WIDTH)}: {cut(gguf, WIDTH)}"
 
 
 def _check_teacher(teacher: Mapping[str, Any]) -> Iterator[str]:
@@ -260,6 +271,8 @@ def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:
     dtype, num_layers = base["dtype"], None
     if base["kind"] == "scratch":
         num_layers = base["architecture"]["num_hidden_layers"]
+    elif base.get("gguf_file") or base.get("package"):
+        pass  # float32, unless `dtype` says otherwise
     elif base.get("path") and os.path.isfile(Path(base["path"], "config.json")):
         found = read_json_object(Path(base["path"]) / "config.json")
         found = found.get("text_config") or found

@@ -74,6 +74,8 @@ def load_base(
         raise ValueError(f"{where}: no such model directory")
     if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
         raise ValueError(f"dtype must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}")
+    if Sidecar.find(where) is not None:
+        raise ValueError(f"{where}: is a sidecar, not a base; load_model_with_config loads it")
     placement = device_map_options(device_map)
     _check_safetensors(Path(where))
     try:

@@ -2,7 +2,8 @@
 
 `sidecar.safetensors` holds the cells (refinement cells, latent path, boundary head) and, in its
 header, what `Sidecar` says. `recursive_config.json` is beside it, and so is what was trained inside
-the base (`kimi_recursive.model.adapter`).
+the base (`kimi_recursive.model.adapter`). `config.json` tells transformers' Auto classes what the
+folder is; nothing else is read from it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kimi_recursive.doors import missing_extra
-from kimi_recursive.files import read_safetensors, replacing
+from kimi_recursive.files import read_safetensors, replacing, write_json
 from kimi_recursive.layout import SIDECAR_NAME, RunFolder
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.model.loop import ChunkLoop
@@ -28,6 +29,7 @@ from kimi_recursive.model.placement import embedding_weight
 from kimi_recursive.model.weights import misfit, read_weights
 
 METADATA_KEY = "kimi_recursive"
+MODEL_TYPE, NATIVE_CLASS = "kimi_recursive", "KimiRecursiveForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def base_identity(base: PreTrainedModel) -> dict[str, Any]:
 def save_sidecar(
     wrapper: ChunkLoop,
     directory: str | Path,
-    base_path: str | Path,
+    base_path: str | Path | None,
     phase: str | None = None,
     revision: str | None = None,
 ) -> None:
@@ -190,7 +192,7 @@ def save_sidecar(
 
     Args:
         directory: The folder of the sidecar; made where it is missing.
-        base_path: The base: a folder, or a Hub id.
+        base_path: The base: a folder, or a Hub id; None leaves it to whoever loads the sidecar.
         phase: The training phase that made it; None before training.
         revision: Of the base, where `base_path` is a Hub id.
 
@@ -201,12 +203,13 @@ def save_sidecar(
         raise ValueError("recursion is disabled: there is no sidecar to save")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    base_path = str(base_path)
-    if Path(base_path).is_dir():  # a relative path, so that both can move together
+    if (
+        base_path is not None and Path(base_path).is_dir()
+    ):  # a relative path, so that both can move together
         base_path = os.path.relpath(Path(base_path).resolve(), directory.resolve())
     adapter = wrapper.adapter
     facts = {
-        "base_model_name_or_path": base_path,
+        "base_model_name_or_path": None if base_path is None else str(base_path),
         "base": base_identity(wrapper.base),
         "refined_layers": wrapper.refined_layers,
         "revision": revision,
@@ -218,8 +221,16 @@ def save_sidecar(
     tensors = {k: v.detach().cpu().contiguous() for k, v in wrapper.cells_state_dict().items()}
     _write(directory / SIDECAR_NAME, facts, tensors)
     wrapper.config.save(directory / CONFIG_NAME)
+    write_native_config(directory)
     if adapter is not None:
         adapter.save(directory)
+
+
+def write_native_config(directory: Path) -> None:
+    """Write the `config.json` by which transformers' Auto classes know a sidecar."""
+    write_json(
+        directory / "config.json", {"architectures": [NATIVE_CLASS], "model_type": MODEL_TYPE}
+    )
 
 
 def _write(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -103,29 +103,33 @@ class ChunkRefineWrapper(ChunkLoop):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_steps: int | None = None,
+        chunk_start: int = 0,
     ) -> CausalLMOutputWithPast:
-        """Logits of the last inner step, chunk by chunk on the grid from position 0.
+        """Logits of the last inner step, chunk by chunk on the grid from position `chunk_start`.
 
         Args:
             input_ids: [B, T].
             attention_mask: [B, T], 0 for padding on the left.
             labels: [B, T], -100 where ignored; they are shifted inside, as in transformers.
             num_steps: Inner steps, `max_inner_steps` by default.
+            chunk_start: The positions before it are a prefix, which the base reads; 0 to T - 1.
 
-        Returns: logits [B, T, V], and with labels the mean cross-entropy, float32, in nats.
+        Returns: logits [B, T - chunk_start, V] (of the base [B, T, V] when not active), and with
+            labels the mean cross-entropy of these positions, float32, in nats.
         """
         if not self.active:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         logits = torch.cat(
             [
                 self.last_step(chunk, num_steps).logits
-                for chunk in self.chunks(input_ids, attention_mask)
+                for chunk in self.chunks(input_ids, attention_mask, chunk_start)
             ],
             dim=1,
         )
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            targets = labels[:, chunk_start + 1 :].flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.base import kimi_config
 from kimi_recursive.training.batches import check_windows
+from kimi_recursive.training.fetch import base_package
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import Draw, build_objective
 from kimi_recursive.training.settings import Architecture, PhaseSettings
@@ -139,17 +140,24 @@ def base_shape(config: Mapping[str, Any]) -> tuple[PretrainedConfig, torch.dtype
         return kimi_config(
             Architecture.from_mapping(base["architecture"]), vocabulary
         ), torch.float32
-    where = base["config_json"] or base["path"] or base["hub_id"]
+    where, gguf = base["config_json"] or base["path"] or base["hub_id"], base.get("gguf_file")
+    if base.get("package"):
+        file = base_package(base["package"])
+        where, gguf = str(file.parent), file.name
     revision = base["revision"] if where == base["hub_id"] else None
+    options = {"gguf_file": gguf} if gguf and where != base["config_json"] else {}
     try:
-        found = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(
+            where, revision=revision, trust_remote_code=False, **options
+        )
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
             f"base: the config of {where} cannot be read ({first}); set base.config_json to its "
             "config.json"
         ) from error
-    name = base["dtype"] if base["dtype"] != "auto" else found.dtype or torch.float32
+    own = torch.float32 if gguf else found.dtype  # as `convert_gguf` writes it
+    name = base["dtype"] if base["dtype"] != "auto" else own or torch.float32
     return found, name if isinstance(name, torch.dtype) else getattr(torch, name)
 
 
@@ -170,25 +178,33 @@ def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dic
 
 
 def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) -> dict[str, Any]:
-    """One optimizer step on the last chunk of its windows, which needs the most memory. FLOPs are
-    the mean over all chunks: on average half as much text precedes a chunk."""
+    """One optimizer step on the last chunk of its windows, which needs the most memory: of parts of
+    a batch the second, beside the gradients of the first. FLOPs are the mean over all chunks, since
+    on average half as much text precedes a chunk, with what is computed again to save memory."""
     groups = parameter_groups(wrapper, phase, settings, seed=0)
     trainable = [p for members in groups.values() for p in members.values()]
     objective = build_objective(wrapper, settings.num_steps, settings, seed=0)
     context, width = settings.context_length, wrapper.config.chunk_width
-    windows = torch.zeros(settings.batch_size, context + 1, dtype=torch.long)
+    num_parts = settings.gradient_accumulation_steps
+    windows = torch.zeros(settings.batch_size // num_parts, context + 1, dtype=torch.long)
     with _disable_current_modes():
         generator = torch.Generator()
     start = context - width
     draw = Draw(start, wrapper.config.corruption_rate, 0.0, generator)
+    measured = min(2, num_parts)
+
+    def backward() -> None:
+        for _ in range(measured):
+            objective(windows, 0)[0].backward()
+
     with mock.patch.object(objective, "draw", lambda *_: draw):
-        step = _measure(wrapper, lambda: objective(windows, 0)[0].backward())
+        step = _measure(wrapper, backward)
     objective.zero_grad(set_to_none=True)
     with torch.no_grad():
         prefix = count_flops(lambda: wrapper.encode(windows[:, :start], wrapper.new_cache()))
     optimizer = 2 * _bytes(trainable)
     return {
-        "flops": step["flops"] - prefix / 2,
+        "flops": num_parts * (step["flops"] / measured - prefix / 2),
         "peak_bytes": step["peak_bytes"],
         "tokens": settings.batch_size * width,
         "num_trainable": sum(p.numel() for p in trainable),

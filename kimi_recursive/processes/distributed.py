@@ -36,17 +36,22 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def share(num_rows: int) -> slice:
-    """The rows of a batch of `num_rows` that this process takes.
+def share(num_rows: int, part: int = 0, num_parts: int = 1) -> slice:
+    """The rows of a batch of `num_rows` that this process takes; of these, one part of
+    `num_parts`, where it takes them one part at a time.
 
     Raises:
         ValueError: the rows cannot be divided evenly.
     """
     size = num_processes()
-    if num_rows % size:
-        raise ValueError(f"batch_size ({num_rows}) must be a multiple of the {size} processes")
-    rank, part = (dist.get_rank() if size > 1 else 0), num_rows // size
-    return slice(rank * part, (rank + 1) * part)
+    if num_rows % (size * num_parts):
+        parts = f", each with gradient_accumulation_steps = {num_parts} parts" * (num_parts > 1)
+        raise ValueError(
+            f"batch_size ({num_rows}) must be a multiple of the {size} processes{parts}"
+        )
+    place = (dist.get_rank() if size > 1 else 0) * num_parts + part
+    rows = num_rows // (size * num_parts)
+    return slice(place * rows, (place + 1) * rows)
 
 
 def part(items: Sequence[Any]) -> Sequence[Any]:

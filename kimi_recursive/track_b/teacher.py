@@ -10,8 +10,6 @@ A sentence-transformers model makes them, or the user brings them. They lie in a
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from kimi_recursive.data.corpus import SPLITS
 from kimi_recursive.files import (
     file_digest,
+    packaged_file,
     publishing,
     read_safetensors,
     versions,
@@ -156,19 +155,10 @@ def _locate(settings: Mapping[str, Any]) -> tuple[str, str]:
     if settings["kind"] == "pretrained":
         path = settings["path"] or settings["hub_id"]
         return str(path), model_digest(path, settings["revision"])
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"track_b.teacher: pip install {PACKAGE}=={PACKAGE_VERSION}")
-    if (version := importlib.metadata.version(PACKAGE)) != PACKAGE_VERSION:
-        raise ValueError(
-            f"{PACKAGE}: version {PACKAGE_VERSION} is needed, but {version} is installed"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    weights = folder / "model.safetensors"
-    digest = file_digest(weights) if weights.is_file() else "nothing"
-    if digest != PACKAGE_SHA256:
-        raise ValueError(f"{weights}: sha256 must be {PACKAGE_SHA256}, got {digest}")
-    return str(folder), digest
+    weights = packaged_file(
+        PACKAGE, PACKAGE_VERSION, "model/model.safetensors", PACKAGE_SHA256, "track_b.teacher"
+    )
+    return str(weights.parent), PACKAGE_SHA256
 
 
 def _load_encoder(

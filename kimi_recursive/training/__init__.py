@@ -5,7 +5,8 @@ from kimi_recursive.doors import offer
 __getattr__, __dir__ = offer(
     __name__,
     arms="ARMS PHASES",
-    base="train_base fetch_base",
+    base="train_base",
+    fetch="fetch_base",
     surgery="insert_cells",
     phases="train_phase",
     by_hand="run_experiment",

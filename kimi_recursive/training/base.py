@@ -1,8 +1,7 @@
-"""The base model: a tiny Kimi-Linear trained from scratch, or a pretrained decoder."""
+"""The base model: a tiny Kimi-Linear, trained from scratch."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -251,42 +250,3 @@ def _padded(windows: list[Window]) -> Tensor:
         row[0, : len(window.inputs)] = window.inputs
         row[1, window.chunk_start : len(window.inputs)] = window.targets[window.chunk_start :]
     return torch.from_numpy(rows)
-
-
-def fetch_base(
-    output_dir: Path,
-    path: str | None = None,
-    hub_id: str | None = None,
-    revision: str | None = None,
-) -> None:
-    """Put a pretrained decoder into a directory of the workflow.
-
-    A local directory is linked file by file; a Hub id is downloaded at its pinned revision.
-
-    Args:
-        path: A local directory; or else
-        hub_id, revision: A model on the Hub.
-
-    Raises:
-        ValueError: no such directory, or the Hub cannot serve it.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if path:
-        source = Path(path).resolve()
-        if not (source / "config.json").is_file():
-            raise ValueError(f"base.path: {source} holds no Hugging Face model (no config.json)")
-    else:
-        try:
-            assert hub_id is not None, "a pretrained base has a path or a Hub id"
-            source = Path(snapshot_download(hub_id, revision=revision))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            message = str(error).splitlines()[0]
-            raise ValueError(f"base.hub_id: {hub_id} cannot be fetched: {message}") from error
-    with publishing(output_dir) as folder:
-        for file in source.iterdir():
-            if file.is_file():
-                (folder / file.name).symlink_to(file.resolve())
-        origin = {"path": path, "hub_id": hub_id, "revision": revision}
-        (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")

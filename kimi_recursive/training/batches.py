@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from kimi_recursive.data.settings import PRETRAIN
 from kimi_recursive.data.tokens import load_tokens, splits_in
 from kimi_recursive.data.windows import (
+    IGNORED,
     Sampler,
     Window,
     first_windows,
@@ -26,12 +27,21 @@ from kimi_recursive.training.settings import BaseTraining, PhaseSettings
 
 @dataclass(frozen=True)
 class Batch:
-    """A `data.windows.Batch` as tensors: inputs and targets [B, T], mask [B, T] or None."""
+    """A `data.windows.Batch` as tensors.
+
+    Attributes:
+        inputs, targets: int64 [B, T].
+        mask: bool [B, T], or None.
+        chunk_start: Where the chunk to refine starts, or None.
+        num_targets: Targets that count in each row of the whole batch, those of other processes
+            and parts among them, on the CPU; None where every target counts.
+    """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor | None = None
     chunk_start: int | None = None
+    num_targets: Tensor | None = None
 
     @classmethod
     def of_windows(cls, windows: Tensor) -> Batch:
@@ -41,10 +51,23 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def rows(self, rows: slice) -> Batch:
+        """Some of its rows."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], mask=mask)
+
     def first_row(self) -> Batch:
-        """The batch without its other rows."""
-        mask = None if self.mask is None else self.mask[:1]
-        return Batch(self.inputs[:1], self.targets[:1], mask, self.chunk_start)
+        """Its first row, as if each process had no other."""
+        counts = self.num_targets
+        counts = None if counts is None else counts[: distributed.num_processes()]
+        return replace(self.rows(slice(1)), num_targets=counts)
+
+    def chunk(self, start: int, width: int) -> Batch:
+        """The chunk from `start`; its mask also covers what is before."""
+        stop = start + width
+        mask = None if self.mask is None else self.mask[:, :stop]
+        inputs, targets = self.inputs[:, start:stop], self.targets[:, start:stop]
+        return Batch(inputs, targets, mask, num_targets=self.num_targets)
 
 
 @dataclass(frozen=True)
@@ -104,7 +127,10 @@ class Batches:
 
         inputs, targets, mask = map(tensor, (batch.inputs, batch.targets, batch.mask))
         assert inputs is not None and targets is not None
-        return Batch(inputs, targets, mask, batch.chunk_start)
+        counts = None
+        if batch.chunk_start is not None:
+            counts = torch.from_numpy((batch.targets != IGNORED).sum(1))
+        return Batch(inputs, targets, mask, batch.chunk_start, counts)
 
 
 def token_digests(tokens_dir: str | Path) -> dict[str, str]:

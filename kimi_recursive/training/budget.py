@@ -69,6 +69,7 @@ def match_flops(
 
     def flops(model: ChunkRefineWrapper, scheduled: int, counted: int) -> list[int]:
         objective = build_objective(model, scheduled, settings, spec.seed)
+        objective.recompute = False  # what is computed twice to save memory is no training
         return cumulative_training_flops(objective, batch, counted)
 
     if spec.arm == "vanilla_flops":

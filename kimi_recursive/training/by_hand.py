@@ -119,6 +119,7 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
             {"phase": None, "seed": spec.seed, **settings.to_mapping()},
             record.paths(files.tokens, model_path=files.parent),
             token_counts(files.tokens),
+            record.tracking,
         ) as tracker,
     ):
         tracker.start_afresh()
@@ -130,7 +131,8 @@ def run_baseline(spec: PhaseSpec, files: RunFiles, load: LoadOptions, record: Re
             if arrived:
                 raise Interrupted(step)
             batch = batches.at(step, wrapper.device)
-            chunk, targets = objective.first_pass(batch, objective.draw(batch, step).start)
+            chunk, gold = objective.first_pass(batch, objective.draw(batch, step).start)
+            targets = gold.targets
             loss = F.cross_entropy(
                 chunk.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
             )

@@ -4,7 +4,7 @@
     experiment_metadata.json       versions, git commit, host, parameters, status, results
     recursive_config.json
     checkpoints/                   written by `kimi_recursive.training.checkpoint`
-    logs/                          TensorBoard
+    logs/                          TensorBoard, and wandb where it is asked for
     metrics/step_000100.json
     notes/notes.txt                under the six headings of HEADINGS
     notes/issues.txt, generation_samples.jsonl
@@ -16,7 +16,7 @@ import json
 import math
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from kimi_recursive.files import git_state, read_json_object, versions, write_js
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.status import Status
 from kimi_recursive.training.checkpoint import complete_checkpoints
+from kimi_recursive.training.tracking import DEFAULT, check_trackers, start_trackers
 
 METADATA_NAME = "experiment_metadata.json"
 # How an attempt ended; a new attempt begins without them.
@@ -47,6 +48,11 @@ HEADINGS = (
 def now() -> str:
     """The time, in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _stamp(time: str) -> str:
+    """A time of `now` as part of a name."""
+    return time[:19].replace("-", "").replace(":", "")
 
 
 def environment() -> dict[str, Any]:
@@ -85,6 +91,10 @@ class ExperimentTracker:
         training_params: Steps, batch size, learning rate, ...
         paths: Model, config and data that the run reads, by name.
         dataset: Sizes of the data, as a record of the run has them under `dataset_config`.
+        tracking: Where metrics are also shown, of `tracking.TRACKERS`.
+
+    Raises:
+        ValueError: a tracker that is unknown or not installed.
     """
 
     def __init__(
@@ -96,11 +106,13 @@ class ExperimentTracker:
         training_params: Mapping[str, Any] | None = None,
         paths: Mapping[str, Any] | None = None,
         dataset: Mapping[str, Any] | None = None,
+        tracking: Sequence[str] = DEFAULT,
     ):
-        self.directory = Path(directory)
-        self._writer = None
+        check_trackers(tracking)
+        self.directory, self.tracking = Path(directory), tracking
+        self._trackers: list[Any] | None = None  # those that run, from the first metrics on
+        self._last_step: int | None = None
         self._completed: dict[str, Any] | None = None
-        self._purge_step: int | None = None
         for name in ("metrics", "logs", "notes"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         for name in ("issues.txt", "generation_samples.jsonl"):
@@ -117,9 +129,8 @@ class ExperimentTracker:
                 self._completed = dict(self.metadata)
         else:
             created, name = now(), experiment_name or self.directory.resolve().name
-            stamp = created[:19].replace("-", "").replace(":", "")
             self.metadata = {
-                "experiment_id": f"{name}_{stamp}",
+                "experiment_id": f"{name}_{_stamp(created)}",
                 "experiment_name": name,
                 "description": "",
                 "created_at": created,
@@ -153,8 +164,7 @@ class ExperimentTracker:
 
     def __exit__(self, _type, error: BaseException | None, _traceback) -> None:
         if error is None:
-            if self._writer is not None:
-                self._writer.close()
+            self._finish_trackers()
             if self._completed is not None:
                 self.metadata = self._completed
                 self._update()
@@ -162,10 +172,13 @@ class ExperimentTracker:
             self._update(status="completed", ended_at=now())
             return
         with suppress(OSError):  # A full disk must not hide the error that reports it.
-            if self._writer is not None:
-                self._writer.close()
+            self._finish_trackers()
         with suppress(OSError):
             self._record_end(error)
+
+    def _finish_trackers(self) -> None:
+        for tracker in self._trackers or ():
+            tracker.finish()
 
     def _record_end(self, error: BaseException) -> None:
         if isinstance(error, SystemExit | KeyboardInterrupt):
@@ -211,7 +224,7 @@ class ExperimentTracker:
             file.write(line)
 
     def save_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write `metrics/step_<step>.json`, and the numbers to TensorBoard.
+        """Write `metrics/step_<step>.json`, and the numbers to the trackers.
 
         Raises:
             ValueError: the metrics cannot be written (a full disk).
@@ -228,15 +241,18 @@ class ExperimentTracker:
             ) from error
 
     def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(
-                str(self.directory / "logs"), purge_step=self._purge_step, flush_secs=30
+        if self._trackers is None:
+            settings = {"name": self.metadata["experiment_name"]}
+            settings |= {k: self.metadata.get(k) for k in ("training_params", "paths")}
+            if (config := self.directory / CONFIG_NAME).is_file():
+                settings["recursive"] = read_json_object(config)
+            run = self.metadata.get("tracking_run") or self.metadata["experiment_id"]
+            self._trackers = start_trackers(
+                self.tracking, self.directory, run, settings, self._last_step
             )
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(name, value, step)
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
 
     def rewind(self, step: int) -> None:
         """Drop metrics and samples of later steps, which a resumed run makes again. Notes
@@ -247,14 +263,16 @@ class ExperimentTracker:
         samples = self.directory / "notes" / "generation_samples.jsonl"
         lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(samples, "".join(line for line in lines if not _is_later(line, step)))
-        self._purge_step = step + 1
+        self._last_step = step
 
     def start_afresh(self) -> None:
         """Drop the measurements of an earlier computation here. Notes and issues stay."""
         self.rewind(-1)
         for path in (self.directory / "logs").glob("events.out.tfevents.*"):
             path.unlink()
-        self._purge_step = None
+        self._last_step = None
+        again = f"_{_stamp(now())}" if "tracking_run" in self.metadata else ""
+        self.metadata["tracking_run"] = self.metadata["experiment_id"] + again
         for key in ("final_results", "best_checkpoint_step", "best_metrics"):
             self.metadata.pop(key, None)
         self._update()

@@ -96,6 +96,12 @@ class Task(ABC):
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """The loss of the batch of a step (from 0), and by name its parts and `counted`."""
 
+    def backward(self, step: int, accelerator: Accelerator) -> tuple[Tensor, dict[str, Any]]:
+        """Add the gradients of the batch of a step; returns what `loss` does."""
+        loss, parts = self.loss(step)
+        accelerator.backward(loss)
+        return loss, parts
+
     @abstractmethod
     def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
         """Metrics of the model after `step` steps; runs at step 0, each `eval_interval` and the
@@ -235,8 +241,7 @@ def train_loop(
     with stop_signals() as arrived, bar:
         while run.step < settings.num_steps:
             rates = learning_rates(task.optimizer)
-            loss, parts = task.loss(run.step)
-            accelerator.backward(loss)
+            loss, parts = task.backward(run.step, accelerator)
             parameters = task.trainable.values()
             distributed.average_gradients(parameters)
             clipped = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)

@@ -12,11 +12,14 @@ Shapes: B batch, W chunk width, V vocabulary, K inner steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kimi_recursive.data.windows import IGNORED
 from kimi_recursive.model.config import RecursiveConfig
@@ -25,6 +28,9 @@ from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
 from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.settings import PhaseSettings
+
+# Logits of more numbers than this (256 MiB in float32) meet their losses a few rows at a time.
+SLICE = 2**26
 
 
 def corruption_rate_at(config: RecursiveConfig, progress: float) -> float:
@@ -46,87 +52,22 @@ class Draft:
         targets: [B, W], gold; where a slot does not count, any token.
         editable: bool [B, W], by slot.
         counted: bool [B, W], the slots that count, which lead each row; None when all do.
+        num_counted, num_editable, num_committed: How many of the slots that count there are in the
+            whole batch, and how many of these are editable or not, for each of the equal parts
+            that it was cut into; at least one in all. Scalars.
     """
 
     inputs: Tensor
     targets: Tensor
     editable: Tensor
-    counted: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Targets that count, of all processes."""
-        if self.counted is None:
-            return self.targets.numel() * distributed.num_processes()
-        return int(distributed.total(self.counted.sum()))
+    counted: Tensor | None
+    num_counted: Tensor
+    num_editable: Tensor
+    num_committed: Tensor
 
     def among(self, slots: Tensor) -> Tensor:
         """Those of the slots that count."""
         return slots if self.counted is None else slots & self.counted
-
-
-def corrupt(
-    inputs: Tensor,
-    targets: Tensor,
-    predicted: Tensor,
-    rate: float,
-    own_share: float,
-    vocab_size: int,
-    generator: torch.Generator,
-    sampling: float = 0.0,
-) -> Draft:
-    """Make a draft of gold text.
-
-    Args:
-        inputs, targets: Gold [B, W], of the rows that this process takes; a target that does not
-            count is `IGNORED`.
-        predicted: The base's own greedy prediction of each slot [B, W].
-        rate: Share of the editable inputs that are replaced.
-        own_share: Share of the replacements that are the base's prediction; the rest are random.
-        generator: On the CPU; the only source of randomness.
-        sampling: Further share of the editable inputs taken from `predicted` (scheduled
-            sampling in one parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
-    """
-    inputs, device = inputs.clone(), inputs.device
-    width, batch = inputs.shape[1], len(inputs) * distributed.num_processes()
-    rows = distributed.share(batch)
-
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)[rows].to(device)
-
-    committed = (rand(batch, 1) * width).long()  # 0..W-1: at least one slot is editable
-    editable = torch.arange(width, device=device) >= committed
-    replace = (rand(batch, width) < rate) & editable
-    own = rand(batch, width) < own_share
-    noise = torch.randint(vocab_size, (batch, width), generator=generator)[rows]
-    noise = noise.to(device)
-    replacement = torch.where(own, predicted, noise)
-    if sampling:
-        sampled = (rand(batch, width) < sampling) & editable & ~replace
-        replacement = torch.where(sampled, predicted, replacement)
-        replace = replace | sampled
-    inputs[:, 1:] = torch.where(replace[:, :-1], replacement[:, :-1], inputs[:, 1:])
-    counted = targets != IGNORED
-    if counted.all():
-        return Draft(inputs, targets, editable)
-    return Draft(inputs, targets.clamp(min=0), editable, counted)
-
-
-def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
-    """Inputs [B, W] with the editable ones replaced by the prediction of their slot."""
-    edited = inputs.clone()
-    edited[:, 1:] = torch.where(editable, predicted, edited.new_zeros(()))[:, :-1]
-    return torch.where(F.pad(editable[:, :-1], (1, 0)), edited, inputs)
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """This process's part of the mean over the masked values of the whole batch: the average of the
-    parts over all processes is that mean. None stands for all values."""
-    if mask is None:
-        return values.mean()
-    mask = mask.to(values.dtype)
-    count = distributed.total(mask.sum()).clamp(min=1) / distributed.num_processes()
-    return (values * mask).sum() / count
 
 
 @dataclass
@@ -151,6 +92,67 @@ class Draw:
         return not (self.rate or self.sampling)
 
 
+def corrupt(
+    chunk: Batch,
+    predicted: Tensor,
+    drawn: Draw,
+    own_share: float,
+    vocab_size: int,
+    part: tuple[int, int] = (0, 1),
+) -> Draft:
+    """Make a draft of gold text.
+
+    Args:
+        chunk: Of the rows that this process takes, or of one part of them.
+        predicted: The base's own greedy prediction of each slot [B, W].
+        drawn: How much is corrupted, or sampled from `predicted` (scheduled sampling in one
+            parallel pass: Bengio et al., 2015; Mihaylova and Martins, 2019).
+        own_share: Share of the replacements that are the base's prediction; the rest are random.
+        part: Which part of how many.
+    """
+    inputs, device, generator = chunk.inputs.clone(), chunk.inputs.device, drawn.generator
+    num_parts = distributed.num_processes() * part[1]
+    width, batch = inputs.shape[1], len(inputs) * num_parts
+    rows = distributed.share(batch, *part)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)[rows].to(device)
+
+    # Of the whole batch. 0..W-1 are committed: at least one slot is editable.
+    committed = (torch.rand(batch, 1, generator=generator) * width).long()
+    editable = torch.arange(width, device=device) >= committed[rows].to(device)
+    replace = (rand(batch, width) < drawn.rate) & editable
+    own = rand(batch, width) < own_share
+    noise = torch.randint(vocab_size, (batch, width), generator=generator)[rows]
+    noise = noise.to(device)
+    replacement = torch.where(own, predicted, noise)
+    if drawn.sampling:
+        sampled = (rand(batch, width) < drawn.sampling) & editable & ~replace
+        replacement = torch.where(sampled, predicted, replacement)
+        replace = replace | sampled
+    inputs[:, 1:] = torch.where(replace[:, :-1], replacement[:, :-1], inputs[:, 1:])
+    targets, counted, slots = chunk.targets, None, torch.full((batch, 1), width)
+    if chunk.num_targets is not None:
+        counted, slots = targets != IGNORED, chunk.num_targets[:, None]
+        targets = targets.clamp(min=0)
+    kept = torch.minimum(committed, slots)
+    sums = (slots.sum(), (slots - kept).sum(), kept.sum())
+    return Draft(inputs, targets, editable, counted, *(n.clamp(min=1) / num_parts for n in sums))
+
+
+def edit(inputs: Tensor, predicted: Tensor, editable: Tensor) -> Tensor:
+    """Inputs [B, W] with the editable ones replaced by the prediction of their slot."""
+    edited = inputs.clone()
+    edited[:, 1:] = torch.where(editable, predicted, edited.new_zeros(()))[:, :-1]
+    return torch.where(F.pad(editable[:, :-1], (1, 0)), edited, inputs)
+
+
+def _mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """A part of the mean over the masked values of the whole batch, of which each part has `count`
+    on average: the average over the parts is that mean."""
+    return (values * mask.to(values.dtype)).sum() / count.to(values)
+
+
 class DraftRepair(nn.Module):
     """The objective of the phases: refine one chunk of each window and sum the weighted losses.
 
@@ -162,6 +164,7 @@ class DraftRepair(nn.Module):
         scheduled_sampling: Share of draft tokens taken from the model's own draft by the end of
             training; it grows linearly from 0.
         pull: Weight of the L2 pull of unfrozen layers to their pretrained weights.
+        recompute: Keep no activations of an inner step: its backward runs it again.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class DraftRepair(nn.Module):
         seed: int,
         scheduled_sampling: float = 0.0,
         pull: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         self.wrapper = wrapper
@@ -180,6 +184,7 @@ class DraftRepair(nn.Module):
         self.seed = seed
         self.scheduled_sampling = scheduled_sampling
         self.pull = pull
+        self.recompute = recompute
         adapter = wrapper.adapter
         self.unfrozen = list(adapter.layer_parameters().items()) if adapter else []
         self.base_trains = any(p.requires_grad for p in wrapper.base.parameters())
@@ -196,41 +201,40 @@ class DraftRepair(nn.Module):
         rate = corruption_rate_at(self.wrapper.config, progress)
         return Draw(start, rate, self.scheduled_sampling * progress, generator)
 
-    def first_pass(self, batch: Batch, start: int) -> tuple[ChunkState, Tensor]:
-        """Step 0 of the chunk of each row that starts at `start`, and its targets [B, W]."""
-        wrapper, stop = self.wrapper, start + self.wrapper.config.chunk_width
-        before = mask = None
-        if batch.mask is not None:
-            before, mask = batch.mask[:, :start], batch.mask[:, :stop]
-        prefix = wrapper.encode(batch.inputs[:, :start], wrapper.new_cache(), before)
-        chunk = wrapper.start_chunk(batch.inputs[:, start:stop], prefix, mask)
-        return chunk, batch.targets[:, start:stop]
+    def first_pass(self, batch: Batch, start: int) -> tuple[ChunkState, Batch]:
+        """The chunk of each row that starts at `start`, after step 0 and as it is."""
+        chunk = batch.chunk(start, self.wrapper.config.chunk_width)
+        before = None if batch.mask is None else batch.mask[:, :start]
+        prefix = self.wrapper.encode(batch.inputs[:, :start], self.wrapper.new_cache(), before)
+        return self.wrapper.start_chunk(chunk.inputs, prefix, chunk.mask), chunk
 
-    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Args: a batch whose rows are whole chunks; the step from 0.
+    def forward(
+        self, batch: Batch, step: int, part: tuple[int, int] = (0, 1)
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The losses of a batch, or of one of the equal parts that it is cut into; the average over
+        the parts is that of the batch.
 
-        Returns: the weighted sum, and each loss by name, with the corruption rate and `tokens`.
+        Args:
+            batch: Its rows are whole chunks.
+            step: The optimizer step, from 0.
+            part: Which part of how many.
+
+        Returns: the weighted sum, and each loss by name, with the corruption rate and `tokens`,
+            whose sum over the parts is that of the batch.
         """
         config, wrapper = self.wrapper.config, self.wrapper
         drawn = self.draw(batch, step)
         with torch.no_grad():
-            base, targets = self.first_pass(batch, drawn.start)
-            draft = corrupt(
-                base.input_ids,
-                targets,
-                base.logits.argmax(-1),
-                drawn.rate,
-                self.own_share,
-                base.logits.shape[-1],
-                drawn.generator,
-                drawn.sampling,
-            )
+            base, chunk = self.first_pass(batch, drawn.start)
+            predicted, vocab_size = base.logits.argmax(-1), base.logits.shape[-1]
+            draft = corrupt(chunk, predicted, drawn, self.own_share, vocab_size, part)
         # A single pass does not read step 0. A frozen base needs it again only for another draft.
         if not config.single_pass and (self.base_trains or not drawn.clean):
             with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
-                base = wrapper.start_chunk(draft.inputs, base.prefix, base.mask)
+                run = _again if self.recompute and self.base_trains else _once
+                base = run(wrapper.start_chunk, draft.inputs, base.prefix, base.mask)
         trains_step_0 = self.base_trains and not config.single_pass
-        losses = chunk_losses(wrapper, base, draft, trains_step_0)
+        losses = chunk_losses(wrapper, base, draft, trains_step_0, self.recompute)
         weights = {
             "final": config.lambda_final,
             "masked": config.lambda_masked,
@@ -246,7 +250,11 @@ class DraftRepair(nn.Module):
         assert isinstance(total, Tensor)
         parts = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         schedule = {"corruption_rate": drawn.rate, "sampling_rate": drawn.sampling}
-        return total, parts | schedule | {"tokens": draft.num_tokens}
+        if chunk.num_targets is None:
+            num_tokens = draft.targets.numel() * distributed.num_processes()
+        else:  # of the whole batch
+            num_tokens = 0 if part[0] else int(chunk.num_targets.sum())
+        return total, parts | schedule | {"tokens": num_tokens}
 
     def distance(self) -> Tensor:
         """Half the squared distance of the unfrozen layers to their pretrained weights (elastic
@@ -274,11 +282,57 @@ def build_objective(
         seed,
         settings.scheduled_sampling or 0.0,
         settings.l2_pull or 0.0,
+        settings.gradient_checkpointing,
     )
 
 
+def _once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _again(function: Callable[..., Any], *arguments: Any) -> Any:
+    """As `_once`, but what its backward needs is computed again, not kept. The function draws
+    nothing at random and writes into nothing that it is given, so it gives the same bits."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _compare(logits: Tensor, targets: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
+    """Cross-entropy of logits [B, W, V] with targets [B, W], and with the logits of the step before
+    KL(step before || this step) without its gradient there; each [B, W], float32."""
+    log_probs = logits.float().log_softmax(-1)
+    ce = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    if before is None:
+        return (ce,)
+    earlier = before.float().log_softmax(-1)
+    return ce, F.kl_div(log_probs, earlier, log_target=True, reduction="none").sum(-1)
+
+
+def _in_slices(logits: Tensor, targets: Tensor, before: Tensor | None) -> tuple[Tensor, ...]:
+    """As `_compare`; of large logits no float32 copy stays, only one of a few rows at a time."""
+    rows = max(1, SLICE * len(logits) // logits.numel())
+    if rows >= len(logits):
+        return _compare(logits, targets, before)
+    earlier = [None] * len(logits) if before is None else before.split(rows)
+    slices = zip(logits.split(rows), targets.split(rows), earlier, strict=False)
+    parts = [_again(_compare, *one) for one in slices]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def _refine(
+    wrapper: ChunkRefineWrapper, chunk: ChunkState, inputs: Tensor, targets: Tensor
+) -> tuple[ChunkState, tuple[Tensor, ...]]:
+    """The next inner step, and its losses as in `_compare`; compared with the steps from 1 on."""
+    after = wrapper.refine(chunk, inputs)
+    before = chunk.logits.detach() if chunk.step else None
+    return after, _in_slices(after.logits, targets, before)
+
+
 def chunk_losses(
-    wrapper: ChunkRefineWrapper, chunk: ChunkState, draft: Draft, trains_step_0: bool = False
+    wrapper: ChunkRefineWrapper,
+    chunk: ChunkState,
+    draft: Draft,
+    trains_step_0: bool = False,
+    recompute: bool = False,
 ) -> dict[str, Tensor]:
     """The six losses over the inner steps 1..K, unweighted.
 
@@ -292,36 +346,37 @@ def chunk_losses(
     * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
 
     With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
-    base trains.
+    base trains. With `recompute` the activations of an inner step live only while it runs: its
+    backward runs it again, and gives the same gradients.
     """
     config, boundary = wrapper.config, wrapper.boundary
     assert boundary is not None, "recursion is enabled"
     num_steps = config.max_inner_steps
     keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
-    inputs, previous = draft.inputs, None
+    inputs, counted, run = draft.inputs, draft.counted, _again if recompute else _once
     masked, stability, chunk_ce, commit_logits = [], [], [], []
     ce = log_length = chunk.logits.new_empty(0)  # of the last of the K >= 1 steps
     if trains_step_0:
-        logits = chunk.logits.float().transpose(1, 2)
-        ce = F.cross_entropy(logits, draft.targets, reduction="none")
-        masked.append(_mean(ce, draft.among(draft.editable)))
+        if chunk.logits.numel() > SLICE:
+            (ce,) = _in_slices(chunk.logits, draft.targets, None)
+        else:
+            logits = chunk.logits.float().transpose(1, 2)
+            ce = F.cross_entropy(logits, draft.targets, reduction="none")
+        masked.append(_mean(ce, draft.among(draft.editable), draft.num_editable))
     for t in range(1, num_steps + 1):
         if t == keep_from:
             chunk = _detached(chunk)
-        chunk = wrapper.refine(chunk, inputs)
-        log_probs = chunk.logits.float().log_softmax(-1)
-        ce = -log_probs.gather(-1, draft.targets[..., None]).squeeze(-1)
-        chunk_ce.append(_row_means(ce.detach(), draft.counted))
-        if previous is not None:
-            change = F.kl_div(log_probs, previous, log_target=True, reduction="none").sum(-1)
-            stability.append(_mean(change, draft.among(~draft.editable)))
+        chunk, (ce, *change) = run(_refine, wrapper, chunk, inputs, draft.targets)
+        chunk_ce.append(_row_means(ce.detach(), counted))
+        if change:
+            committed = draft.among(~draft.editable)
+            stability.append(_mean(change[0], committed, draft.num_committed))
         commit_logit, log_length = boundary.scores(chunk.h_top.detach())
         if t < num_steps:
-            masked.append(_mean(ce, draft.among(draft.editable)))
+            masked.append(_mean(ce, draft.among(draft.editable), draft.num_editable))
             commit_logits.append(commit_logit)
             if config.commit == "learned":
                 inputs = edit(inputs, chunk.logits.argmax(-1), draft.editable)
-            previous = log_probs.detach()
     correct = draft.among(chunk.logits.argmax(-1) == draft.targets)
     run = correct.long().cumprod(1).sum(1).clamp(max=config.max_chunk_len)
     zero = ce.new_zeros(())
@@ -335,7 +390,7 @@ def chunk_losses(
     else:
         halt, ponder = zero, zero + 1
     return {
-        "final": _mean(ce, draft.counted),
+        "final": ce.mean() if counted is None else _mean(ce, counted, draft.num_counted),
         "masked": torch.stack(masked).mean() if masked else zero,
         "halt": halt,
         "len": F.nll_loss(log_length, run),

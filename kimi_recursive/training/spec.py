@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.published import Published
 from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.settings import NUM_KEPT, PhaseSettings
+from kimi_recursive.training.tracking import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Record:
         tokens_stay: Whether the folder of tokens will still be there, so that its path is worth
             recording.
         num_kept: Checkpoints to keep beside the best; None for all.
+        tracking: Where metrics are also shown, of `training.tracking.TRACKERS`.
         refuse_others: Raise when the directory holds another computation, instead of starting
             afresh.
     """
@@ -111,6 +113,7 @@ class Record:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     tokens_stay: bool = True
     num_kept: int | None = NUM_KEPT
+    tracking: Sequence[str] = DEFAULT
     refuse_others: bool = False
 
     def paths(self, tokens: Path, **more: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from kimi_recursive.model.sidecar import (
     load_sidecar,
     save_sidecar,
 )
-from kimi_recursive.training.base import fetch_base
+from kimi_recursive.training.fetch import fetch_base
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def saved(tmp_path, base) -> tuple[Path, Path, ChunkRefineWrapper]:
 @torch.no_grad()
 def test_the_sidecar_alone_is_saved_and_loads_back_onto_the_base(saved, tmp_path):
     base_dir, sidecar_dir, wrapper = saved
-    assert sorted(p.name for p in sidecar_dir.iterdir()) == ["recursive_config.json", SIDECAR_NAME]
+    files = sorted(p.name for p in sidecar_dir.iterdir())
+    assert files == ["config.json", "recursive_config.json", SIDECAR_NAME]
     with safe_open(sidecar_dir / SIDECAR_NAME, "pt") as file:
         names = set(file.keys())
     assert names == set(wrapper.cells_state_dict())

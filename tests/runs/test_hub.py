@@ -49,7 +49,8 @@ def test_the_folder_of_a_dry_run(lab, experiment, tmp_path, monkeypatch, capfd):
     printed = capfd.readouterr()
     found = files(tmp_path / "out")
     assert found.keys() == {
-        "README.md", "sidecar.safetensors", "recursive_config.json", "experiment_metadata.json",
+        "README.md", "sidecar.safetensors", "config.json", "recursive_config.json",
+        "experiment_metadata.json",
         "notes/notes.txt", "notes/issues.txt", "notes/generation_samples.jsonl",
     }  # fmt: skip
     for name, content in found.items():
@@ -57,6 +58,8 @@ def test_the_folder_of_a_dry_run(lab, experiment, tmp_path, monkeypatch, capfd):
     assert "nothing was sent" in printed.out and "the base is a local folder" in printed.err
     assert files(experiment) == before
     assert found["notes/notes.txt"] == b"plateau after step 2, see loss.png, 3/4 of the way\n"
+    card = found["README.md"].decode()
+    assert "load_model_with_config(" in card and "AutoModelForCausalLM.from_pretrained(" in card
     assert found["recursive_config.json"] == (experiment / "recursive_config.json").read_bytes()
     everything = b"".join(found.values()).decode(errors="replace")
     assert str(lab.parent) not in everything and str(tmp_path) not in everything

@@ -83,6 +83,20 @@ def test_a_step_needs_what_was_planned(config, planned, phase):
     assert run["weight_bytes"] == sum(p.numel() * 4 for p in wrapper.parameters())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "more_flops"),
+    [("gradient_accumulation_steps", 2, 1.0), ("gradient_checkpointing", True, 1.2)],
+)
+def test_the_plan_knows_what_saves_memory(config, planned, key, value, more_flops):
+    settings = config["training"] | {"a": config["training"]["a"] | {key: value}}
+    found = plan({**config, "phases": ["a"], "training": settings})["runs"]["a"]
+    usual = planned["runs"]["a"]
+    assert found["peak_bytes"] < 0.8 * usual["peak_bytes"]
+    assert found["tokens"] == usual["tokens"]
+    assert found["flops"] >= (more_flops - 1e-6) * usual["flops"]
+    assert found["flops"] < 1.6 * usual["flops"]
+
+
 def test_an_evaluation_needs_what_was_planned(config, planned):
     run, settings = planned["runs"]["evaluation"], config["evaluation"]
     wrapper = real_wrapper(config)

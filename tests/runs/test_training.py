@@ -215,3 +215,24 @@ def test_the_balancer_moves_biases_against_the_load():
     with torch.no_grad():
         model(random_ids(4, 16))
     assert not balancer.counts, "evaluation is not counted"
+
+
+def test_what_saves_memory_counts_optimizer_steps(tmp_path, surgery_dir, tokens_dir, capfd):
+    """Parts of a batch and recomputed activations change no number but by the order of sums, and
+    a run goes on with other ones."""
+    less = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    runs = {}
+    for name, settings in {"plain": PHASE, "less": PHASE | less}.items():
+        runs[name] = train_into(tmp_path / name, "a", settings, surgery_dir, tokens_dir)
+    logs = [pl.read_parquet(tmp_path / name / "train_logs.parquet") for name in runs]
+    for column in set(logs[0].columns) - {"tokens_per_second"}:
+        plain, other = (table[column].drop_nulls().to_list() for table in logs)
+        assert other == pytest.approx(plain, rel=1e-3, abs=1e-6), column
+    for key in ("num_steps", "training_flops", "training_tokens", "best_step"):
+        assert runs["less"][key] == runs["plain"][key], key
+    capfd.readouterr()
+    train_into(tmp_path / "plain", "a", PHASE | less, surgery_dir, tokens_dir)
+    assert "resumed at step 6" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="each with gradient_accumulation_steps = 3 parts"):
+        few = PHASE | {"gradient_accumulation_steps": 3}
+        train_into(tmp_path / "x", "a", few, surgery_dir, tokens_dir)

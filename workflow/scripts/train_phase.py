@@ -35,5 +35,5 @@ with job(snakemake):
             published=run.published,
         ),
         LoadOptions(device_map=resources.device_map, **snakemake.params.load),
-        Record(name=snakemake.params.key),
+        Record(name=snakemake.params.key, tracking=snakemake.config["tracking"]),
     )
