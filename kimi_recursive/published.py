@@ -68,7 +68,7 @@ class Published:
             write_json(folder / RECORD_NAME, record)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

@@ -61,14 +61,14 @@ def evaluate_stage(
         **git_state(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    scored = None
+    scored = published = None
     if keep:
         published = _keeper(spec, model_path, tokens_dir, files, config, load_options)
-        if published.fits():
-            published.restore()
-            scores = read_json_object(files.results)
-            scored, about = (scores, read_parquet(files.documents)), {k: scores[k] for k in about}
-            print(f"evaluate: the scores are taken from {published.folder}", file=sys.stderr)
+    if published is not None and published.fits():
+        published.restore()
+        scores = read_json_object(files.results)
+        scored, about = (scores, read_parquet(files.documents)), {k: scores[k] for k in about}
+        print(f"evaluate: the scores are taken from {published.folder}", file=sys.stderr)
     results, documents = evaluate_model(
         wrapper,
         tokenizer,
@@ -98,7 +98,7 @@ def evaluate_stage(
     if scored is None:
         write_parquet(files.documents, documents)
     write_json(files.results, results)
-    if keep:
+    if published is not None:
         published.keep()
     return results
 

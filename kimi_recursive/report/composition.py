@@ -111,7 +111,8 @@ def _answer(config: Config, scores: pl.DataFrame) -> dict[str, Any]:
         if not other.size:
             continue
         # As losses, of which the lower is the better: the share that is not answered.
-        difference = paired_bootstrap(np.float64(other) - np.float64(mine), np.ones(mine.shape[1]))
+        gain = other.astype(float) - mine.astype(float)
+        difference = paired_bootstrap(gain, np.ones(mine.shape[1]))
         comparisons.append(
             {
                 "reference": reference,

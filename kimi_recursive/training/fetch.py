@@ -90,7 +90,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
         ValueError: transformers cannot read the file, or the package gguf is missing.
     """
     with missing_extra("gguf", file.name):
-        import gguf  # noqa: F401, transformers reads the file through it
+        # transformers reads the file through it.
+        import gguf  # noqa: F401  # pyright: ignore[reportMissingImports]
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
