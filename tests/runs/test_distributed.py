@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import torch
 from accelerate import Accelerator
+from launched import fail, meet, wait_for_signal
 from models import make_base, make_wrapper, perturb, random_ids
 from project import TINY
 from runs import PHASE
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from kimi_recursive.data.windows import Window
 from kimi_recursive.evaluation import scores as evaluate
 from kimi_recursive.processes import distributed
-from kimi_recursive.processes.signals import Interrupted, stop_signals
+from kimi_recursive.processes.signals import Interrupted
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -117,19 +118,6 @@ def test_a_run_goes_on_with_another_number_of_processes(single, double, surgery_
     near(single, folder)
 
 
-def fail(message: str, kind: type[Exception] = ValueError) -> None:
-    raise kind(message)
-
-
-def meet(path: str) -> None:
-    Accelerator()
-    distributed.wait_for_all()
-    with pytest.raises(ValueError) as refused:
-        distributed.share(3)
-    said = f"{distributed.num_processes()} {distributed.share(4)} {refused.value}"
-    Path(f"{path}.{distributed.is_main()}").write_text(said)
-
-
 def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(
         "PYTHONPATH", ":".join((ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support"))
@@ -144,17 +132,6 @@ def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monke
         distributed.launch(fail, 2, "what may pass", OSError)
     with pytest.raises(ValueError, match="here"):
         distributed.launch(fail, 1, "here")
-
-
-def wait_for_signal(path: str) -> None:
-    Accelerator()
-    with stop_signals() as arrived:
-        Path(f"{path}.{distributed.is_main()}").touch()
-        for _ in range(1200):
-            if distributed.anywhere(bool(arrived)):
-                raise Interrupted(7)
-            time.sleep(0.05)
-    raise ValueError("no signal came")
 
 
 def test_launch_passes_a_signal_on_and_says_that_the_processes_stopped(tmp_path, monkeypatch):

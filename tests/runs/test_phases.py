@@ -148,7 +148,7 @@ def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_pa
         ValueError, match="does not name the number of inner steps of the recursive arm"
     ):
         train(tmp_path / "f", "b", tmp_path / "va/sidecar", tokens_dir, arm="vanilla_flops")
-    longer = {"num_steps": 24}  # so that half a step is little
+    longer = {"num_steps": 12}  # so that half a step is little
     recursive = train(tmp_path / "r", "b", phases / "a/sidecar", tokens_dir, changes=longer)
     arms = {
         arm: train(
