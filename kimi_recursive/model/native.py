@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,7 @@ class KimiRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
             self.base_revision, self.phase = sidecar.revision, sidecar.phase
         for name in SHOWN:
             setattr(config, name, getattr(base.config.get_text_config(), name, None))
-        if base.generation_config is not None:
-            self.generation_config = base.generation_config
+        self.generation_config = base.generation_config
         self.eval()
 
     @classmethod
@@ -110,7 +109,7 @@ class KimiRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
             config = KimiRecursiveConfig(name_or_path=str(pretrained_model_name_or_path))
         return cls(config, wrapper, sidecar)
 
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: str | Path, is_main_process: bool = True, **options: Any
     ) -> None:
         """Write the sidecar, which names its base and does not copy it.
@@ -127,7 +126,9 @@ class KimiRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         if options.get("push_to_hub"):
             self.push_to_hub(options.get("repo_id") or Path(save_directory).name)
 
-    def push_to_hub(self, *args: Any, **options: Any) -> Any:
+    def push_to_hub(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, *args: Any, **options: Any
+    ) -> Any:
         """As in transformers. The path of a base that is a folder here is not published: whoever
         loads the sidecar names its base (`base_path`)."""
         here = self.base_path
@@ -144,7 +145,7 @@ class KimiRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The base's."""
-        return self.wrapper.base.get_output_embeddings()
+        return cast("nn.Module", self.wrapper.base.get_output_embeddings())
 
     def forward(
         self,
@@ -169,7 +170,7 @@ class KimiRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=output.logits[:, -1:])
 
     @torch.no_grad()
-    def generate(
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -185,13 +186,13 @@ class KimiRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: as in `generate_chunks` and in transformers.
         """
         if not self.wrapper.active:
-            return self.wrapper.base.generate(inputs, generation_config, **options)
+            return cast("Any", self.wrapper.base).generate(inputs, generation_config, **options)
         ids = options.pop("input_ids", None) if inputs is None else inputs
         if ids is None:
             raise ValueError("generate: input_ids is missing")
         ours = {k: options.pop(k) for k in OURS if k in options}
         plain = {k: options.pop(k) for k in ("streamer", "tokenizer") if k in options}
-        chosen, rest = self._prepare_generation_config(generation_config, **options)
+        chosen, rest = cast("Any", self)._prepare_generation_config(generation_config, **options)
         mask = rest.pop("attention_mask", None)
         neutral = GenerationConfig()._get_default_generation_params()
         asked = {
@@ -207,7 +208,9 @@ class KimiRecursiveForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"generate: {', '.join(ours)} cannot be combined with {named}")
             # The grid of `generate_chunks`, on which the same tokens have the same probabilities.
             grid = {"use_cache": False, "chunk_start": ids.shape[1] - 1}
-            return super().generate(ids, generation_config, **{**options, **plain, **grid})
+            return cast("Any", super()).generate(
+                ids, generation_config, **{**options, **plain, **grid}
+            )
         if mask is None and (pad := chosen.pad_token_id) is not None:
             eos = chosen.eos_token_id
             ends = eos if isinstance(eos, list) else [eos]

@@ -198,7 +198,7 @@ def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) 
             objective(windows, 0)[0].backward()
 
     with mock.patch.object(objective, "draw", lambda *_: draw):
-        step = _measure(wrapper, backward)
+        step = _measure(wrapper, backward, settings.gradient_checkpointing)
     objective.zero_grad(set_to_none=True)
     with torch.no_grad():
         prefix = count_flops(lambda: wrapper.encode(windows[:, :start], wrapper.new_cache()))
@@ -214,9 +214,19 @@ def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) 
     }
 
 
-def _measure(wrapper: ChunkRefineWrapper, call: Callable[[], Any]) -> dict[str, Any]:
-    with PeakMemory(wrapper.parameters()) as memory, flop_counter() as flops:
+def _measure(
+    wrapper: ChunkRefineWrapper, call: Callable[[], Any], apart: bool = False
+) -> dict[str, Any]:
+    """Peak memory and FLOPs of a call. `apart` calls twice: the counter of FLOPs keeps what a
+    backward pass computes again."""
+    with PeakMemory(wrapper.parameters()) as memory, ExitStack() as stack:
+        flops = flop_counter()
+        if not apart:
+            stack.enter_context(flops)
         call()
+    if apart:
+        with flops:
+            call()
     return {"peak_bytes": memory.peak, "flops": flops.get_total_flops()}
 
 

@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
 
 from kimi_recursive.data.tasks import Group
-from kimi_recursive.drawing import COLOURS, LINES, MARKERS, legend, panels, save_png
 from kimi_recursive.evaluation.bootstrap import paired_bootstrap, wilson_interval
 from kimi_recursive.files import read_json_object, read_parquet, write_json, write_text
 from kimi_recursive.layout import Layout
@@ -41,6 +39,9 @@ def compare_composition(config: Config, table: Path, answer: Path, figure: Path)
     Raises:
         ValueError: the scores of an evaluation are missing or damaged.
     """
+    from kimi_recursive.drawing import save_png
+    from kimi_recursive.report.figures import draw_composition
+
     scores = read_scores(config, config.layout)
     accuracy = (
         scores.group_by("arm", "seed", "entities", "hops", "step", maintain_order=True)
@@ -197,37 +198,3 @@ def read_answer(layout: Layout) -> dict[str, Any] | None:
     """What `compare_composition` wrote, or None before it has."""
     path = layout.composition_answer
     return read_json_object(path) if path.is_file() else None
-
-
-def draw_composition(accuracy: pl.DataFrame) -> Figure:
-    """Accuracy on unseen people by inner step: left the loop, a line for each number of hops; right
-    the references at the trained depth, by hops."""
-    unseen = accuracy.filter(pl.col("entities") == UNSEEN)
-    mean = (
-        unseen.group_by("arm", "hops", "step").agg(pl.col("accuracy").mean()).sort("hops", "step")
-    )
-    figure, (left, right) = panels(2, size=(9.5, 3.6))
-    every = sorted(set(mean["hops"]))
-    for number, hops in enumerate(every):
-        line = mean.filter((pl.col("arm") == "recursive") & (pl.col("hops") == hops))
-        look = {"color": COLOURS[number + 1], "marker": MARKERS[number + 1]}
-        left.plot(line["step"], 100 * line["accuracy"], label=f"{hops}", **look)
-    left.set_xlabel("inner step of the loop")
-    left.set_ylabel("exact answers, %")
-    left.set_xticks(sorted(set(mean.filter(pl.col("arm") == "recursive")["step"])))
-    legend(left, title="facts needed")
-    for number, arm in enumerate([*ARMS, BASE, IN_STEPS]):
-        mine = mean.filter(pl.col("arm") == arm)
-        if arm == "recursive":  # each question at the first step that can answer it
-            mine = mine.filter(pl.col("step") == pl.col("hops") - 1)
-        else:
-            mine = mine.filter(pl.col("step") == mine["step"].max())
-        look = {"color": COLOURS[number + 1], "marker": MARKERS[number + 1]}
-        line = LINES[number % len(LINES)]
-        right.plot(mine["hops"], 100 * mine["accuracy"], label=arm, linestyle=line, **look)
-    right.set_xlabel("facts that a question needs")
-    right.set_xticks(every)
-    legend(right)
-    for axes in (left, right):
-        axes.set_ylim(-4, 104)
-    return figure

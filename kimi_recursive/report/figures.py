@@ -15,6 +15,7 @@ from kimi_recursive.drawing import COLOURS, LINES, MARKERS, legend, panels, save
 from kimi_recursive.files import read_json_object
 from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import TRAINED_STAGES
+from kimi_recursive.report.composition import BASE, IN_STEPS, UNSEEN
 from kimi_recursive.report.curves import Curve, validation_column
 from kimi_recursive.training.arms import ARMS, PHASES
 
@@ -193,4 +194,38 @@ def draw_perplexity_by_step(found: Sequence[Mapping[str, Any]]) -> Figure:
         "inner steps (0: the base, which trains from phase b on; open: beyond the trained depth)",
         size=10,
     )
+    return figure
+
+
+def draw_composition(accuracy: pl.DataFrame) -> Figure:
+    """Accuracy on unseen people by inner step: left the loop, a line for each number of hops; right
+    the references at the trained depth, by hops."""
+    unseen = accuracy.filter(pl.col("entities") == UNSEEN)
+    mean = (
+        unseen.group_by("arm", "hops", "step").agg(pl.col("accuracy").mean()).sort("hops", "step")
+    )
+    figure, (left, right) = panels(2, size=(9.5, 3.6))
+    every = sorted(set(mean["hops"]))
+    for number, hops in enumerate(every):
+        line = mean.filter((pl.col("arm") == "recursive") & (pl.col("hops") == hops))
+        look = {"color": COLOURS[number + 1], "marker": MARKERS[number + 1]}
+        left.plot(line["step"], 100 * line["accuracy"], label=f"{hops}", **look)
+    left.set_xlabel("inner step of the loop")
+    left.set_ylabel("exact answers, %")
+    left.set_xticks(sorted(set(mean.filter(pl.col("arm") == "recursive")["step"])))
+    legend(left, title="facts needed")
+    for number, arm in enumerate([*ARMS, BASE, IN_STEPS]):
+        mine = mean.filter(pl.col("arm") == arm)
+        if arm == "recursive":  # each question at the first step that can answer it
+            mine = mine.filter(pl.col("step") == pl.col("hops") - 1)
+        else:
+            mine = mine.filter(pl.col("step") == mine["step"].max())
+        look = {"color": COLOURS[number + 1], "marker": MARKERS[number + 1]}
+        line = LINES[number % len(LINES)]
+        right.plot(mine["hops"], 100 * mine["accuracy"], label=arm, linestyle=line, **look)
+    right.set_xlabel("facts that a question needs")
+    right.set_xticks(every)
+    legend(right)
+    for axes in (left, right):
+        axes.set_ylim(-4, 104)
     return figure

@@ -27,7 +27,6 @@ from kimi_recursive.report.composition import (
     QUESTION,
     composition_sentence,
     composition_table,
-    draw_composition,
     read_answer,
 )
 from kimi_recursive.report.curves import Curve, read_curves
@@ -139,7 +138,7 @@ def _composition_drawing(config: Config, layout: Layout) -> Drawing | None:
         "deeper for each further fact."
     )
     text = "Line charts of exact answers by inner step and by facts; the CSV has the numbers."
-    return _drawing(draw_composition(accuracy), "composition", text, caption)
+    return _drawing(figures.draw_composition(accuracy), "composition", text, caption)
 
 
 def _damaged_documents(matrix: Matrix, results: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         ValueError: transformers cannot read the file, or the package gguf is missing.
     """
     with missing_extra("gguf", file.name):
-        # transformers reads the file through it.
-        import gguf  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import_module("gguf")  # transformers reads the file through it
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

@@ -12,6 +12,7 @@ from kimi_recursive.data.windows import IGNORED
 from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.objective import (
     DraftRepair,
+    Draw,
     chunk_losses,
     corrupt,
     corruption_rate_at,
@@ -35,7 +36,8 @@ def test_corruption_touches_editable_inputs_only_at_the_given_rate_and_from_the_
     tokens = random_ids(400, 33)
     predicted = torch.full((400, 32), 96)
     generator = torch.Generator().manual_seed(0)
-    draft = corrupt(tokens[:, :-1], tokens[:, 1:], predicted, 0.3, 0.5, 97, generator)
+    chunk = Batch.of_windows(tokens)
+    draft = corrupt(chunk, predicted, Draw(0, 0.3, 0.0, generator), 0.5, 97)
     assert torch.equal(draft.targets, tokens[:, 1:])
     assert torch.equal(draft.inputs[:, 0], tokens[:, 0]), "the token before the draft is committed"
     slots_changed = draft.inputs[:, 1:] != tokens[:, 1:-1]
@@ -46,11 +48,9 @@ def test_corruption_touches_editable_inputs_only_at_the_given_rate_and_from_the_
     assert 0.45 < own.sum() / slots_changed.sum() < 0.55
     lengths = draft.editable.sum(1)
     assert draft.editable[:, -1].all() and lengths.min() == 1 and lengths.max() == 32
-    again = corrupt(
-        tokens[:, :-1], tokens[:, 1:], predicted, 0.3, 0.5, 97, torch.Generator().manual_seed(0)
-    )
+    again = corrupt(chunk, predicted, Draw(0, 0.3, 0.0, generator), 0.5, 97)
     assert torch.equal(again.inputs, draft.inputs)
-    untouched = corrupt(tokens[:, :-1], tokens[:, 1:], predicted, 0.0, 0.5, 97, generator)
+    untouched = corrupt(chunk, predicted, Draw(0, 0.0, 0.0, generator), 0.5, 97)
     assert torch.equal(untouched.inputs, tokens[:, :-1])
 
 
@@ -69,9 +69,8 @@ def setup(kind="kimi", **changes):
     prefix = wrapper.encode(tokens[:, :5], wrapper.new_cache())
     gold = tokens[:, 5:]
     predicted = random_ids(3, 8, seed=4)
-    draft = corrupt(
-        gold[:, :-1], gold[:, 1:], predicted, 0.4, 0.5, 97, torch.Generator().manual_seed(1)
-    )
+    drawn = Draw(0, 0.4, 0.0, torch.Generator().manual_seed(1))
+    draft = corrupt(Batch.of_windows(gold), predicted, drawn, 0.5, 97)
     return wrapper, wrapper.start_chunk(draft.inputs, prefix), draft
 
 
@@ -229,7 +228,8 @@ def test_scheduled_sampling_takes_the_models_own_draft():
 
     def draft(rate, sampling):
         generator = torch.Generator().manual_seed(0)
-        return corrupt(tokens[:, :-1], tokens[:, 1:], predicted, rate, 0.0, 96, generator, sampling)
+        drawn = Draw(0, rate, sampling, generator)
+        return corrupt(Batch.of_windows(tokens), predicted, drawn, 0.0, 96)
 
     drafted = draft(0.0, 0.25)
     changed = drafted.inputs[:, 1:] != tokens[:, 1:-1]
@@ -351,7 +351,8 @@ def test_only_the_completion_of_a_pair_counts():
         inputs[row, at : at + len(pair) - 1] = pair[:-1]
         targets[row, 8 : 8 + len(pair) - prompt] = pair[prompt:]
         mask[row, :at] = False
-    _, parts = objective(Batch(inputs, targets, mask, 8), 0)
+    pairs = Batch(inputs, targets, mask, 8, torch.tensor([3, 5]))
+    _, parts = objective(pairs, 0)
     sums = torch.zeros(3)
     for pair, prompt in ((short, 5), (long, 9)):
         chunk = next(wrapper.chunks(pair[None, :-1], chunk_start=prompt - 1))
@@ -361,13 +362,21 @@ def test_only_the_completion_of_a_pair_counts():
             sums[t] += F.cross_entropy(states[t].logits[0], gold[0], reduction="sum")
     assert parts["tokens"] == 3 + 5
     torch.testing.assert_close(parts["loss_final"], sums[2] / 8)
+    halves = [objective(pairs.rows(slice(i, i + 1)), 0, (i, 2))[1] for i in (0, 1)]
+    assert halves[0]["tokens"] + halves[1]["tokens"] == 8, "of the whole batch"
+    mean = (halves[0]["loss_final"] + halves[1]["loss_final"]) / 2
+    torch.testing.assert_close(mean, parts["loss_final"])
     targets[:, 8:] = none
-    assert torch.isfinite(objective(Batch(inputs, targets, mask, 8), 0)[0])
+    nothing = Batch(inputs, targets, mask, 8, torch.tensor([0, 0]))
+    assert torch.isfinite(objective(nothing, 0)[0])
 
 
 def test_what_is_behind_a_completion_is_neither_corrupted_into_it_nor_run_into():
     inputs, targets = torch.arange(1, 5)[None], torch.tensor([[2, 3, IGNORED, IGNORED]])
-    draft = corrupt(inputs, targets, inputs, 0.0, 0.5, 9, torch.Generator().manual_seed(0))
+    chunk = Batch(inputs, targets, num_targets=torch.tensor([2]))
+    drawn = Draw(0, 0.0, 0.0, torch.Generator().manual_seed(0))
+    draft = corrupt(chunk, inputs, drawn, 0.5, 9)
     assert draft.counted is not None and draft.counted.tolist() == [[True, True, False, False]]
-    assert draft.num_tokens == 2 and draft.inputs.tolist() == inputs.tolist()
+    assert draft.num_counted == 2 and draft.inputs.tolist() == inputs.tolist()
+    assert draft.num_editable + draft.num_committed == pytest.approx(2, abs=1), "at least one each"
     assert draft.among(torch.ones_like(draft.counted)).tolist() == draft.counted.tolist()

@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 from commands import error_of
-from transformers import AutoTokenizer
 
 from kimi_recursive.data.corpus import prepare_corpus, read_documents
 from kimi_recursive.data.settings import TaskSettings, TokenizerSettings
@@ -117,6 +116,8 @@ def tokens_of(tmp_path):
 
 
 def test_a_pair_is_bos_prompt_completion_eos_and_text_has_no_eos(tokens_of, tmp_path):
+    from transformers import AutoTokenizer  # late: the tier imports nothing heavy
+
     split, facts = tokens_of()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     shown = [tokenizer.decode(split.document(i)) for i in range(3)]
