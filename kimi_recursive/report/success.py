@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kimi_recursive.layout import Layout
 from kimi_recursive.records.criteria import (
@@ -20,7 +20,9 @@ from kimi_recursive.records.kinds import get, identity
 from kimi_recursive.records.runs import record_of_evaluation, record_of_experiment
 from kimi_recursive.report.summary import Matrix
 from kimi_recursive.tables import NAME, NUMBER, Column, Table
-from kimi_recursive.track_b.summary import Result
+
+if TYPE_CHECKING:  # it imports torch
+    from kimi_recursive.track_b.summary import Result
 
 
 def success_table(matrix: Matrix, layout: Layout, students: Sequence[Result] = ()) -> Table:

@@ -25,7 +25,6 @@ from typing import Any
 from kimi_recursive.files import git_state, read_json_object, versions, write_json, write_text
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.status import Status
-from kimi_recursive.training.checkpoint import complete_checkpoints
 from kimi_recursive.training.tracking import DEFAULT, check_trackers, start_trackers
 
 METADATA_NAME = "experiment_metadata.json"
@@ -185,6 +184,8 @@ class ExperimentTracker:
             self._update(status="interrupted", ended_at=now(), last_step=_step_of(error))
             return
         # Here: torch, which those that only read records do without.
+
+        from kimi_recursive.training.checkpoint import complete_checkpoints  # it imports torch
 
         kept = complete_checkpoints(self.directory)
         self._update(

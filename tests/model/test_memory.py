@@ -6,9 +6,10 @@ from models import adapted, make_base, make_wrapper, perturb, random_ids
 
 from kimi_recursive.plan.estimate import PeakMemory
 from kimi_recursive.training import objective
+from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.objective import DraftRepair
 
-WINDOWS = random_ids(4, 25)
+BATCH = Batch.of_windows(random_ids(4, 25))
 
 
 def repair(wrapper, recompute=False) -> DraftRepair:
@@ -17,10 +18,10 @@ def repair(wrapper, recompute=False) -> DraftRepair:
 
 def outcome(wrapper, num_parts=1, recompute=False):
     """Loss, its parts and the gradients of a batch that is cut into parts."""
-    task, rows = repair(wrapper, recompute), len(WINDOWS) // num_parts
+    task, rows = repair(wrapper, recompute), len(BATCH) // num_parts
     total, parts = 0.0, {}
     for i in range(num_parts):
-        loss, found = task(WINDOWS[i * rows : (i + 1) * rows], 5, (i, num_parts))
+        loss, found = task(BATCH.rows(slice(i * rows, (i + 1) * rows)), 5, (i, num_parts))
         (loss / num_parts).backward()
         total += loss.detach() / num_parts
         for name, value in found.items():
@@ -78,7 +79,7 @@ def test_losses_in_slices_give_the_same_gradients(monkeypatch):
 
 def peak(wrapper, recompute=False) -> int:
     with PeakMemory(wrapper.parameters()) as memory:
-        repair(wrapper, recompute)(WINDOWS, 5)[0].backward()
+        repair(wrapper, recompute)(BATCH, 5)[0].backward()
     return memory.peak
 
 

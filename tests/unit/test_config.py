@@ -211,8 +211,8 @@ def test_single_errors_of_the_workflow_config(settings, path, value, error):
         ("base", "x" * 10_000, "base: must be of type object, got 'xxx", "x…"),
         ("recursive", {"x" * 10_000: 1}, "recursive: unknown key 'xxx", "use_token_feedback"),
         ("recursive", {"d_state": "x" * 10_000}, "recursive: d_state must be an int", "x…"),
-        ("tokenizer", {"x" * 10_000: {}}, "tokenizer: unknown key 'xxx", "lacks vocab_size)"),
-        ("corpus", {"source": []}, "corpus.source: must be", "text_field, validation)"),
+        ("tokenizer", {"x" * 10_000: {}}, "tokenizer: unknown key 'xxx", "lacks kind, vocab_size)"),
+        ("corpus", {"source": []}, "corpus.source: must be", "seed and 4 more)"),
     ],
 )
 def test_one_wrong_section_is_one_short_line(settings, section, value, start, end):
