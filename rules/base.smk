@@ -7,7 +7,7 @@ if CONFIG.corpus.task:
             LAYOUT.log("make_task"),
         localrule: True
         conda:
-            "../environment.yml"
+            "../workflow/environment.yml"
         params:
             task=asdict(CONFIG.corpus.task),
             numerics=NUMERICS_VERSION,

@@ -30,9 +30,10 @@ rule compare_composition:
         LAYOUT.log("compare_composition"),
     localrule: True
     conda:
-        "../environment.yml"
+        "../workflow/environment.yml"
     params:
         config=expected.params_summary(COMPOSITION),
+        defaults=str(DEFAULTS),
         numerics=NUMERICS_VERSION,
     script:
         "../workflow/scripts/compare_composition.py"

@@ -24,6 +24,12 @@ from kimi_recursive.tables import Table
 from kimi_recursive.text import fit
 
 
+TASK_NOTE = (
+    "(Perplexity over all questions at one inner step says little here: a question of h facts is "
+    "answered at inner step h - 1 alone. The exact answers by hops and step are what counts.)"
+)
+
+
 def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
     """Write the three summaries. An evaluation that has no result is a row that says so.
 
@@ -50,11 +56,12 @@ def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
 def summary_text(matrix: Matrix, config: Config, layout: Layout) -> str:
     """`summary.txt`: the questions of the matrix, answered in lines of at most 100 characters."""
     done = f"{len(matrix.done)} of {len(matrix.rows)}"
+    note = [TASK_NOTE] if config.corpus.task else []
     sections = [
         [f"Kimi Recursive, {layout.folder}: {done} expected evaluations are there"],
         *([[QUESTION, *composition_lines(layout)]] if config.composition else []),
         ["Does zero-init preserve the base?", *zero_init_lines(matrix.proofs)],
-        ["Does recursion help?", comparison_table(matrix.comparisons).to_text()],
+        ["Does recursion help?", *note, comparison_table(matrix.comparisons).to_text()],
         ["Is it efficient?", efficiency_table(matrix).to_text()],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
         ["Do the runs meet their criteria?", success_table(matrix, layout).to_text()],
