@@ -63,7 +63,10 @@ def asked_for(rule):
 
 def say_why_it_stopped(log):
     """Above Snakemake's last lines: whether the user stopped it. `log` is Snakemake's own."""
-    if "on user request" in Path(log).read_text(encoding="utf-8", errors="replace"):
+    # A list of the files, in Snakemake 9.27 and later.
+    files = [log] if isinstance(log, (str, Path)) else log
+    texts = [Path(file).read_text(encoding="utf-8", errors="replace") for file in files]
+    if any("on user request" in text for text in texts):
         print(INTERRUPTED, file=sys.stderr)
 
 

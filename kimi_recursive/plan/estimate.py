@@ -31,7 +31,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.base import kimi_config
-from kimi_recursive.training.batches import check_windows
+from kimi_recursive.training.batches import Batch, check_windows
 from kimi_recursive.training.fetch import base_package
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.objective import Draw, build_objective
@@ -186,7 +186,8 @@ def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) 
     objective = build_objective(wrapper, settings.num_steps, settings, seed=0)
     context, width = settings.context_length, wrapper.config.chunk_width
     num_parts = settings.gradient_accumulation_steps
-    windows = torch.zeros(settings.batch_size // num_parts, context + 1, dtype=torch.long)
+    rows = settings.batch_size // num_parts
+    batch = Batch.of_windows(torch.zeros(rows, context + 1, dtype=torch.long))
     with _disable_current_modes():
         generator = torch.Generator()
     start = context - width
@@ -195,13 +196,13 @@ def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) 
 
     def backward() -> None:
         for _ in range(measured):
-            objective(windows, 0)[0].backward()
+            objective(batch, 0)[0].backward()
 
     with mock.patch.object(objective, "draw", lambda *_: draw):
         step = _measure(wrapper, backward, settings.gradient_checkpointing)
     objective.zero_grad(set_to_none=True)
     with torch.no_grad():
-        prefix = count_flops(lambda: wrapper.encode(windows[:, :start], wrapper.new_cache()))
+        prefix = count_flops(lambda: wrapper.encode(batch.inputs[:, :start], wrapper.new_cache()))
     optimizer = 2 * _bytes(trainable)
     return {
         "flops": num_parts * (step["flops"] / measured - prefix / 2),

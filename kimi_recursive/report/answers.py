@@ -23,7 +23,6 @@ from kimi_recursive.status import Status
 from kimi_recursive.tables import Table
 from kimi_recursive.text import fit
 
-
 TASK_NOTE = (
     "(Perplexity over all questions at one inner step says little here: a question of h facts is "
     "answered at inner step h - 1 alone. The exact answers by hops and step are what counts.)"

@@ -196,6 +196,7 @@ def test_the_workflow_trains_with_as_many_processes_as_the_config_says(copy):
     run = copy.folder / "results/runs/vanilla_a_s0"
     before = load_file(run / "sidecar/sidecar.safetensors")
     shutil.rmtree(run / "work")
+    shutil.rmtree(run / "published")
     copy.write({**TINY, "resources": {"gpus_per_run": 2}})
     assert copy.planned("all") == ["report", "summarize"]  # which show the config
     done = copy.snakemake("--force", "results/runs/vanilla_a_s0/train_summary.json")

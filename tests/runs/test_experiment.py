@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kimi_recursive import ExperimentTracker, RecursiveConfig, data, load_model_with_config
+from kimi_recursive.data.tokens import load_tokens
 from kimi_recursive.model.sidecar import Sidecar
 from kimi_recursive.processes.signals import Interrupted
 from kimi_recursive.records.runs import record_of_experiment
@@ -233,6 +234,7 @@ def test_the_record_of_a_run_by_hand_has_sizes_and_no_path_that_is_gone(
     call(monkeypatch, *arguments("trained", description=None))
     call(monkeypatch, *arguments("scored", recursive_config=tmp_path / "baseline.json"))
     data.tokenize_corpus(model_dir / "corpus", model_dir / "base", tmp_path / "tokens")
+    num_tokens = load_tokens(tmp_path / "tokens", "train").num_tokens
     kept = arguments("kept", tokens_dir=tmp_path / "tokens", corpus=None)
     assert call(monkeypatch, *kept) == 0
     for name in ("trained", "scored", "kept"):
@@ -240,7 +242,7 @@ def test_the_record_of_a_run_by_hand_has_sizes_and_no_path_that_is_gone(
         found = run["dataset_config"]
         sizes = [found[f"{part}_size"] for part in ("train", "val", "total")]
         assert sizes == [3, 1, 5] and found["domain"] == "language_modeling", name
-        assert found["domain_params"]["num_tokens"]["train"] == 84
+        assert found["domain_params"]["num_tokens"]["train"] == num_tokens
         assert ("tokens" in found["paths"]) == (name == "kept")
         assert all(Path(path).exists() for path in found["paths"].values()), name
     described = record(tmp_path / "experiments/trained")["description"]
@@ -264,7 +266,7 @@ def test_a_cut_off_experiment_goes_on_and_another_is_refused(
         assert (folder / name).read_bytes() == straight.read_bytes()
     assert call(monkeypatch, *arguments("cut", lr=1e-3)) == 2
     error = capfd.readouterr().err
-    assert "holds another experiment, with a different settings.lr; choose another name" in error
+    assert "holds another experiment, with a different" in error and "settings.lr," in error
     assert record(folder)["training_params"]["lr"] == 3e-4
     assert call(monkeypatch, *arguments("cut", "--force", lr=1e-3)) == 0
     assert "starting afresh, settings.lr changed" in capfd.readouterr().err

@@ -141,7 +141,6 @@ def test_a_base_alone_generates_and_is_not_compared(model_dir, generated, monkey
         (("--sample", "--top-p", 3), "top_p must be above 0 and at most 1, got 3.0"),
         (("--sample", "--commit", "learned"), "do_sample needs commit='verified'"),
         (("--max-new-tokens", 10**6), "positions"),
-        (("--prompt", ""), "prompt '': has no token; this model needs at least one"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(model_dir, monkeypatch, capsys, options, message):

@@ -186,7 +186,7 @@ def test_after_an_error_the_same_command_goes_on(lab, hub, lfs_client, fault, me
     assert status == 0, output
     assert len(hub.sent("PUT", LFS)) == 3 - stored  # sidecar, adapter, layers
     assert len(hub.repos[repo].messages) == 1
-    assert len(hub.files(repo)) == 10
+    assert len(hub.files(repo)) == 11
 
 
 @pytest.mark.parametrize("status", [429, 500, None])

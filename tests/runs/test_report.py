@@ -123,7 +123,7 @@ def test_tables_that_repeat_a_figure_fold_away_beside_it(whole):
     repeated = {COMPARED, "How many took so many inner steps"}
     assert repeated | {"Perplexity by inner step, against the baseline"} <= folded
     pairs = [e for e in whole.all("div") if e["attributes"].get("class") == "pair"]
-    assert len(pairs) == 4, "each with its figure"
+    assert len(pairs) == 5, "each with its figure"
 
 
 @pytest.mark.parametrize(("depth", "stopped", "commit", "judged", "generated"), [
@@ -156,7 +156,7 @@ def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
     assert training == ["refinement_training: validation_loss", "5 of 6 runs"]
     assert evaluation == ["refinement_evaluation: perplexity", "6 of 6 runs"]
     assert table.notes == [f"{training[0]} (below 0) is not met by vanilla_b_s0 (0)."]
-    assert table.to_text() in summary_text(matrix, layout.folder)
+    assert table.to_text() in summary_text(matrix, Config.from_mapping(config), layout)
     [*shown, students] = report(layout.folder, config).rows(table.caption)
     assert [row[0] for row in shown] == [training[0], evaluation[0]]
     assert students[0] == "embedding_distillation: improves", "1 % of the steps: no more is asked"

@@ -188,8 +188,9 @@ def test_what_is_published_is_neither_trained_nor_scored_again(copy):
     runs = [str(path.relative_to(copy.folder)) for path in before if path.suffix == ".safetensors"]
     again = [str(Path(path).parent) for path in runs]
     scored = [f"results/eval/finetuned_recursive{x}_results.json" for x in ("", "_b")]
-    done = copy.snakemake("--forcerun", "train_base", *again, "--", *scored, *again, "summarize")
+    done = copy.snakemake("--forcerun", "train_base", *again, "--", *scored, *again)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert copy.snakemake("summarize").returncode == 0
     assert {path: path.read_bytes() for path in kept} == before
     assert "step 0: validation" not in done.stderr, "nothing was trained"
     assert done.stderr.count("was trained before with the same settings") >= 3
@@ -236,11 +237,14 @@ def test_results_of_another_base_are_not_shown_as_those_of_this_config(copy):
     changed = json.loads(json.dumps(TINY))
     changed["base"]["seed"] = 5
     copy.write(changed)
-    assert copy.snakemake("summarize").returncode == 0
-    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert {(r["status"], r["detail"]) for r in rows} == {
-        ("missing", "Results exist, but were made with a different base.seed.")
-    }
+    before = copy.path("results/summary.txt").read_bytes()
+    refused = copy.snakemake("summarize")
+    assert refused.returncode != 0 and copy.path("results/summary.txt").read_bytes() == before
+    assert "error: results: holds the results of another config; name that one" in refused.stderr
+    assert "were made with a different base.seed." in refused.stderr
+    copy.write({**changed, "results_dir": "other"})
+    assert copy.snakemake("summarize").returncode == 0, "a folder of its own"
+    assert "0 of 8 expected" in copy.path("other/summary.txt").read_text()
 
 
 def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
@@ -347,7 +351,7 @@ def test_seeds_multiply_the_rows_and_share_the_base(copy):
         "baseline", *(f"{stage}{seed}" for stage in PHASE_A[1:] for seed in ("", "_s3")),
     ]  # fmt: skip
     missing = [r["name"] for r in rows if r["status"] != "ok"]
-    assert missing == ["finetuned_vanilla_flops_s3"]
+    assert missing == ["after_surgery_s3", "finetuned_vanilla_flops_s3"]
     verdicts = json.loads(copy.path("results/verdicts.json").read_text())
     seeds = {v["reference"]: v.get("seeds") for v in verdicts}
     for reference in ("baseline", "finetuned_vanilla", "its own step 1"):
