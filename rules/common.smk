@@ -26,6 +26,8 @@ except ValueError as error:
 os.environ.update(PYTHONPATH=f"{workflow.basedir}{os.pathsep}{os.getenv('PYTHONPATH', '')}")
 
 LAYOUT = CONFIG.layout
+# The defaults first, then what was put on top.
+CONFIG_FILES = list(dict.fromkeys(os.path.relpath(path) for path in workflow.configfiles[::-1]))
 CONTROL = COMPOSITION and Config.from_mapping(COMPOSITION)
 SCRATCH = CONFIG.base.kind == "scratch"
 # Files of a local pretrained base, so that an edit of one reruns what reads it.

@@ -27,6 +27,7 @@ rule summarize:
         "../workflow/environment.yml"
     params:
         config=expected.params_summary(config),
+        config_files=CONFIG_FILES,
         criteria=CRITERIA,
         state=existing("summarize", LAYOUT.read_by_summary),
     script:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kimi_recursive.files import write_json, write_text
@@ -29,8 +29,13 @@ TASK_NOTE = (
 )
 
 
-def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
+def summarize(
+    config: Config, layout: Layout, config_files: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Write the three summaries. An evaluation that has no result is a row that says so.
+
+    Args:
+        config_files: Where the config was read, for the heading.
 
     Returns: the rows of `summary.csv`.
 
@@ -45,19 +50,24 @@ def summarize(config: Config, layout: Layout) -> list[dict[str, Any]]:
             f"{layout.folder}: holds the results of another config; name that one with "
             f"--configfile, or give this one a results_dir of its own. {others[0]}"
         )
-    text = summary_text(matrix, config, layout)
+    text = summary_text(matrix, config, layout, config_files)
     write_text(layout.table, Table.of_records(COLUMNS, matrix.rows).to_csv())
     write_json(layout.verdicts, [pair.to_json() for pair in matrix.comparisons])
     write_text(layout.text, text)
     return matrix.rows
 
 
-def summary_text(matrix: Matrix, config: Config, layout: Layout) -> str:
+def summary_text(
+    matrix: Matrix, config: Config, layout: Layout, config_files: Sequence[str] = ()
+) -> str:
     """`summary.txt`: the questions of the matrix, answered in lines of at most 100 characters."""
     done = f"{len(matrix.done)} of {len(matrix.rows)}"
     note = [TASK_NOTE] if config.corpus.task else []
     sections = [
-        [f"Kimi Recursive, {layout.folder}: {done} expected evaluations are there"],
+        [
+            f"Kimi Recursive, {layout.folder}: {done} expected evaluations are there",
+            *([f"Config: {', then '.join(config_files)}"] if config_files else []),
+        ],
         *([[QUESTION, *composition_lines(layout)]] if config.composition else []),
         ["Does zero-init preserve the base?", *zero_init_lines(matrix.proofs)],
         ["Does recursion help?", *note, comparison_table(matrix.comparisons).to_text()],

@@ -6,5 +6,5 @@ with job(snakemake):
     from kimi_recursive.report.answers import summarize
 
     config = Config.from_mapping(snakemake.config)
-    summarize(config, config.layout)
+    summarize(config, config.layout, snakemake.params.config_files)
     record_runs(config.results_dir)
