@@ -12,6 +12,10 @@ report: "workflow/report/workflow.rst"
 include: "rules/matrix.smk"
 
 
+if asked_for("summarize"):
+    refuse_results_of_another_config()
+
+
 if config["track_b"]["enabled"]:
 
     include: "rules/track_b.smk"

@@ -72,6 +72,16 @@ def say_why_it_stopped(log):
         print(INTERRUPTED, file=sys.stderr)
 
 
+def refuse_results_of_another_config():
+    from kimi_recursive.report.answers import check_results
+
+    try:
+        check_results(CONFIG, LAYOUT)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def needs(rule, *paths):
     """The input of a summary: what the matrix expects. For the summary alone nothing, so that
     nothing is trained for it."""

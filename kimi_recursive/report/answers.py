@@ -38,6 +38,17 @@ def summarize(
         config_files: Where the config was read, for the heading.
 
     Returns: the rows of `summary.csv`.
+    """
+    matrix = read_matrix(config, layout)
+    text = summary_text(matrix, config, layout, config_files)
+    write_text(layout.table, Table.of_records(COLUMNS, matrix.rows).to_csv())
+    write_json(layout.verdicts, [pair.to_json() for pair in matrix.comparisons])
+    write_text(layout.text, text)
+    return matrix.rows
+
+
+def check_results(config: Config, layout: Layout) -> None:
+    """Before a summary alone, since Snakemake deletes the old one before its job starts.
 
     Raises:
         ValueError: the folder holds results, but none of this config.
@@ -50,11 +61,6 @@ def summarize(
             f"{layout.folder}: holds the results of another config; name that one with "
             f"--configfile, or give this one a results_dir of its own. {others[0]}"
         )
-    text = summary_text(matrix, config, layout, config_files)
-    write_text(layout.table, Table.of_records(COLUMNS, matrix.rows).to_csv())
-    write_json(layout.verdicts, [pair.to_json() for pair in matrix.comparisons])
-    write_text(layout.text, text)
-    return matrix.rows
 
 
 def summary_text(

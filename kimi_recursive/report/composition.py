@@ -148,7 +148,7 @@ def composition_table(answer: Mapping[str, Any]) -> Table:
         Column("loop against", NAME),
         Column("loop", NUMBER),
         Column("reference", NUMBER),
-        Column("difference", NUMBER),
+        Column("points", NUMBER),
         Column("95 % interval", NUMBER),
         Column("verdict", VERDICT),
     ]
@@ -163,7 +163,7 @@ def composition_table(answer: Mapping[str, Any]) -> Table:
         ]
         for entry in answer["comparisons"]
     ]
-    notes = [composition_sentence(answer)]
+    notes = []
     if answer["beyond"]:
         deeper = ", ".join(
             f"{b['hops']} facts at inner step {b['step']}: {100 * b['accuracy']:.1f} %"
@@ -181,8 +181,8 @@ def composition_sentence(answer: Mapping[str, Any]) -> str:
     best = max((c["accuracy"] for c in controls), default=0.0)
     return (
         f"{'Yes' if yes else 'No'}: the loop answers {100 * answer['accuracy']:.1f} % of "
-        f"{answer['num_problems']} questions, the better single-pass control "
-        f"{100 * best:.1f} %."
+        f"{answer['num_problems']} questions that need {answer['hops']} facts about unseen people, "
+        f"the better single-pass control {100 * best:.1f} %."
     )
 
 
@@ -191,7 +191,7 @@ def composition_lines(layout: Layout) -> list[str]:
     answer = read_answer(layout)
     if answer is None:
         return ["(the positive control has not run)"]
-    return [composition_table(answer).to_text()]
+    return [composition_sentence(answer), composition_table(answer).to_text()]
 
 
 def read_answer(layout: Layout) -> dict[str, Any] | None:

@@ -146,7 +146,7 @@ def test_the_summary_says_no_where_a_control_answers_too(control, tmp_path):
     compare_composition(
         control, layout.composition_table, layout.composition_answer, layout.composition_figure
     )
-    (text,) = composition_lines(layout)
+    text = "\n".join(composition_lines(layout))
     assert "No: the loop answers 100.0 %" in text and "control 100.0 %" in text
 
 
