@@ -30,8 +30,8 @@ UNSEEN = "unseen"
 QUESTION = "Can this matrix see recursion when it pays?"
 
 
-def compare_composition(config: Config, table: Path, answer: Path, figure: Path) -> None:
-    """Write the accuracies (`COLUMNS`) as CSV, what they say as JSON, and their figure.
+def compare_composition(config: Config, table: Path, answer: Path) -> None:
+    """Write the accuracies (`COLUMNS`) as CSV, and what they say as JSON.
 
     Args:
         config: Of the positive control, whose evaluations exist.
@@ -39,9 +39,6 @@ def compare_composition(config: Config, table: Path, answer: Path, figure: Path)
     Raises:
         ValueError: the scores of an evaluation are missing or damaged.
     """
-    from kimi_recursive.drawing import save_png
-    from kimi_recursive.report.figures import draw_composition
-
     scores = read_scores(config, config.layout)
     accuracy = (
         scores.group_by("arm", "seed", "entities", "hops", "step", maintain_order=True)
@@ -50,7 +47,6 @@ def compare_composition(config: Config, table: Path, answer: Path, figure: Path)
     )
     write_text(table, Table.of_records(COLUMNS, accuracy.to_dicts()).to_csv())
     write_json(answer, _answer(config, scores))
-    save_png(draw_composition(accuracy), figure)
 
 
 def read_scores(config: Config, layout: Layout) -> pl.DataFrame:

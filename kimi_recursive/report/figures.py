@@ -197,6 +197,11 @@ def draw_perplexity_by_step(found: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def plot_composition(table: Path, figure: Path) -> None:
+    """Write `draw_composition` as PNG, of the CSV that `compare_composition` wrote."""
+    save_png(draw_composition(pl.read_csv(table)), figure)
+
+
 def draw_composition(accuracy: pl.DataFrame) -> Figure:
     """Accuracy on unseen people by inner step: left the loop, a line for each number of hops; right
     the references at the trained depth, by hops."""

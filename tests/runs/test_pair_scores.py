@@ -25,6 +25,7 @@ from kimi_recursive.matrix.runs import evaluations
 from kimi_recursive.matrix.settings import Config, read_config
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.report.composition import compare_composition, composition_lines
+from kimi_recursive.report.figures import plot_composition
 
 
 def pairs(prompts: torch.Tensor, completions: torch.Tensor, groups: list[str]) -> TokenSplit:
@@ -117,7 +118,8 @@ def control(tmp_path):
 def test_the_control_says_yes_where_only_the_loop_answers(control, tmp_path):
     names = ("composition.csv", "composition.json", "composition.png")
     table, answer, figure = (tmp_path / name for name in names)
-    compare_composition(control, table, answer, figure)
+    compare_composition(control, table, answer)
+    plot_composition(table, figure)
     rows = pl.read_csv(table)
     assert rows.columns == [
         "arm", "seed", "entities", "hops", "step", "num_problems", "accuracy",
@@ -143,9 +145,7 @@ def test_the_summary_says_no_where_a_control_answers_too(control, tmp_path):
         path = layout.evaluation(name).documents
         pl.read_parquet(path).with_columns(num_correct=1).write_parquet(path)
     assert composition_lines(layout) == ["(the positive control has not run)"]
-    compare_composition(
-        control, layout.composition_table, layout.composition_answer, layout.composition_figure
-    )
+    compare_composition(control, layout.composition_table, layout.composition_answer)
     text = "\n".join(composition_lines(layout))
     assert "No: the loop answers 100.0 %" in text and "control 100.0 %" in text
 
