@@ -12,10 +12,6 @@ report: "workflow/report/workflow.rst"
 include: "rules/matrix.smk"
 
 
-if asked_for("summarize"):
-    refuse_results_of_another_config()
-
-
 if config["track_b"]["enabled"]:
 
     include: "rules/track_b.smk"
@@ -30,6 +26,12 @@ if COMPOSITION:
 localrules:
     all,
     track_b,
+
+
+# Before Snakemake deletes the old summary.
+onstart:
+    if asked_for("summarize"):
+        refuse_results_of_another_config()
 
 
 # Snakemake itself says only that jobs failed.
