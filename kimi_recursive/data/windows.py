@@ -203,28 +203,19 @@ def _pair_window(split: TokenSplit, i: int, tokens: np.ndarray, prompt: int, siz
     return Window(i, start, tokens[start:-1], tokens[start + 1 :], prompt - 1 - start)
 
 
-def validation_windows(tokens_dir: Path, context_length: int, num_windows: int) -> list[Window]:
-    """The first windows of the validation split: pairs, and of plain text whole windows, at most
-    two of a document.
+def validation_windows(
+    tokens_dir: Path, context_length: int, num_windows: int, split: str = "validation"
+) -> list[Window]:
+    """The first windows of a split: pairs, and of plain text whole windows, at most two of a
+    document.
 
     Raises:
         ValueError: no document is long enough, or a completion does not fit.
     """
-    return first_windows(
-        load_tokens(tokens_dir, "validation"),
-        context_length,
-        num_windows,
-        Path(tokens_dir, "validation.parquet"),
-    )
-
-
-def first_windows(
-    split: TokenSplit, context_length: int, num_windows: int, path: Path
-) -> list[Window]:
-    """As in `validation_windows`, of any split, whose file is `path`."""
-    windows = document_windows(split, context_length, 2)
+    windows = document_windows(load_tokens(tokens_dir, split), context_length, 2)
     whole = [w for w in windows if len(w.inputs) == context_length or w.chunk_start]
     if not whole:
+        path = Path(tokens_dir, f"{split}.parquet")
         raise ValueError(
             f"{path}: no document has {context_length + 1} tokens (context_length {context_length})"
         )

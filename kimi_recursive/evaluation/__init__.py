@@ -6,8 +6,7 @@ __getattr__, __dir__ = offer(
     __name__,
     scores="evaluate_model",
     stage="evaluate_stage",
-    prove="prove_zero_init",
-    zero_init="compare_zero_init require_zero_init",
+    zero_init="compare_zero_init prove_zero_init require_zero_init",
     repeat="compare_repeat",
     bootstrap="paired_bootstrap compare_documents",
 )

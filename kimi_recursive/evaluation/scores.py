@@ -145,14 +145,16 @@ def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
     return table.to_dicts()
 
 
-def exact_match_by_group(documents: pl.DataFrame) -> list[dict[str, Any]] | None:
-    """Of pairs, per group and inner step: num_pairs, exact_match (the share whose completion greedy
-    generation gives) with the bounds of its 95 % interval, and loss (nats per completion token).
-    None where no document is a pair."""
-    if "group" not in documents.columns:
+def exact_match_by_group(documents: pl.DataFrame, split: TokenSplit) -> list[dict[str, Any]] | None:
+    """Of the pairs among the documents, per group and inner step: num_pairs, exact_match (the share
+    whose completion greedy generation gives) with the bounds of its 95 % interval, and loss (nats
+    per completion token). None where no document is a pair."""
+    if split.num_prompt is None:
         return None
+    is_pair = pl.Series(split.document_ids).filter(split.num_prompt > 1)
     table = (
-        documents.group_by("group", "step")
+        documents.filter(pl.col("document_id").is_in(is_pair.implode()))
+        .group_by("group", "step")
         .agg(
             num_pairs=pl.len(),
             num_exact=(pl.col("num_correct") == pl.col("num_tokens")).sum(),
@@ -326,7 +328,7 @@ def _score(
             "num_documents": documents["document_id"].n_unique(),
             "by_step": by_step,
         },
-        "pairs": exact_match_by_group(documents),
+        "pairs": exact_match_by_group(documents, split),
         "inner_steps": last,
         "halting": halting_scores(within, wrapper.config.commit_threshold),
         "forward_flops_per_token": forward_flops_per_token(wrapper, input_ids),

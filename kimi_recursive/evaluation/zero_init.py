@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +13,17 @@ import torch
 
 from kimi_recursive.data.tokens import TokenSplit, load_tokens
 from kimi_recursive.data.windows import Window, document_windows
-from kimi_recursive.evaluation.scores import batches, largest_difference, prompt_ids
+from kimi_recursive.evaluation.scores import (
+    Scored,
+    batches,
+    evaluate_model,
+    largest_difference,
+    prompt_ids,
+)
 from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, write_json
-from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.model.cells import RefineCell
+from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.placement import placed
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
@@ -80,16 +87,52 @@ def perturbed_difference(wrapper: ChunkRefineWrapper, windows: list[Window]) -> 
     return differences
 
 
-def compare_zero_init(
-    baseline: EvaluationFiles,
-    surgery: EvaluationFiles,
-    surgery_dir: str | Path,
-    tokens_dir: str | Path,
+def prove_zero_init(
+    base_dir: Path,
+    surgery_dir: Path,
+    tokens_dir: Path,
     settings: EvaluationSettings,
-    output_path: str | Path,
+    overrides: Mapping[str, Any],
+    output_path: Path,
     **load_options: Any,
 ) -> dict[str, Any]:
-    """Write the proof, whatever its verdict.
+    """The gate before training: evaluate base and untrained cells on the first window of each test
+    document, and write what `compare_zero_init` finds, whatever the verdict.
+
+    The matrix's own evaluations are not read: an edit of what they measure must not train again.
+
+    Args:
+        settings: Windows and prompts of the two evaluations.
+        overrides: How the cells generate, as in `evaluate_stage`.
+        load_options: Passed on to `load_model_with_config`.
+
+    Returns: what is written to `output_path`.
+
+    Raises:
+        ValueError: from loading or evaluating.
+    """
+    settings, load = replace(settings, max_windows_per_document=1), placed(load_options)
+    grid = {"chunk_width": RecursiveConfig.from_file(surgery_dir / CONFIG_NAME).chunk_width}
+    base, tokenizer, _ = load_model_with_config(base_dir, overrides=grid, **load)
+    split = load_tokens(tokens_dir, "test")
+    before = evaluate_model(base, tokenizer, split, settings)
+    del base  # only one of the two is in memory
+    wrapper, tokenizer, _ = load_model_with_config(surgery_dir, overrides=overrides, **load)
+    after = evaluate_model(wrapper, tokenizer, split, settings)
+    result = compare_zero_init(before, after, wrapper, tokenizer, split, settings)
+    write_json(output_path, result)
+    return result
+
+
+def compare_zero_init(
+    baseline: Scored,
+    surgery: Scored,
+    wrapper: ChunkRefineWrapper,
+    tokenizer: Any,
+    split: TokenSplit,
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    """The proof.
 
     Checks, each of which can fail: perplexity and accuracy within 0.1 % of the baseline; every
     document's loss at every step equal to the baseline's; generations identical token for token
@@ -98,22 +141,21 @@ def compare_zero_init(
     and, with noise on any one cell, logits that do change.
 
     Args:
-        baseline, surgery: The evaluations to compare.
-        surgery_dir: The untrained sidecar.
+        baseline, surgery: What `evaluate_model` gave for the base and for the untrained cells.
+        wrapper: The untrained cells around the base.
         settings: Of both evaluations; the first windows are used for the logits.
 
-    Returns: what is written to `output_path`: `passed`, `checks`, the numbers.
+    Returns: `passed`, `checks`, the numbers.
     """
-    before, after = read_json_object(baseline.results), read_json_object(surgery.results)
-    wrapper, tokenizer, _ = load_model_with_config(surgery_dir, **placed(load_options))
-    windows = _windows(load_tokens(Path(tokens_dir), "test"), settings)
+    (before, base_documents), (after, documents) = baseline, surgery
+    windows = _windows(split, settings)
     logits = logit_differences(wrapper, windows)
     perturbed = perturbed_difference(wrapper, windows)
     perplexity = percent(before["perplexity"]["perplexity"], after["perplexity"]["perplexity"])
     accuracy = percent(
         before["perplexity"]["token_accuracy"], after["perplexity"]["token_accuracy"]
     )
-    document_loss = _document_difference(baseline.documents, surgery.documents)
+    document_loss = _document_difference(base_documents, documents)
     tokens = [[s["token_ids"] for s in results["generations"]] for results in (before, after)]
     precision = torch.finfo(wrapper.base.dtype).eps
     # Below float32, decoding by token and by chunk round apart: compare like with like.
@@ -134,7 +176,7 @@ def compare_zero_init(
         ),
         *(_check(f"logit_change_with_noise_on_{k}", v, ">", 0.0) for k, v in perturbed.items()),
     ]
-    result = {
+    return {
         "passed": all(check["passed"] for check in checks),
         "perplexity_difference_percent": perplexity,
         "token_accuracy_difference_percent": accuracy,
@@ -143,8 +185,6 @@ def compare_zero_init(
         "inner_steps": after["inner_steps"],
         "checks": checks,
     }
-    write_json(output_path, result)
-    return result
 
 
 def _chunked_base_generation(
@@ -181,10 +221,10 @@ def _windows(split: TokenSplit, settings: EvaluationSettings) -> list[Window]:
     return next(batches(windows, settings.batch_size))
 
 
-def _document_difference(baseline: str | Path, surgery: str | Path) -> float:
+def _document_difference(baseline: pl.DataFrame, surgery: pl.DataFrame) -> float:
     """Largest difference of any document's summed loss at any inner step to the baseline's."""
-    base = pl.read_parquet(baseline).filter(pl.col("step") == 0)
-    joined = pl.read_parquet(surgery).join(
+    base = baseline.filter(pl.col("step") == 0)
+    joined = surgery.join(
         base.select("document_id", "num_tokens", base_loss="loss_sum"),
         on=["document_id", "num_tokens"],
         how="left",

@@ -32,9 +32,10 @@ from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.base import kimi_config
 from kimi_recursive.training.batches import Batch, check_windows
+from kimi_recursive.training.draft import Draw
 from kimi_recursive.training.fetch import base_package
 from kimi_recursive.training.groups import parameter_groups
-from kimi_recursive.training.objective import Draw, build_objective
+from kimi_recursive.training.objective import build_objective
 from kimi_recursive.training.settings import Architecture, PhaseSettings
 
 USABLE = 0.9  # share of a GPU's memory; the allocator and CUDA need the rest

@@ -14,7 +14,6 @@ from kimi_recursive.data.windows import (
     IGNORED,
     Sampler,
     Window,
-    first_windows,
     training_sampler,
     validation_windows,
 )
@@ -105,18 +104,14 @@ class Batches:
     def of_base(cls, tokens_dir: Path, settings: BaseTraining, seed: int) -> Batches:
         """What a base from scratch trains on: the split `pretrain` where there is one, which it
         also validates on, since it is to know it by heart. Raises as `of_phase`."""
-        context, size, number = (
-            settings.context_length, settings.batch_size, settings.num_validation_windows,
-        )  # fmt: skip
-        name = splits_in(tokens_dir)[0]
-        split = load_tokens(tokens_dir, name)
-        if name == PRETRAIN:
-            path = Path(tokens_dir, f"{name}.parquet")
-            validation = first_windows(split, context, number, path)
-        else:
-            validation = validation_windows(tokens_dir, context, number)
-        sampler = training_sampler(split, context, size, seed, None)
-        return cls(sampler, distributed.share(size), validation)
+        context, size = settings.context_length, settings.batch_size
+        split = splits_in(tokens_dir)[0]
+        validation = PRETRAIN if split == PRETRAIN else "validation"
+        return cls(
+            training_sampler(load_tokens(tokens_dir, split), context, size, seed, None),
+            distributed.share(size),
+            validation_windows(tokens_dir, context, settings.num_validation_windows, validation),
+        )
 
     def at(self, step: int, device: torch.device) -> Batch:
         """This process's rows of a step."""

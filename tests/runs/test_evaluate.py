@@ -15,9 +15,10 @@ from models import SMALL, make_base, make_wrapper, perturb, random_ids
 from transformers import PreTrainedTokenizerFast
 
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, data
-from kimi_recursive.data.tokens import TokenSplit
+from kimi_recursive.data.tokens import TokenSplit, load_tokens
 from kimi_recursive.data.windows import document_windows
 from kimi_recursive.evaluation.scores import (
+    Scored,
     document_scores,
     evaluate_model,
     generate_samples,
@@ -26,7 +27,11 @@ from kimi_recursive.evaluation.scores import (
 )
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.evaluation.stage import evaluate_stage
-from kimi_recursive.evaluation.zero_init import compare_zero_init, require_zero_init
+from kimi_recursive.evaluation.zero_init import (
+    compare_zero_init,
+    prove_zero_init,
+    require_zero_init,
+)
 from kimi_recursive.layout import SIDECAR_NAME, Layout
 from kimi_recursive.model.loading import load_model_with_config
 from kimi_recursive.model.sidecar import save_sidecar
@@ -161,19 +166,23 @@ def evaluate(
     return evaluate_stage(spec, model, root / "tokens", files, overrides=overrides)
 
 
-def proof(
-    root: Path, surgery: str = "after_surgery", model: Path | None = None, settings=None
-) -> dict:
-    result = compare_zero_init(
-        Layout(root).evaluation("baseline"),
-        Layout(root).evaluation(surgery),
+def proof(root: Path, model: Path | None = None, settings=None) -> dict:
+    changed = {"prompts": ["w1 w2", "w5"], **(settings or {})}
+    result = prove_zero_init(
+        root / "base",
         model or root / "surgery",
         root / "tokens",
-        replace(SETTINGS, **(settings or {})),
+        replace(SETTINGS, **changed),
+        {},
         root / "zero_init.json",
     )
     assert result == json.loads((root / "zero_init.json").read_text())
     return result
+
+
+def scored(root: Path, stage: str) -> Scored:
+    files = Layout(root).evaluation(stage)
+    return json.loads(files.results.read_text()), pl.read_parquet(files.documents)
 
 
 def failed(result: dict) -> set[str]:
@@ -210,8 +219,7 @@ def test_cells_that_are_not_zero_fail_and_the_error_says_which_check_by_how_much
     with torch.no_grad():
         model.refine_cells[2].out.weight[0, 0] = 5.0
     save_sidecar(model, tmp_path / "bad", stages / "base")
-    evaluate(stages, "after_surgery", tmp_path / "bad", name="bad")
-    result = proof(stages, "bad", tmp_path / "bad")
+    result = proof(stages, tmp_path / "bad")
     assert not result["passed"] and result["max_logit_difference"] > 0
     assert {"document_loss_difference", "logit_difference_between_steps"} <= failed(result)
     with pytest.raises(ValueError) as error:
@@ -240,18 +248,21 @@ def test_a_loop_that_is_not_in_the_path_fails(stages, monkeypatch):
 
 @pytest.mark.parametrize("name", ["perplexity", "token_accuracy"])
 def test_a_drift_of_the_scores_fails(stages, name):
-    path = stages / "eval/after_surgery_results.json"
-    results = json.loads(path.read_text())
+    wrapper, tokenizer, _ = load_model_with_config(stages / "surgery")
+    split = load_tokens(stages / "tokens", "test")
+    before, (results, documents) = scored(stages, "baseline"), scored(stages, "after_surgery")
+
+    def broken(changed: dict) -> set[str]:
+        after = (changed, documents)
+        return failed(compare_zero_init(before, after, wrapper, tokenizer, split, SETTINGS))
+
+    assert broken(results) == set()
     changed = copy.deepcopy(results)
     changed["perplexity"][name] += 0.5
-    (stages / "eval/drift_results.json").write_text(json.dumps(changed))
-    source = stages / "eval/after_surgery_documents.parquet"
-    (stages / "eval/drift_documents.parquet").write_bytes(source.read_bytes())
-    assert failed(proof(stages, "drift")) == {f"{name}_difference_percent"}
+    assert broken(changed) == {f"{name}_difference_percent"}
     changed["generations"][1]["token_ids"][0] += 1
     changed["perplexity"][name] = results["perplexity"][name]
-    (stages / "eval/drift_results.json").write_text(json.dumps(changed))
-    assert failed(proof(stages, "drift")) == {"generations_differing"}
+    assert broken(changed) == {"generations_differing"}
 
 
 def test_a_chunked_path_that_differs_from_the_base_fails(stages, monkeypatch):
@@ -281,8 +292,7 @@ def test_a_bf16_base_passes_and_its_broken_cells_fail(stages, tmp_path):
     with torch.no_grad():
         model.refine_cells[2].out.weight[0, 0] = 5.0
     save_sidecar(model, tmp_path / "bad", tmp_path / "base")
-    evaluate(tmp_path, "after_surgery", tmp_path / "bad", name="bad", settings=more)
-    broken = proof(tmp_path, "bad", tmp_path / "bad", more)
+    broken = proof(tmp_path, tmp_path / "bad", more)
     assert {"document_loss_difference", "generations_differing"} <= failed(broken)
 
 

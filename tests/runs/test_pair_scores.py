@@ -51,7 +51,7 @@ def test_a_completion_is_exact_where_greedy_generation_gives_it(options):
     split = pairs(prompts, answers, ["a", "a", "b", "b"])
     windows = document_windows(split, 32, None)
     documents = document_scores(score_windows(wrapper, windows, 3), split)
-    rows = {(r["group"], r["step"]): r for r in exact_match_by_group(documents)}
+    rows = {(r["group"], r["step"]): r for r in exact_match_by_group(documents, split)}
     assert rows["a", 2]["exact_match"] == 1.0 and rows["b", 2]["exact_match"] == 0.5
     assert rows["a", 2]["num_pairs"] == 2
     low, high = rows["b", 2]["exact_match_interval"]

@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.evaluation.stage import evaluate_stage
-from kimi_recursive.evaluation.zero_init import compare_zero_init
-from kimi_recursive.files import write_json
+from kimi_recursive.evaluation.zero_init import prove_zero_init
 from kimi_recursive.kimi.switch import install_fast_kda, uninstall_fast_kda
 from kimi_recursive.layout import EvaluationFiles
 from kimi_recursive.model import placement
@@ -31,8 +30,9 @@ from kimi_recursive.model.placement import execution_device, is_offloaded
 from kimi_recursive.model.sidecar import base_identity
 from kimi_recursive.plan.estimate import _fake
 from kimi_recursive.training.batches import Batch
+from kimi_recursive.training.draft import Draw
 from kimi_recursive.training.groups import parameter_groups
-from kimi_recursive.training.objective import Draw, build_objective
+from kimi_recursive.training.objective import build_objective
 from kimi_recursive.training.settings import PhaseSettings
 from kimi_recursive.training.spec import LoadOptions
 from kimi_recursive.training.surgery import insert_cells
@@ -156,15 +156,10 @@ def test_evaluation_surgery_proof_and_phase_a_run_spread(tmp_path, model_dir):
                 EvaluationSpec(stage, settings), model, tmp_path / "tokens",
                 EvaluationFiles(folder, stage), overrides={"chunk_width": 8}, **options,
             )  # fmt: skip
-        proof = compare_zero_init(
-            baseline=EvaluationFiles(folder, "baseline"),
-            surgery=EvaluationFiles(folder, "surgery"),
-            surgery_dir=folder / "surgery",
-            tokens_dir=tmp_path / "tokens",
-            settings=settings,
-            output_path=folder / "proof.json",
-            **options,
-        )
+        proof = prove_zero_init(
+            model_dir / "base", folder / "surgery", tmp_path / "tokens", settings, {},
+            folder / "proof.json", **options,
+        )  # fmt: skip
         assert proof["passed"], proof
         run = folder / "run"
         train_into(run, "a", PHASE, folder / "surgery", tmp_path / "tokens", LoadOptions(**options))
@@ -318,7 +313,5 @@ def test_a_model_goes_where_training_would_put_it(model_dir, monkeypatch, capsys
             assert call(monkeypatch, *command, *option) == 0
             assert missing not in capsys.readouterr().err
     with pytest.raises(ValueError, match="device cuda:9"):
-        files = EvaluationFiles(model_dir, "any")
-        write_json(files.results, {})
-        settings = EvaluationSettings(**TINY["evaluation"])
-        compare_zero_init(files, files, model_dir / "sidecar", ".", settings, "out")
+        settings, sidecar = EvaluationSettings(**TINY["evaluation"]), model_dir / "sidecar"
+        prove_zero_init(model_dir / "base", sidecar, model_dir, settings, {}, model_dir / "out")

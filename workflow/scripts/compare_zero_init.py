@@ -3,7 +3,7 @@ from pathlib import Path
 from kimi_recursive.matrix.job import job
 
 with job(snakemake):
-    from kimi_recursive.evaluation.prove import prove_zero_init
+    from kimi_recursive.evaluation.zero_init import prove_zero_init
     from kimi_recursive.matrix.settings import GENERATION_KEYS, Config
 
     # From the config, not from parameters: a proof holds for other windows and prompts, too, and
