@@ -8,7 +8,7 @@ from kimi_recursive.files import NUMERICS_VERSION
 from kimi_recursive.matrix import artefacts, expected, runs
 from kimi_recursive.matrix.settings import Config, composition_config, validate_settings
 from kimi_recursive.records.criteria import CRITERIA_PATH
-from kimi_recursive.processes.logs import INTERRUPTED
+from kimi_recursive.processes.logs import INTERRUPTED, stopped_by_user
 from kimi_recursive.track_b.sheet import neighbour_settings, runs_of, select_experiments
 
 try:
@@ -65,10 +65,7 @@ def asked_for(rule):
 
 def say_why_it_stopped(log):
     """Above Snakemake's last lines: whether the user stopped it. `log` is Snakemake's own."""
-    # A list of the files, in Snakemake 9.27 and later.
-    files = [log] if isinstance(log, (str, Path)) else log
-    texts = [Path(file).read_text(encoding="utf-8", errors="replace") for file in files]
-    if any("on user request" in text for text in texts):
+    if stopped_by_user(log):
         print(INTERRUPTED, file=sys.stderr)
 
 

@@ -262,7 +262,7 @@ def generate_samples(
 
 
 @torch.no_grad()
-def written_answers(
+def chain_of_thought_answers(
     wrapper: ChunkRefineWrapper, windows: Sequence[Window], batch_size: int, limit: int
 ) -> pl.DataFrame:
     """Where the base gives the completion of each pair when it may write first (chain of thought,
@@ -271,10 +271,10 @@ def written_answers(
     Args:
         limit: Tokens that it may write before.
 
-    Returns: document (int), and written_at: tokens before the completion, null where it does not
+    Returns: document (int), and answer_offset: tokens before the completion, null where it does not
         come.
     """
-    found: dict[str, list[int | None]] = {"document": [], "written_at": []}
+    found: dict[str, list[int | None]] = {"document": [], "answer_offset": []}
     for batch in batches(windows, batch_size):
         prompt, size = batch[0].chunk_start + 1, batch[0].num_targets
         input_ids = torch.from_numpy(np.stack([w.inputs[:prompt] for w in batch]))
@@ -289,8 +289,8 @@ def written_answers(
             answer = window.targets[window.chunk_start :]
             places = (at for at in range(limit + 1) if np.array_equal(row[at:][:size], answer))
             found["document"].append(window.document)
-            found["written_at"].append(next(places, None))
-    return pl.DataFrame(found, schema={"document": pl.Int64, "written_at": pl.Int64})
+            found["answer_offset"].append(next(places, None))
+    return pl.DataFrame(found, schema={"document": pl.Int64, "answer_offset": pl.Int64})
 
 
 def _score(
@@ -310,12 +310,12 @@ def _score(
     scores = scores.filter((pl.col("step") <= last) | pl.col("step").is_in(list(depths)))
     documents = document_scores(scores, split)
     by_step = summarize_scores(documents)
-    if split.num_prompt is not None and settings.max_written_tokens and not wrapper.active:
-        answers = written_answers(
-            wrapper, windows, settings.batch_size, settings.max_written_tokens
+    if split.num_prompt is not None and settings.chain_of_thought_tokens and not wrapper.active:
+        answers = chain_of_thought_answers(
+            wrapper, windows, settings.batch_size, settings.chain_of_thought_tokens
         )
         ids = pl.Series(split.document_ids).gather(answers["document"])
-        answers = answers.select("written_at", document_id=ids)
+        answers = answers.select("answer_offset", document_id=ids)
         documents = documents.join(answers, on="document_id", how="left", maintain_order="left")
     at_last = next(row for row in by_step if row["step"] == last)
     first = next(batches(windows, settings.batch_size))

@@ -19,7 +19,8 @@ class EvaluationSettings:
         max_windows_per_document: Windows of each document, from its start; None for all.
         prompts: Texts that the model continues, greedily.
         max_new_tokens: Tokens added to a prompt.
-        max_written_tokens: Tokens that the base may write before it answers the prompt of a pair.
+        chain_of_thought_tokens: Tokens that the base may write before it answers the prompt of a
+            pair.
     """
 
     context_length: int
@@ -27,7 +28,7 @@ class EvaluationSettings:
     max_windows_per_document: int | None
     prompts: list[str]
     max_new_tokens: int
-    max_written_tokens: int = 0
+    chain_of_thought_tokens: int = 0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EvaluationSettings:

@@ -1,10 +1,5 @@
 """The loop as a model of transformers: what its Auto classes load, `generate`, and save."""
 
-# transformers' own classes are typed more loosely than what overrides them here.
-# pyright: reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
-# pyright: reportReturnType=false, reportCallIssue=false, reportUnnecessaryComparison=false
-# pyright: reportIncompatibleVariableOverride=false
-
 from __future__ import annotations
 
 from pathlib import Path

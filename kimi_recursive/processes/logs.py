@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
@@ -61,3 +61,9 @@ def logged_error(path: str | Path) -> tuple[str, bool]:
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     last = errors[-1].removeprefix("error: ") if errors else ""
     return last, bool(last) and "Traceback" not in text
+
+
+def stopped_by_user(snakemake_logs: Sequence[str | Path]) -> bool:
+    """Whether Snakemake's own logs say that the user stopped the run."""
+    texts = (Path(p).read_text(encoding="utf-8", errors="replace") for p in snakemake_logs)
+    return any("on user request" in text for text in texts)

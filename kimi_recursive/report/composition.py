@@ -7,7 +7,6 @@ so inner step h - 1 is the first that can answer a question of h facts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from kimi_recursive.data.tasks import Group
 from kimi_recursive.evaluation.bootstrap import paired_bootstrap, wilson_interval
 from kimi_recursive.files import read_json_object, read_parquet, write_json, write_text
 from kimi_recursive.layout import Layout
-from kimi_recursive.matrix.runs import Evaluation, evaluations
+from kimi_recursive.matrix.runs import Evaluation, all_trainings, evaluations
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.tables import NAME, NUMBER, VERDICT, Column, Table, interval
 from kimi_recursive.training.arms import ARMS
 
 COLUMNS = ("arm", "seed", "entities", "hops", "step", "num_problems", "accuracy")
 DOCUMENTS = ("document_id", "group", "step", "num_tokens", "num_correct")
-BASE, IN_STEPS = "base", "base, answers in steps"
+BASE, CHAIN_OF_THOUGHT = "base", "base, chain of thought"
 UNSEEN = "unseen"
 QUESTION = "Can this matrix see recursion when it pays?"
 
@@ -56,11 +55,14 @@ def read_scores(config: Config, layout: Layout) -> pl.DataFrame:
     for run in evaluations(config):
         if run.stage == "after_surgery":  # the base's numbers, as the proof says
             continue
-        parts += _arms(run, read_parquet(layout.evaluation(run.name).documents, DOCUMENTS))
+        arm = all_trainings(config)[run.training].arm if run.training else BASE
+        parts += _exact_answers(
+            run, arm, read_parquet(layout.evaluation(run.name).documents, DOCUMENTS)
+        )
     return pl.concat(parts)
 
 
-def _arms(run: Evaluation, documents: pl.DataFrame) -> list[pl.DataFrame]:
+def _exact_answers(run: Evaluation, arm: str, documents: pl.DataFrame) -> list[pl.DataFrame]:
     groups = {text: Group.parse(text) for text in documents["group"].unique()}
     assert all(groups.values()), "a task's groups are its own"
     common = documents.with_columns(
@@ -70,41 +72,35 @@ def _arms(run: Evaluation, documents: pl.DataFrame) -> list[pl.DataFrame]:
     )
     columns = ["arm", "seed", "document_id", "entities", "hops", "step", "exact"]
     exact = pl.col("num_correct") == pl.col("num_tokens")
-    arm = next((a for a in ARMS if run.training and run.training.startswith(f"{a}_a_")), BASE)
     found = [common.with_columns(arm=pl.lit(arm), exact=exact).select(columns)]
-    if "written_at" in documents.columns:
+    if "answer_offset" in documents.columns:
         # The answer in its place, behind one word for each fact before it.
-        written = (pl.col("written_at") == pl.col("hops") - 1).fill_null(False)
-        found.append(common.with_columns(arm=pl.lit(IN_STEPS), exact=written).select(columns))
+        written = (pl.col("answer_offset") == pl.col("hops") - 1).fill_null(False)
+        found.append(
+            common.with_columns(arm=pl.lit(CHAIN_OF_THOUGHT), exact=written).select(columns)
+        )
     return found
 
 
-@dataclass(frozen=True)
-class _Select:
-    """Questions about unseen people that need `hops` facts."""
-
-    scores: pl.DataFrame
-    hops: int
-
-    def exact(self, arm: str, step: int | None = None) -> np.ndarray:
-        """Which are answered, [seeds, questions]; at the arm's last inner step by default."""
-        mine = self.scores.filter(
-            (pl.col("arm") == arm) & (pl.col("hops") == self.hops) & (pl.col("entities") == UNSEEN)
-        )
-        chosen = mine.filter(pl.col("step") == (mine["step"].max() if step is None else step))
-        chosen = chosen.sort("seed", "document_id")
-        return chosen["exact"].to_numpy().reshape(max(1, chosen["seed"].n_unique()), -1)
+def _exact(scores: pl.DataFrame, hops: int, arm: str, step: int | None = None) -> np.ndarray:
+    """Which questions of `hops` facts about unseen people are answered, bool [seeds, questions]; at
+    the arm's last inner step by default."""
+    mine = scores.filter(
+        (pl.col("arm") == arm) & (pl.col("hops") == hops) & (pl.col("entities") == UNSEEN)
+    )
+    mine = mine.filter(pl.col("step") == (mine["step"].max() if step is None else step))
+    mine = mine.sort("seed", "document_id")
+    return mine["exact"].to_numpy().reshape(max(1, mine["seed"].n_unique()), -1)
 
 
 def _answer(config: Config, scores: pl.DataFrame) -> dict[str, Any]:
     task, trained_step = config.corpus.task, config.recursive.max_inner_steps
     assert task is not None, "the control is a task"
     hops = max(task.train_hops)
-    questions = _Select(scores, hops)
-    mine = questions.exact("recursive", trained_step)
+    mine = _exact(scores, hops, "recursive", trained_step)
     comparisons = []
-    for reference in (BASE, *[arm for arm in ARMS if arm != "recursive"], IN_STEPS):
-        other = questions.exact(reference)
+    for reference in (BASE, *[arm for arm in ARMS if arm != "recursive"], CHAIN_OF_THOUGHT):
+        other = _exact(scores, hops, reference)
         if not other.size:
             continue
         # As losses, of which the lower is the better: the share that is not answered.
@@ -122,7 +118,7 @@ def _answer(config: Config, scores: pl.DataFrame) -> dict[str, Any]:
         {
             "hops": h,
             "step": h - 1,
-            "accuracy": float(_Select(scores, h).exact("recursive", h - 1).mean()),
+            "accuracy": float(_exact(scores, h, "recursive", h - 1).mean()),
         }
         for h in range(hops + 1, task.max_hops + 1)
     ]

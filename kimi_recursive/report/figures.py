@@ -15,7 +15,7 @@ from kimi_recursive.drawing import COLOURS, LINES, MARKERS, legend, panels, save
 from kimi_recursive.files import read_json_object
 from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import TRAINED_STAGES
-from kimi_recursive.report.composition import BASE, IN_STEPS, UNSEEN
+from kimi_recursive.report.composition import BASE, CHAIN_OF_THOUGHT, UNSEEN
 from kimi_recursive.report.curves import Curve, validation_column
 from kimi_recursive.training.arms import ARMS, PHASES
 
@@ -219,7 +219,7 @@ def draw_composition(accuracy: pl.DataFrame) -> Figure:
     left.set_ylabel("exact answers, %")
     left.set_xticks(sorted(set(mean.filter(pl.col("arm") == "recursive")["step"])))
     legend(left, title="facts needed")
-    for number, arm in enumerate([*ARMS, BASE, IN_STEPS]):
+    for number, arm in enumerate([*ARMS, BASE, CHAIN_OF_THOUGHT]):
         mine = mean.filter(pl.col("arm") == arm)
         if arm == "recursive":  # each question at the first step that can answer it
             mine = mine.filter(pl.col("step") == pl.col("hops") - 1)

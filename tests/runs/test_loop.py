@@ -139,6 +139,19 @@ def test_without_a_schedule_the_log_holds_the_rate_all_the_same(tmp_path):
     assert metrics["lr_fast"] == 1e-2
 
 
+def test_a_group_may_start_later_and_stands_still_until_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(RegressionTask, "first_steps", {"slow": 5})
+    result, weights, _, used = run(tmp_path / "12", warmup_steps=0, lr_schedule="constant")
+    assert [rates[1] for rates in used] == [0.0] * 5 + [3e-3] * 7
+    assert [rates[0] for rates in used] == [1e-2] * 12
+    assert result.logs["lr_slow"].drop_nulls().to_list() == [rates[1] for rates in used]
+    start = RegressionTask().objective.state_dict()
+    _, early, _, _ = run(tmp_path / "5", num_steps=5, warmup_steps=0, lr_schedule="constant")
+    still = {name for name in start if torch.equal(early[name], start[name])}
+    assert still == {name for name in start if name.startswith("slow")}
+    assert not torch.equal(weights["slow.weight"], start["slow.weight"])
+
+
 @pytest.mark.parametrize("killed_at", [1, 5, 6, 11])
 def test_straight_steps_equal_steps_kill_and_the_rest(tmp_path, killed_at):
     logs, weights, optimizer, _ = run(tmp_path / "straight")

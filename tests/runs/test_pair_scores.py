@@ -15,10 +15,10 @@ from kimi_recursive.data.tokens import TokenSplit
 from kimi_recursive.data.windows import document_windows
 from kimi_recursive.evaluation.bootstrap import wilson_interval
 from kimi_recursive.evaluation.scores import (
+    chain_of_thought_answers,
     document_scores,
     exact_match_by_group,
     score_windows,
-    written_answers,
 )
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.runs import evaluations
@@ -26,6 +26,7 @@ from kimi_recursive.matrix.settings import Config, read_config
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.report.composition import compare_composition, composition_lines
 from kimi_recursive.report.figures import plot_composition
+from kimi_recursive.training.batches import token_digests
 
 
 def pairs(prompts: torch.Tensor, completions: torch.Tensor, groups: list[str]) -> TokenSplit:
@@ -62,6 +63,18 @@ def test_a_completion_is_exact_where_greedy_generation_gives_it(options):
     assert documents["num_tokens"].to_list() == [11] * 12
 
 
+def test_plain_text_among_pairs_is_scored_and_is_no_pair():
+    wrapper = perturb(make_wrapper(make_base("kimi"), max_inner_steps=1))
+    split = pairs(random_ids(3, 5), random_ids(3, 4), ["a", None, None])
+    split.num_prompt[2] = 1
+    documents = document_scores(score_windows(wrapper, document_windows(split, 32, None), 3), split)
+    assert documents.filter(pl.col("step") == 0)["num_tokens"].to_list() == [4, 4, 8]
+    found = {
+        (r["group"], r["step"]): r["num_pairs"] for r in exact_match_by_group(documents, split)
+    }
+    assert found == {("a", 0): 1, ("a", 1): 1, (None, 0): 1, (None, 1): 1}
+
+
 def test_a_base_may_write_before_it_answers():
     base = make_base("kimi")
     wrapper = ChunkRefineWrapper(base, RecursiveConfig())
@@ -70,7 +83,7 @@ def test_a_base_may_write_before_it_answers():
     answers = torch.stack([written[0, 2:3], written[1, 0:1], (written[2, :1] + 1) % 97])
     late = next((i for i, token in enumerate(written[0]) if token == answers[0, 0]), None)
     split = pairs(prompts, answers, ["g"] * 3)
-    found = written_answers(wrapper, document_windows(split, 8, None), 2, 3)
+    found = chain_of_thought_answers(wrapper, document_windows(split, 8, None), 2, 3)
     places = dict(found.iter_rows())
     assert places[0] == late and places[1] == 0
     assert places[2] is None or written[2, places[2]] == answers[2, 0]
@@ -102,7 +115,7 @@ def control(tmp_path):
                 "loss_sum": 1.0,
                 "num_correct": int(step == hops - 1 and (step == 0 or "recursive" in run.stage)),
                 "group": f"{who}, {hops} hop{'s' * (hops > 1)}",
-                **({"written_at": hops - 1 if i else None} if run.seed is None else {}),
+                **({"answer_offset": hops - 1 if i else None} if run.seed is None else {}),
             }
             for who in ("seen", "unseen")
             for hops in (1, 2, 3, 4)
@@ -127,13 +140,13 @@ def test_the_control_says_yes_where_only_the_loop_answers(control, tmp_path):
     loop = rows.filter((pl.col("arm") == "recursive") & (pl.col("entities") == "unseen"))
     right = loop.filter(pl.col("step") == pl.col("hops") - 1)["accuracy"]
     assert right.to_list() == [1.0] * 8 and loop["num_problems"].unique().to_list() == [20]
-    steps = rows.filter((pl.col("arm") == "base, answers in steps") & (pl.col("hops") == 2))
+    steps = rows.filter((pl.col("arm") == "base, chain of thought") & (pl.col("hops") == 2))
     assert steps["accuracy"].to_list() == [0.95, 0.95]
     found = json.loads(answer.read_text())
     verdicts = {c["reference"]: c["verdict"] for c in found["comparisons"]}
     assert verdicts == {
         "base": "helps", "vanilla": "helps", "vanilla_flops": "helps",
-        "base, answers in steps": "not distinguishable",
+        "base, chain of thought": "not distinguishable",
     }  # fmt: skip
     assert [b["accuracy"] for b in found["beyond"]] == [1.0, 1.0]
     assert figure.read_bytes()[:4] == b"\x89PNG"
@@ -153,3 +166,14 @@ def test_the_summary_says_no_where_a_control_answers_too(control, tmp_path):
 def test_the_config_of_the_control_is_one_a_user_could_write():
     text = (ROOT / "config/composition.yaml").read_text()
     assert set(yaml.safe_load(text)) <= set(read_config([ROOT / "config/config.yaml"]))
+
+
+def test_the_fingerprint_of_a_base_names_what_the_base_reads(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.parquet").write_text(split)
+    assert token_digests(tmp_path).keys() == {"train", "validation"}
+    (tmp_path / "pretrain.parquet").write_text("facts")
+    before = token_digests(tmp_path)
+    (tmp_path / "pretrain.parquet").write_text("other facts")
+    changed = {k for k, v in token_digests(tmp_path).items() if v != before[k]}
+    assert changed == {"pretrain"}

@@ -7,16 +7,18 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from models import make_base, make_wrapper, random_ids
+from models import SMALL, make_base, make_wrapper, random_ids
 from runs import LORA, PHASE, SETTINGS, same_run, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive import load_model_with_config
+from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.adapter import Adapter, lora_config
 from kimi_recursive.model.loading import load_base
 from kimi_recursive.training.groups import parameter_groups
 from kimi_recursive.training.settings import PhaseSettings
 from kimi_recursive.training.spec import LoadOptions
+from kimi_recursive.training.surgery import insert_cells
 
 
 def train(folder, phase, parent, tokens, changes=None, **options):
@@ -176,3 +178,22 @@ def test_phase_c_needs_a_base_in_float32():
     wrapper.adapter.add_lora(lora_config(wrapper.base, wrapper.layers, **LORA), seed=0)
     with pytest.raises(ValueError, match=r"this base is torch.bfloat16: set its dtype"):
         parameter_groups(wrapper, "c", PhaseSettings.from_mapping(SETTINGS["c"]), 0)
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_the_gate_of_the_feedback_may_start_before_the_cells(tokens_dir, tmp_path, feedback):
+    """The cells of an arm without feedback do not wait for it."""
+    make_base("kimi").save_pretrained(tmp_path / "base")
+    sizes = {**SMALL, "max_inner_steps": 1, "use_token_feedback": feedback}
+    insert_cells(tmp_path / "base", sizes, 0, tmp_path / "surgery")
+    changes = {"num_steps": 2, "warmup_steps": 0, "feedback_only_steps": 2}
+    train(tmp_path / "run", "a", tmp_path / "surgery", tokens_dir, changes)
+    logs = pl.read_parquet(tmp_path / "run/train_logs.parquet")
+    assert (logs["lr_sidecar"].drop_nulls().max() == 0) == feedback
+    assert ("lr_feedback" in logs.columns) == feedback
+    if feedback:
+        assert logs["lr_feedback"].drop_nulls().min() > 0
+    model = "run/work/checkpoints/step_000002/model"
+    before, after = (load_file(tmp_path / folder / SIDECAR_NAME) for folder in ("surgery", model))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert ("refine_cells" in moved) != feedback and ("feedback" in moved) == feedback

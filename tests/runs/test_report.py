@@ -6,32 +6,22 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from html_page import Page
+from html_page import Page, report
 from matplotlib.figure import Figure
 from records import make_results, make_track_b, shipped_config, write_json
 
 from kimi_recursive.drawing import to_svg
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.settings import Config
-from kimi_recursive.report.answers import summarize, summary_text
 from kimi_recursive.report.curves import read_curves
-from kimi_recursive.report.matrix_tables import efficiency_table
 from kimi_recursive.report.page import write_report
-from kimi_recursive.report.success import success_table
-from kimi_recursive.report.summary import Matrix, read_matrix
-from kimi_recursive.track_b.publish import read_track_b, summarize_track_b
+from kimi_recursive.report.summary import read_matrix
 
 CONFIG = shipped_config()
 # What is enough to be damaged.
 SMALL = shipped_config(phases=["a"])
 SMALL["track_b"]["experiments"] = ["v2"]
 COMPARED = "Perplexity of each arm against its references"
-
-
-def report(results: Path, config: dict = CONFIG) -> Page:
-    path = results.parent / "report.html"
-    write_report(config, results, path)
-    return Page(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -124,47 +114,6 @@ def test_tables_that_repeat_a_figure_fold_away_beside_it(whole):
     assert repeated | {"Perplexity by inner step, against the baseline"} <= folded
     pairs = [e for e in whole.all("div") if e["attributes"].get("class") == "pair"]
     assert len(pairs) == 5, "each with its figure"
-
-
-@pytest.mark.parametrize(("depth", "stopped", "commit", "judged", "generated"), [
-    (4, 1.25, "verified", "within", "4.00, fixed by the config"),
-    (4, 2.5, "verified", "outside", "4.00, fixed by the config"),
-    (2, 1.25, "verified", "cannot miss it, as K is 2", "2.00, fixed by the config"),
-    (4, 1.25, "learned", "within", "4.00"),
-])  # fmt: skip
-def test_efficiency_judges_the_number_that_the_config_does_not_fix(
-    depth, stopped, commit, judged, generated
-):
-    """`verified` runs all K inner steps in every round, so their mean says nothing."""
-    base = {"status": "ok", "stage": "baseline", "forward_flops_per_token": 2e6}
-    row = {
-        "status": "ok", "stage": "finetuned_recursive", "arm": "recursive", "inner_steps": depth,
-        "mean_inner_steps": float(depth), "halting_mean_inner_steps": stopped, "commit": commit,
-        "halting_perplexity": 50.0, "forward_flops_per_token": 9e6,
-    }  # fmt: skip
-    found = efficiency_table(Matrix([base, row], {}, [], None)).rows
-    expected = ["finetuned_recursive", f"{stopped:.2f}", judged, "50.0000", generated, "4.50x"]
-    assert found == [expected]
-
-
-def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
-    config, layout = shipped_config(phases=["a", "b"]), Layout(tmp_path / "results")
-    make_track_b(make_results(layout.folder, config), config)
-    matrix = read_matrix(Config.from_mapping(config), layout)
-    table = success_table(matrix, layout)
-    training, evaluation = table.rows
-    assert training == ["refinement_training: validation_loss", "5 of 6 runs"]
-    assert evaluation == ["refinement_evaluation: perplexity", "6 of 6 runs"]
-    assert table.notes == [f"{training[0]} (below 0) is not met by vanilla_b_s0 (0)."]
-    assert table.to_text() in summary_text(matrix, Config.from_mapping(config), layout)
-    [*shown, students] = report(layout.folder, config).rows(table.caption)
-    assert [row[0] for row in shown] == [training[0], evaluation[0]]
-    assert students[0] == "embedding_distillation: improves", "1 % of the steps: no more is asked"
-    monkeypatch.chdir(tmp_path)
-    table = success_table(matrix, layout)
-    assert table.rows == [] and table.notes == [
-        "config/criteria.yaml: cannot be read (No such file or directory)"
-    ]
 
 
 def test_every_stage_has_its_interval_against_the_baseline(whole, made):
@@ -380,52 +329,3 @@ def test_names_in_a_figure_are_text_whatever_they_hold():
     assert page.all("svg")[0]["attributes"]["aria-label"] == 'say "hi" <now>'
     ids = [e["attributes"]["id"] for e in page.elements if "id" in e["attributes"]]
     assert ids and all(name.startswith("x-") for name in ids)
-
-
-def columns(path: Path) -> list[int]:
-    return [len(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.mark.parametrize("diverged", [False, True])
-def test_the_summary_fits_100_columns_with_long_names_and_problems(tmp_path, diverged):
-    config = shipped_config(seeds=[2**31 - 1, 2**31 - 2])
-    results = make_results(tmp_path / "a folder with a name that is rather long/results", config)
-    for path in results.glob("eval/finetuned_recursive*_results.json"):
-        found = json.loads(path.read_text())
-        if diverged:
-            for row in [found["perplexity"], *found["perplexity"]["by_step"]]:
-                row["perplexity"] = 1.7e300
-            found["halting"]["perplexity"] = 1e300
-        path.write_text(json.dumps(found))
-    (results / "eval/finetuned_vanilla_documents.parquet").write_bytes(b"PAR1")
-    (results / "eval/finetuned_vanilla_c_s2147483646_results.json").write_text("{")
-    log = results / "logs/evaluate/finetuned_vanilla_b.log"
-    log.parent.mkdir(parents=True)
-    log.write_text("error: " + "a rather long message " * 20 + "\n")
-    (results / "eval/finetuned_vanilla_b_results.json").unlink()
-    layout = Layout(results)
-    summarize(Config.from_mapping(config), layout)
-    assert max(columns(layout.text)) <= 100
-    text = layout.text.read_text()
-    assert "finetuned_vanilla_flops_c_s2147483646\n" in text, "the name is whole"
-    assert "message" in text and "finetuned_vanilla_documents.parquet" in text
-
-
-def test_the_summary_of_students_fits_100_columns_with_long_names(tmp_path):
-    sheet = tmp_path / "sheet.tsv"
-    lines = Path(CONFIG["track_b"]["sheet"]).read_text().splitlines()
-    long = "a_rather_long_name_of_an_experiment_that_says_all_"
-    lines[1:] = [f"{long}{i}_{line}" for i, line in enumerate(lines[1:])]
-    sheet.write_text("\n".join(lines) + "\n")
-    config = {**CONFIG, "track_b": {**CONFIG["track_b"], "sheet": str(sheet)}}
-    results = make_track_b(tmp_path / "results", config)
-    for path in sorted(results.glob("track_b/students/*_s1/logs/train_logs.parquet")):
-        path.write_bytes(b"PAR1")
-    sorted(results.glob("track_b/students/*_s0/evaluation.parquet"))[0].write_bytes(b"PAR1")
-    outputs = [str(tmp_path / name) for name in ("s.csv", "s.txt", "c.csv", "runs", "f.png")]
-    summarize_track_b(config["track_b"], results, *outputs)
-    text = (tmp_path / "s.txt").read_text()
-    assert max(columns(tmp_path / "s.txt")) <= 100
-    assert "parse_error" in text and "evaluation.parquet:truncated" in "".join(text.split())
-    for result in read_track_b(config["track_b"], results):
-        assert result.name.removeprefix("reference_") in text, "the name is whole"

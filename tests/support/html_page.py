@@ -1,6 +1,11 @@
 """A page of HTML as tests ask it."""
 
 from html.parser import HTMLParser
+from pathlib import Path
+
+from records import shipped_config
+
+from kimi_recursive.report.page import write_report
 
 VOID = {"meta", "link", "br", "hr", "img"}
 
@@ -55,3 +60,10 @@ class Page(HTMLParser):
             elif inside and element["tag"] in ("td", "th"):
                 found[-1].append(element["text"].strip())
         return found[1:]
+
+
+def report(results: Path, config: dict | None = None) -> Page:
+    """The report of results, beside which it is written; of the default config by default."""
+    path = results.parent / "report.html"
+    write_report(config or shipped_config(), results, path)
+    return Page(path.read_text(encoding="utf-8"))

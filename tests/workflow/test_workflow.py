@@ -36,7 +36,9 @@ def test_all_makes_what_the_readme_says(project):
     assert [(r["name"], r["status"]) for r in rows] == [(stage, "ok") for stage in STAGES]
     assert rows[0]["perplexity"] == rows[1]["perplexity"] and rows[1]["difference_percent"] == "0.0"
     text = project.path("results/summary.txt").read_text()
-    assert "8 of 8 expected" in text and "Zero-init proof (seed 0): PASSED" in text
+    assert text.startswith("Kimi Recursive, results: 8 of 8 expected evaluations are there\n")
+    assert "Config: config/config.yaml, then tiny.yaml\n" in text
+    assert "Zero-init proof (seed 0): PASSED" in text
     assert "recursive_a_s0 trained and evaluated twice: weights, the log of all 6 steps" in text
     repeat = json.loads(project.path("results/compare/repeat.json").read_text())
     assert repeat["identical"] and set(repeat["max_differences"].values()) == {0.0}
@@ -123,142 +125,6 @@ def test_deleting_an_artefact_redoes_it_and_what_follows(copy, artefacts, reruns
     assert copy.planned() == sorted(reruns)
 
 
-# By a key of the table in config/README.md, an edit. What each edit changes is asked of the
-# functions that make the parameters, in tests/unit; here, that each rule takes its parameters from
-# them.
-EDITS = {
-    "corpus": ("corpus.seed", 1),
-    "tokenizer": ("tokenizer.vocab_size", 330),
-    "base": ("base.training.lr", 1e-3),
-    "recursive": ("recursive.d_state", 4),
-    "recursive.lambda_*": ("recursive.lambda_halt", 0.1),
-    "recursive.commit": ("recursive.commit", "learned"),
-    "recursive.commit_threshold": ("recursive.commit_threshold", 0.9),
-    "evaluation": ("evaluation.context_length", 16),
-    "evaluation.prompts": ("evaluation.prompts", ["another"]),
-    "evaluation.max_new_tokens": ("evaluation.max_new_tokens", 9),
-    "training.a": ("training.a.lr", 1e-3),
-    "training.b": ("training.b.recursive", {"corruption_rate": 0.2}),
-    "save_interval": ("training.a.save_interval", 5),
-    "resources": ("resources.gpus_per_run", 2),
-    "phases": ("phases", ["a"]),
-}
-
-
-def table_of_edits() -> dict[str, set[str]]:
-    """By key the rules that config/README.md says an edit runs again."""
-    text = (ROOT / "config/README.md").read_text().partition("## What an edit redoes")[2]
-    rows = [line.split("|")[1:3] for line in text.partition("\n## ")[0].splitlines()]
-    cells = [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in rows if len(row) == 2]
-    return {key: set(rules) for keys, rules in cells for key in keys}
-
-
-def test_the_table_names_every_edit():
-    assert table_of_edits().keys() == EDITS.keys()
-
-
-@pytest.mark.parametrize("key", EDITS)
-def test_an_edit_redoes_what_the_table_says(copy, key):
-    path, value = EDITS[key]
-    config = json.loads(json.dumps(TINY))
-    *parents, last = path.split(".")
-    node = config
-    for parent in parents:
-        node = node.setdefault(parent, {})
-    node[last] = value
-    copy.write(config)
-    summaries = {"plot_perplexity_by_step", "summarize", "report"}
-    planned = set(copy.planned())
-    assert planned - summaries == table_of_edits()[key]
-    assert planned >= {"summarize", "report"} or not planned
-
-
-def test_what_is_published_is_neither_trained_nor_scored_again(copy):
-    """Without `work/`, everything is made again that has another cause than its inputs."""
-    results, log = copy.path("results"), copy.path("experiments/training_log.jsonl")
-    for work in [*results.glob("runs/*/work"), results / "base/work"]:
-        shutil.rmtree(work)
-    kept = [
-        *results.glob("runs/recursive_*/sidecar/*.safetensors"), *results.glob("eval/*.parquet"),
-        *results.glob("runs/recursive_*/train_logs.parquet"),
-    ]  # fmt: skip
-    before, records = {path: path.read_bytes() for path in kept}, log.read_bytes()
-    evaluations = copy.path("baselines.jsonl").read_bytes()
-    copy.write({**TINY, "evaluation": {**TINY["evaluation"], "prompts": ["another"]}})
-    runs = [str(path.relative_to(copy.folder)) for path in before if path.suffix == ".safetensors"]
-    again = [str(Path(path).parent) for path in runs]
-    scored = [f"results/eval/finetuned_recursive{x}_results.json" for x in ("", "_b")]
-    done = copy.snakemake("--forcerun", "train_base", *again, "--", *scored, *again)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert copy.snakemake("summarize").returncode == 0
-    assert {path: path.read_bytes() for path in kept} == before
-    assert "step 0: validation" not in done.stderr, "nothing was trained"
-    assert done.stderr.count("was trained before with the same settings") >= 3
-    assert "evaluate: the scores are taken from" in done.stderr
-    found = json.loads((results / "eval/finetuned_recursive_results.json").read_text())
-    assert [sample["prompt"] for sample in found["generations"]] == ["another"]
-    assert found["evaluation"]["prompts"] == ["another"]
-    assert log.read_bytes() == records and copy.path("baselines.jsonl").read_bytes() == evaluations
-
-
-def test_an_edited_text_is_read_again(copy):
-    copy.path("docs/3.txt").write_text("another text " * 30)
-    assert copy.planned() == sorted(EXPECTED)
-
-
-def test_summarize_takes_what_is_there_without_training(copy):
-    copy.path("results/eval/finetuned_recursive_results.json").unlink()
-    shutil.rmtree(copy.path("results/runs"))
-    copy.path("results/compare/zero_init.json").unlink()
-    assert copy.planned("summarize") == ["summarize"]
-    assert copy.snakemake("summarize").returncode == 0
-    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 6
-    copy.path("results/eval/after_surgery_results.json").write_text('{"stage": ')
-    assert copy.snakemake("summarize").returncode == 0
-    text = copy.path("results/summary.txt").read_text()
-    assert re.search(r"after_surgery +failed +results/eval/.*is not valid JSON", text)
-    assert "1 of 8 expected" in text and "Zero-init proof (seed 0): missing" in text
-    assert re.search(r"finetuned_recursive +missing", text)
-    assert copy.planned("summarize") == [], "and a second time there is nothing new"
-
-
-def test_a_summary_survives_damaged_documents(copy):
-    copy.path("results/eval/finetuned_vanilla_documents.parquet").unlink()
-    copy.path("results/eval/finetuned_vanilla_flops_documents.parquet").write_bytes(b"PAR1")
-    assert copy.snakemake("summarize").returncode == 0
-    verdicts = json.loads(copy.path("results/verdicts.json").read_text())
-    assert [v["verdict"] is None for v in verdicts][:4] == [False, True, True, False]
-    assert "finetuned_vanilla_documents.parquet" in verdicts[1]["problem"]
-    assert verdicts[1]["problem"] in copy.path("results/summary.txt").read_text()
-
-
-def test_results_of_another_base_are_not_shown_as_those_of_this_config(copy):
-    changed = json.loads(json.dumps(TINY))
-    changed["base"]["seed"] = 5
-    copy.write(changed)
-    before = copy.path("results/summary.txt").read_bytes()
-    refused = copy.snakemake("summarize")
-    assert refused.returncode == 2 and copy.path("results/summary.txt").read_bytes() == before
-    assert "error: results: holds the results of another config; name that one" in refused.stderr
-    assert "were made with a different base.seed." in refused.stderr
-    copy.write({**changed, "results_dir": "other"})
-    assert copy.snakemake("summarize").returncode == 0, "a folder of its own"
-    assert "0 of 8 expected" in copy.path("other/summary.txt").read_text()
-
-
-def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
-    changed = json.loads(json.dumps(TINY))
-    changed["training"]["a"]["lr"] = 1e-3
-    copy.write(changed)
-    assert copy.snakemake("summarize").returncode == 0
-    rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 6
-    assert rows[2]["detail"] == "Results exist, but were made with a different training.a.lr."
-    assert not rows[2]["perplexity"]
-    assert json.loads(copy.path("results/verdicts.json").read_text()) == []
-
-
 def test_training_does_not_start_when_the_proof_fails(copy):
     """Cells that are not zero: everything runs up to the gate, which names check and amount."""
     sidecar = copy.path("results/surgery/s0/sidecar.safetensors")
@@ -328,6 +194,30 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"train recursive a seed 0: resumed at step \d+", done.stderr)
     same_run(straight, run)
+
+
+def test_ctrl_c_says_how_to_go_on(copy):
+    """What a terminal does: SIGINT for Snakemake and for its jobs."""
+    longer = json.loads(json.dumps(ONLY_A))
+    longer["training"]["a"] |= {"num_steps": 400, "eval_interval": 200, "save_interval": 5}
+    copy.write(longer)
+    run, target = copy.path("results/runs/recursive_a_s0"), "results/runs/recursive_a_s0/sidecar"
+    shutil.rmtree(run)
+    process = subprocess.Popen(
+        [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", "--", target],
+        cwd=copy.folder,
+        env={**os.environ, "PYTHONPATH": str(copy.folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: list(run.glob("work/checkpoints/step_*5")))
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in said
+    assert "interrupted; the same command goes on where it was" in said
+    assert not (run / "train_summary.json").exists() and list(run.glob("work/checkpoints/step_*"))
 
 
 def wait_for(condition: Callable[[], object]) -> None:
