@@ -21,7 +21,7 @@ from kimi_recursive.cli.options import (
 )
 from kimi_recursive.evaluation.settings import EvaluationSettings, EvaluationSpec
 from kimi_recursive.layout import EvaluationFiles
-from kimi_recursive.matrix.runs import STAGES, stages_of
+from kimi_recursive.matrix.runs import PLAIN_STAGE, STAGES, stages_of
 from kimi_recursive.model.config import get_after_surgery_config, get_baseline_config
 from kimi_recursive.processes.logs import quiet_libraries
 
@@ -94,16 +94,15 @@ def evaluate(
 
     fetched, of_base = local_model(model_path, revision)
     sidecar = Sidecar.find(fetched)
-    if stage.startswith("finetuned_") and sidecar is None:
-        raise ValueError(f"--stage {stage}: {model_path} holds no trained sidecar ({SIDECAR_NAME})")
-    if config is None and stage == "baseline" and not use_recursive:
+    plain = stage == "baseline" or (stage == PLAIN_STAGE and sidecar is None)
+    if config is None and plain and not use_recursive:
         config = get_baseline_config()
     elif config is None and sidecar is None:
         config = get_after_surgery_config()
-    if sidecar is not None:
-        allowed = stages_of(sidecar, config is None or config.recursive_enabled)
-        if stage not in allowed:
-            raise ValueError(f"--stage {stage}: {model_path} is of stage {' or '.join(allowed)}")
+    allowed = stages_of(sidecar, config is None or config.recursive_enabled)
+    if stage not in allowed:
+        what = model_path if sidecar else f"{model_path} holds no sidecar ({SIDECAR_NAME}) and"
+        raise ValueError(f"--stage {stage}: {what} is of stage {' or '.join(allowed)}")
     settings = EvaluationSettings(
         context_length=context_length,
         batch_size=batch_size,

@@ -77,8 +77,7 @@ def evaluate_stage(
         spec.depths,
         scored,
     )
-    adapter = wrapper.adapter
-    lora = [p.numel() for p in adapter.lora_parameters().values()] if adapter else []
+    lora = [p.numel() for name, p in wrapper.base.named_parameters() if ".lora_" in name]
     results = {
         **results,
         "stage": spec.stage,
@@ -86,7 +85,9 @@ def evaluate_stage(
         "split": spec.split,
         "num_parameters": {
             "base": sum(p.numel() for p in wrapper.base.parameters()) - sum(lora),
-            "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
+            "sidecar": sum(
+                p.numel() for m in wrapper.cells() for p in m.parameters() if wrapper.active
+            ),
             "lora": sum(lora),
         },
         "config": config.to_dict(),

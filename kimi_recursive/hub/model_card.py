@@ -15,11 +15,9 @@ from kimi_recursive.matrix.comparison import Comparison, comparison_table
 from kimi_recursive.matrix.runs import TRAINED_STAGES
 from kimi_recursive.model.sidecar import Sidecar
 from kimi_recursive.tables import NUMBER, Column, Table, perplexity
+from kimi_recursive.training.arms import ARMS
 
-CONTROL_ARMS = {
-    "vanilla": "the same cells in a single pass, at equal tokens",
-    "vanilla_flops": "the same cells in a single pass, at equal FLOPs",
-}
+CONTROL_ARMS = {name: arm.what for name, arm in ARMS.items() if arm.kind != "recursive"}
 ARM_OF = {training.stage: training.arm for training in TRAINED_STAGES}
 
 

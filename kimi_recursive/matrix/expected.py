@@ -159,7 +159,7 @@ def for_evaluation(config: Config, run: Evaluation) -> list[Expected]:
 
 def _recursive(config: Config, run: Training) -> dict[str, Any]:
     part = config.recursive_part(MODEL_KEYS, TRAINING_KEYS)
-    return part | config.phase_overrides(run.phase) | ARMS[run.arm]
+    return part | config.phase_overrides(run.phase) | dict(ARMS[run.arm].parameters)
 
 
 def differing(expected: Sequence[Expected], record: Mapping[str, Any]) -> list[str]:

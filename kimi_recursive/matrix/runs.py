@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kimi_recursive.matrix.settings import Config
-from kimi_recursive.training.arms import ARMS, PHASES
+from kimi_recursive.training.arms import ARMS, PHASES, kind_of
 
 if TYPE_CHECKING:  # Snakemake and the command line start without torch.
     from kimi_recursive.model.sidecar import Sidecar
@@ -60,30 +60,38 @@ class Evaluation:
     training: str | None
 
 
-TRAINED_STAGES = [Training(arm, phase, 0, None) for phase in PHASES for arm in ARMS]
-STAGES = ("baseline", "after_surgery", *(training.stage for training in TRAINED_STAGES))
+TRAINED_STAGES = [
+    Training(arm, phase, 0, None) for phase in PHASES for arm in ARMS if phase in ARMS[arm].phases
+]
+# A model without cells that somebody has fine-tuned: a plain one, or a LoRA adapter.
+PLAIN_STAGE = "finetuned_vanilla"
+STAGES = ("baseline", "after_surgery", PLAIN_STAGE, *(run.stage for run in TRAINED_STAGES))
 
 
-def stages_of(sidecar: Sidecar, recursive_enabled: bool = True) -> list[str]:
-    """The stages that a sidecar may be evaluated as, by its phase and its kind of arm.
+def stages_of(sidecar: Sidecar | None, recursive_enabled: bool = True) -> list[str]:
+    """The stages that a model may be evaluated as, by its phase and its kind of arm.
 
-    Arms in a single pass leave the same kind of sidecar. Untrained cells are the baseline, too.
+    The two arms of a kind leave the same kind of sidecar. Untrained cells are the baseline, too.
 
     Args:
+        sidecar: None for a model without one.
         recursive_enabled: Whether it is evaluated with its cells, or is its base alone.
 
     Raises:
         ValueError: its config is missing or damaged.
     """
+    if sidecar is None:
+        plain = ["baseline", PLAIN_STAGE]
+        return [*plain, "after_surgery"] if recursive_enabled else plain
     if not recursive_enabled:
         return ["baseline"]
     if sidecar.phase is None:
         return ["after_surgery", "baseline"]
-    single_pass = sidecar.config().single_pass
+    kind = kind_of(sidecar.config())
     return [
         run.stage
         for run in TRAINED_STAGES
-        if run.phase == sidecar.phase and bool(ARMS[run.arm].get("single_pass")) == single_pass
+        if run.phase == sidecar.phase and ARMS[run.arm].kind == kind
     ]
 
 
@@ -91,12 +99,13 @@ def trainings(config: Config) -> list[Training]:
     """All training runs of the matrix, parents first, without the repeat."""
     runs = []
     for phase in config.phases:
-        for arm in ARMS:
+        for name, arm in ARMS.items():
+            if phase not in arm.phases:
+                continue
+            before = arm.before(phase)
             for seed in config.seeds:
-                before = None
-                if phase != PHASES[0]:
-                    before = Training(arm, PHASES[PHASES.index(phase) - 1], seed, None).key
-                runs.append(Training(arm, phase, seed, before))
+                parent = before and Training(name, before, seed, None).key
+                runs.append(Training(name, phase, seed, parent))
     return runs
 
 

@@ -29,7 +29,7 @@ class RecursiveConfig:
     Attributes:
         recursive_enabled: Master switch. When False no component is created.
         chunk_width: W, tokens per chunk.
-        max_inner_steps: K, refinement steps per chunk.
+        max_inner_steps: K, refinement steps per chunk; 0 leaves the base alone.
         commit_threshold: `commit="learned"` stops refining a chunk at this commit probability.
         min_commit_threshold: After K steps, commit the predicted length at or above this
             probability; below it commit one token, so that generation never deadlocks.
@@ -103,13 +103,14 @@ class RecursiveConfig:
         for name in switches:
             check(name, isinstance(getattr(self, name), bool), "true or false")
         counts = (
-            "chunk_width", "max_inner_steps", "d_state", "gate_hidden", "max_chunk_len",
-            "feedback_top_k",
+            "chunk_width", "d_state", "gate_hidden", "max_chunk_len", "feedback_top_k",
         )  # fmt: skip
         counts_ok = [
             check(name, is_int(v := getattr(self, name)) and v >= 1, "an integer of at least 1")
             for name in counts
         ]
+        depth = self.max_inner_steps
+        check("max_inner_steps", is_int(depth) and depth >= 0, "an integer of at least 0")
         rates = ("commit_threshold", "min_commit_threshold", "corruption_rate")
         for name in (*rates, "corruption_rate_final"):
             value = getattr(self, name)

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kimi_recursive.files import read_safetensors
+from kimi_recursive.files import read_json_object, read_safetensors
 from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.layout import SIDECAR_NAME
 from kimi_recursive.model.config import (
@@ -40,6 +40,7 @@ from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.text import first_line
 
 SIDECAR_INIT_SEED = 0
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
 # That Hub id has no sidecar, or the Hub cannot be reached and the cache has none.
 NO_SIDECAR = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
 
@@ -56,7 +57,8 @@ def load_base(
     """Load a Hugging Face decoder in eval mode, with the fast KDA on the CPU.
 
     Args:
-        path: Local directory, or a Hub id (with a pinned `revision`).
+        path: Local directory, or a Hub id (with a pinned `revision`); also of a LoRA adapter, which
+            names its base.
         dtype: A torch dtype by name, or `auto` for the checkpoint's own.
         device: Where to put the whole model; by default the CPU.
         device_map: Spreads the layers over several devices, in place of `device`, as in
@@ -114,13 +116,16 @@ def numeric(load_options: Mapping[str, Any]) -> dict[str, Any]:
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer stored with a model, or None when none is."""
+    """The tokenizer stored with a model, or None when none is. A LoRA adapter without one has that
+    of its base."""
     names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else None
     if names is not None and not any(
         name.startswith(("tokenizer", "vocab")) or name.endswith((".model", ".tiktoken"))
         for name in names
     ):
-        return None  # AutoTokenizer would make an empty one for some model types
+        if ADAPTER_CONFIG not in names:
+            return None  # AutoTokenizer would make an empty one for some model types
+        path = read_json_object(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path", path)
     try:
         return AutoTokenizer.from_pretrained(
             str(path), revision=revision, trust_remote_code=trust_remote_code

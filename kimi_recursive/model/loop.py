@@ -167,7 +167,7 @@ class ChunkLoop(nn.Module):
         self.adapter: Adapter | None = None
         self.phase: str | None = None
         self.revision: str | None = None
-        self._active = config.recursive_enabled
+        self._active = config.recursive_enabled and config.max_inner_steps > 0
         if not config.recursive_enabled:
             return
         d_model = base.config.get_text_config().hidden_size
@@ -201,7 +201,8 @@ class ChunkLoop(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether the loop runs: recursion is enabled and not inside `disabled()`."""
+        """Whether the loop runs: recursion is enabled, with inner steps, and not inside
+        `disabled()`."""
         return self._active
 
     def cells(self) -> list[nn.Module]:
@@ -335,7 +336,8 @@ class ChunkLoop(nn.Module):
     @property
     def reads_logits(self) -> bool:
         """Whether a step reads the logits of the step before, at every position."""
-        return self.feedback is not None and not self.config.single_pass
+        config = self.config
+        return self.feedback is not None and not config.single_pass and config.max_inner_steps > 0
 
     def next_inputs(self, input_ids: Tensor, h_top: Tensor, logits: Tensor | None) -> Tensor:
         """What the next step reads.

@@ -29,7 +29,6 @@ from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
-from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.base import kimi_config
 from kimi_recursive.training.batches import Batch, check_windows
 from kimi_recursive.training.draft import Draw
@@ -109,7 +108,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
         runs["evaluation"] = _evaluation(wrapper, config["evaluation"])
         for phase in config["phases"]:
             print(f"planning phase {phase}", file=sys.stderr)
-            changed = settings.phase_overrides(phase) | ARMS["recursive"]
+            changed = settings.phase_overrides(phase)
             wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
             runs[phase] = _training(wrapper, phase, settings.training[phase])
     return {"num_parameters": sizes, "dtype": str(dtype).removeprefix("torch."), "runs": runs}

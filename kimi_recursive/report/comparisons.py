@@ -26,7 +26,7 @@ def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Compa
             by_stage.setdefault(row["stage"], {})[row["seed"]] = row
     found = []
     for phase in PHASES:
-        stages = [Training(arm, phase, 0, None).stage for arm in ARMS]
+        stages = [Training(arm, phase, 0, None).stage for arm in ARMS if phase in ARMS[arm].phases]
         arm = by_stage.get(stages[0], {})
         pairs: list[tuple[str, Mapping[Any, Mapping[str, Any]], int | None]]
         pairs = [(stage, by_stage.get(stage, {}), None) for stage in ("baseline", *stages[1:])]

@@ -11,6 +11,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loading import build_wrapper
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
+from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.objective import DraftRepair, build_objective
 from kimi_recursive.training.spec import PhaseSpec
@@ -58,7 +59,7 @@ class Budget:
 def match_flops(
     spec: PhaseSpec, wrapper: ChunkRefineWrapper, reference: RecursiveConfig, batch: Batch
 ) -> Budget:
-    """The steps that an arm takes: `vanilla_flops` those whose FLOPs are nearest to the recursive
+    """The steps that an arm takes: one of equal FLOPs those whose FLOPs are nearest to the recursive
     arm's, every other arm those of the settings.
 
     Args:
@@ -72,11 +73,11 @@ def match_flops(
         objective.recompute = False  # what is computed twice to save memory is no training
         return cumulative_training_flops(objective, batch, counted)
 
-    if spec.arm == "vanilla_flops":
+    if ARMS[spec.arm].equal_flops:
         recursive = build_wrapper(wrapper.base, reference)
         recursive.adapter = wrapper.adapter
         budget = flops(recursive, num_steps, num_steps)[-1]
-        # One pass of this arm costs no less than one of the recursive arm's.
-        most = num_steps * (2 + reference.max_inner_steps)
+        # One pass of this arm costs at least half of one of the recursive arm's, cells included.
+        most = 2 * num_steps * (2 + reference.max_inner_steps)
         num_steps = steps_for_flops(flops(wrapper, num_steps, most), budget)
     return Budget(num_steps, flops(wrapper, num_steps, num_steps)[-1])

@@ -19,13 +19,13 @@ def parameter_groups(
     """Put into the base what the phase adds, and mark what trains.
 
     Returns: the parameters that train, by group (`sidecar`, `heads`, `feedback`, `lora`,
-        `layers`) and name.
+        `layers`) and name. Without inner steps the cells stay as they are.
 
     Raises:
         ValueError: LoRA targets or layers that the base does not have, or a base below float32
             whose own weights would train.
     """
-    groups: Groups = {"sidecar": {}, "heads": {}}
+    groups: Groups = {"sidecar": {}, "heads": {}} if wrapper.active else {}
     if wrapper.reads_logits:  # A single pass leaves the feedback as it is.
         groups["feedback"] = {}
     home = {"base": None, "boundary": "heads", "feedback": "feedback"}

@@ -37,6 +37,7 @@ def _mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
 
 class DraftRepair(nn.Module):
     """The objective of the phases: refine one chunk of each window and sum the weighted losses.
+    Without inner steps (the vanilla arms) the base itself trains on the same chunk, as it is.
 
     Args:
         wrapper: With recursion enabled.
@@ -69,6 +70,7 @@ class DraftRepair(nn.Module):
         self.recompute = recompute
         adapter = wrapper.adapter
         self.unfrozen = list(adapter.layer_parameters().items()) if adapter else []
+        self.vanilla = not wrapper.config.max_inner_steps
         self.base_trains = any(p.requires_grad for p in wrapper.base.parameters())
 
     def draw(self, batch: Batch, step: int) -> Draw:
@@ -81,14 +83,17 @@ class DraftRepair(nn.Module):
             start = width * int(torch.randint(num_chunks, (), generator=generator))
         progress = step / max(1, self.num_steps - 1)
         rate = corruption_rate_at(self.wrapper.config, progress)
-        return Draw(start, rate, self.scheduled_sampling * progress, generator)
+        sampling = 0.0 if self.vanilla else self.scheduled_sampling * progress
+        return Draw(start, rate, sampling, generator)
 
     def first_pass(self, batch: Batch, start: int) -> tuple[ChunkState, Batch]:
         """The chunk of each row that starts at `start`, after step 0 and as it is."""
         chunk = batch.chunk(start, self.wrapper.config.chunk_width)
         before = None if batch.mask is None else batch.mask[:, :start]
-        prefix = self.wrapper.encode(batch.inputs[:, :start], self.wrapper.new_cache(), before)
-        return self.wrapper.start_chunk(chunk.inputs, prefix, chunk.mask), chunk
+        with torch.no_grad():
+            prefix = self.wrapper.encode(batch.inputs[:, :start], self.wrapper.new_cache(), before)
+        run = _again if self.recompute and torch.is_grad_enabled() else _once
+        return run(self.wrapper.start_chunk, chunk.inputs, prefix, chunk.mask), chunk
 
     def forward(
         self, batch: Batch, step: int, part: tuple[int, int] = (0, 1)
@@ -106,12 +111,13 @@ class DraftRepair(nn.Module):
         """
         config, wrapper = self.wrapper.config, self.wrapper
         drawn = self.draw(batch, step)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.vanilla and torch.is_grad_enabled()):
             base, chunk = self.first_pass(batch, drawn.start)
+        with torch.no_grad():
             predicted, vocab_size = base.logits.argmax(-1), base.logits.shape[-1]
             draft = corrupt(chunk, predicted, drawn, self.own_share, vocab_size, part)
         # A single pass does not read step 0. A frozen base needs it again only for another draft.
-        if not config.single_pass and (self.base_trains or not drawn.clean):
+        if not (self.vanilla or config.single_pass) and (self.base_trains or not drawn.clean):
             with torch.set_grad_enabled(self.base_trains and torch.is_grad_enabled()):
                 run = _again if self.recompute and self.base_trains else _once
                 base = run(wrapper.start_chunk, draft.inputs, base.prefix, base.mask)
@@ -228,12 +234,16 @@ def chunk_losses(
     * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
 
     With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
-    base trains. With `recompute` the activations of an inner step live only while it runs: its
+    base trains. With K = 0 the loss is the base's own, and the others are 0. With `recompute` the activations of an inner step live only while it runs: its
     backward runs it again, and gives the same gradients.
     """
     config, boundary = wrapper.config, wrapper.boundary
     assert boundary is not None, "recursion is enabled"
     num_steps = config.max_inner_steps
+    if not num_steps:
+        (ce,) = _in_slices(chunk.logits, draft.targets, None)
+        others = dict.fromkeys(("masked", "halt", "len", "ponder", "stability"), ce.new_zeros(()))
+        return {"final": _counted_mean(ce, draft), **others}
     keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
     inputs, counted, run = draft.inputs, draft.counted, _again if recompute else _once
     masked, stability, chunk_ce, commit_logits = [], [], [], []
@@ -272,13 +282,20 @@ def chunk_losses(
     else:
         halt, ponder = zero, zero + 1
     return {
-        "final": ce.mean() if counted is None else _mean(ce, counted, draft.num_counted),
+        "final": _counted_mean(ce, draft),
         "masked": torch.stack(masked).mean() if masked else zero,
         "halt": halt,
         "len": F.nll_loss(log_length, run),
         "ponder": ponder,
         "stability": torch.stack(stability).mean() if stability else zero,
     }
+
+
+def _counted_mean(values: Tensor, draft: Draft) -> Tensor:
+    """The mean over the slots that count."""
+    if draft.counted is None:
+        return values.mean()
+    return _mean(values, draft.counted, draft.num_counted)
 
 
 def _row_means(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.model.sidecar import Sidecar, base_of
-from kimi_recursive.training.arms import ARMS, PHASES
+from kimi_recursive.training.arms import ARMS, kind_of
 from kimi_recursive.training.spec import PhaseSpec
 
 
@@ -28,23 +28,31 @@ class Parent:
     revision: str | None
 
     @classmethod
-    def open(cls, path: str | Path, phase: str, revision: str | None = None) -> Parent:
+    def open(
+        cls, path: str | Path, phase: str, arm: str = "recursive", revision: str | None = None
+    ) -> Parent:
         """Read what the model says of itself, as the parent of a training of `phase`.
 
         Args:
             revision: Of the base; by default the one that the sidecar names.
 
         Raises:
-            ValueError: the model is of another phase than this one and the one before, its base is
-                missing, or its sidecar is damaged.
+            ValueError: the arm has no such phase, the model is of another phase than this one and
+                the one before, its base is missing, or its sidecar is damaged.
         """
+        if phase not in ARMS[arm].phases:
+            raise ValueError(
+                f"arm '{arm}' trains in the phases {', '.join(ARMS[arm].phases)} alone: phase "
+                f"{phase} trains the cells, and it has none"
+            )
         sidecar = Sidecar.find(path)
         trained = sidecar and sidecar.phase
-        before = PHASES[PHASES.index(phase) - 1] if phase != PHASES[0] else None
+        before = ARMS[arm].before(phase)
         if trained not in (before, phase):
             is_what = f"is of phase {trained}" if trained else "is not trained"
             needs = f"a model of phase {before}" if before else "a base or untrained cells"
-            raise ValueError(f"phase {phase} starts from {needs}; {path} {is_what}")
+            of_arm = "" if arm == "recursive" else f" of the arm '{arm}'"
+            raise ValueError(f"phase {phase}{of_arm} starts from {needs}; {path} {is_what}")
         return cls(
             path, sidecar, base_of(sidecar or path), revision or (sidecar and sidecar.revision)
         )
@@ -55,27 +63,28 @@ class Parent:
         return self.sidecar and self.sidecar.phase
 
     def configs(self, spec: PhaseSpec) -> tuple[RecursiveConfig, RecursiveConfig]:
-        """The config of the recursive arm, whose FLOPs `vanilla_flops` is given, and that of the
-        arm to train.
+        """The config of the recursive arm, whose FLOPs an arm of equal FLOPs is given, and that of
+        the arm to train.
 
         Raises:
             ValueError: the parent is of another kind of arm, or the depth of the recursive arm is
                 unknown and its FLOPs count.
         """
+        arm = ARMS[spec.arm]
         if self.sidecar is not None and self.phase is not None:
-            single_pass = self.sidecar.config().single_pass
-            if single_pass != bool(ARMS[spec.arm].get("single_pass")):
-                kind = "a single-pass" if single_pass else "the recursive"
+            kind = kind_of(self.sidecar.config())
+            if kind != arm.kind:
                 raise ValueError(
-                    f"{self.path}: was trained as {kind} arm and cannot continue as arm "
+                    f"{self.path}: was trained as an arm of kind {kind} and cannot continue as arm "
                     f"'{spec.arm}'"
                 )
         config = spec.config or RecursiveConfig.from_file(Path(self.path) / CONFIG_NAME)
-        reference = RecursiveConfig.from_dict({**config.to_dict(), **spec.overrides})
-        if spec.arm == "vanilla_flops" and reference.single_pass and reference.max_inner_steps == 1:
+        values = {**config.to_dict(), **spec.overrides}
+        depth_is_known = kind_of(config) == "recursive" or "max_inner_steps" in spec.overrides
+        if arm.equal_flops and not depth_is_known:
             raise ValueError(
                 f"{self.path}: does not name the number of inner steps of the recursive arm, whose "
-                "FLOPs arm 'vanilla_flops' needs; set max_inner_steps in a config"
+                f"FLOPs arm '{spec.arm}' needs; set max_inner_steps in a config"
             )
-        reference = dataclasses.replace(reference, single_pass=False)
-        return reference, dataclasses.replace(reference, **ARMS[spec.arm])
+        reference = RecursiveConfig.from_dict({**values, "single_pass": False})
+        return reference, dataclasses.replace(reference, **arm.parameters)

@@ -63,9 +63,10 @@ def train_phase(
 ) -> dict[str, Any]:
     """Train one phase and publish the weights that were best on validation at step K.
 
-    All arms of a seed see the same batches and chunks in the same order. The arm `vanilla_flops`
+    All arms of a seed see the same batches and chunks in the same order. An arm of equal FLOPs
     takes as many more steps as bring it to the training FLOPs of the recursive arm, with its
-    learning rate and corruption scheduled over all of them; `vanilla` also shares the corruption.
+    learning rate and corruption scheduled over all of them; `single_pass` also shares the
+    corruption.
 
     Where `files.published` keeps a run of the same settings and inputs, nothing is trained and no
     model is loaded. Several processes (`torchrun`) share every batch; the first one writes.
@@ -76,7 +77,7 @@ def train_phase(
         ValueError: bad settings or inputs, or a diverged run.
     """
     settings, seed = spec.settings, spec.seed
-    parent = Parent.open(files.parent, spec.phase, load.revision)
+    parent = Parent.open(files.parent, spec.phase, spec.arm, load.revision)
     reference, config = parent.configs(spec)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     fingerprint = _fingerprint(spec, files, load, parent, config)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import call
 from models import SMALL, make_base, make_wrapper
+from peft import LoraConfig, get_peft_model
 
 from kimi_recursive import RecursiveConfig
 from kimi_recursive.model.loading import load_base
@@ -61,14 +62,15 @@ def test_a_stage_that_the_sidecar_is_not_of_is_refused(model_dir, tmp_path, monk
     adapters = make_wrapper(load_base(model_dir / "base"), single_pass=True, max_inner_steps=1)
     save_sidecar(adapters, tmp_path / "adapters", model_dir / "base", "a")
     save_sidecar(adapters, tmp_path / "fresh", model_dir / "base")
-    recursive, vanilla = "finetuned_recursive", "finetuned_vanilla or finetuned_vanilla_flops"
+    recursive = "finetuned_recursive"
+    single_pass = "finetuned_single_pass or finetuned_single_pass_flops"
     cases = [
         (model_dir / "sidecar", ["--stage", "after_surgery"], recursive),
-        (model_dir / "sidecar", ["--stage", "finetuned_vanilla"], recursive),
+        (model_dir / "sidecar", ["--stage", "finetuned_single_pass"], recursive),
         (model_dir / "sidecar", ["--stage", "finetuned_recursive_b"], recursive),
         (model_dir / "sidecar", ["--stage", "baseline", "--use_recursive"], recursive),
-        (tmp_path / "adapters", ["--stage", "finetuned_recursive"], vanilla),
-        (tmp_path / "fresh", ["--stage", "finetuned_vanilla"], "after_surgery or baseline"),
+        (tmp_path / "adapters", ["--stage", "finetuned_recursive"], single_pass),
+        (tmp_path / "fresh", ["--stage", "finetuned_single_pass"], "after_surgery or baseline"),
     ]
     for model, (_, stage, *more), message in cases:
         given = {"--stage": stage, "--model_path": model, "--output_dir": tmp_path / "out"}
@@ -77,11 +79,33 @@ def test_a_stage_that_the_sidecar_is_not_of_is_refused(model_dir, tmp_path, monk
         assert capsys.readouterr().err.endswith(error), (stage, error)
     assert not (tmp_path / "out").exists()
     for model, (_, stage, *more) in [
-        (tmp_path / "adapters", ["--stage", "finetuned_vanilla_flops"]),
+        (tmp_path / "adapters", ["--stage", "finetuned_single_pass_flops"]),
         (tmp_path / "fresh", ["--stage", "baseline", "--use_recursive"]),
     ]:
         given = {"--stage": stage, "--model_path": model, "--output_dir": tmp_path / "out"}
         assert call(monkeypatch, *options(model_dir, **given), *more) == 0, stage
+
+
+def test_a_base_that_was_fine_tuned_without_cells(model_dir, tmp_path, monkeypatch):
+    """The seed's `finetuned_vanilla`: a plain model, or a LoRA adapter beside it."""
+    torch.manual_seed(0)
+    base = get_peft_model(load_base(model_dir / "base"), LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in base.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    base.peft_config["default"].base_model_name_or_path = str(model_dir / "base")
+    base.save_pretrained(tmp_path / "lora")
+    found = {}
+    for model in (model_dir / "base", tmp_path / "lora"):
+        given = {"--stage": "finetuned_vanilla", "--model_path": model, "--output_dir": tmp_path}
+        assert call(monkeypatch, *options(model_dir, **given)) == 0
+        results = json.loads((tmp_path / "finetuned_vanilla_results.json").read_text())
+        assert results["inner_steps"] == 0
+        found[model.name] = results
+    assert found["lora"]["num_parameters"]["lora"] > 0 == found["base"]["num_parameters"]["lora"]
+    assert found["lora"]["num_parameters"]["base"] == found["base"]["num_parameters"]["base"]
+    loss = {name: results["perplexity"]["loss"] for name, results in found.items()}
+    assert abs(loss["lora"] - loss["base"]) > 1e-3
 
 
 def test_user_errors_are_one_line_with_exit_code_2_and_write_nothing(
@@ -97,7 +121,10 @@ def test_user_errors_are_one_line_with_exit_code_2_and_write_nothing(
     save_sidecar(make_wrapper(make_base("qwen")), tmp_path / "other", model_dir / "base")
     cases = [
         ({"--stage": "before"}, "--stage: must be one of baseline, after_surgery"),
-        ({"--stage": "finetuned_recursive"}, "holds no trained sidecar"),
+        (
+            {"--stage": "finetuned_recursive"},
+            "holds no sidecar (sidecar.safetensors) and is of stage",
+        ),
         ({"--device": "cuda:9"}, "device cuda:9: "),
         ({"--split": "dev"}, "--split: must be one of train, validation, test, got 'dev'"),
         ({"--model_path": tmp_path / "none"}, "no such model directory"),

@@ -193,19 +193,20 @@ def test_each_process_validates_on_its_share_of_the_windows(tmp_path, monkeypatc
 
 @pytest.mark.workflow
 def test_the_workflow_trains_with_as_many_processes_as_the_config_says(copy):
-    run = copy.folder / "results/runs/vanilla_a_s0"
+    run = copy.folder / "results/runs/single_pass_a_s0"
     before = load_file(run / "sidecar/sidecar.safetensors")
     shutil.rmtree(run / "work")
     shutil.rmtree(run / "published")
     copy.write({**TINY, "resources": {"gpus_per_run": 2}})
     assert copy.planned("all") == ["report", "summarize"]  # which show the config
-    done = copy.snakemake("--force", "results/runs/vanilla_a_s0/train_summary.json")
+    done = copy.snakemake("--force", "results/runs/single_pass_a_s0/train_summary.json")
     assert done.returncode == 0, done.stderr[-3000:]
     after = load_file(run / "sidecar/sidecar.safetensors")
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=2e-5)
     assert (
-        "validation_loss" in (copy.folder / "results/logs/train_phase/vanilla_a_s0.log").read_text()
+        "validation_loss"
+        in (copy.folder / "results/logs/train_phase/single_pass_a_s0.log").read_text()
     )
     copy.write({**TINY, "resources": {"gpus_per_run": 3}})
     done = copy.snakemake("--dry-run", "all")

@@ -183,7 +183,7 @@ def test_the_card_takes_evaluations_by_hand(lab, experiment, tmp_path, monkeypat
 @pytest.mark.workflow
 def test_the_card_of_a_workflow_run_shows_every_verdict(project, control, tmp_path, monkeypatch):
     results = project.folder / "results"
-    run, name = ("vanilla_b_s0", "finetuned_vanilla_b") if control else (
+    run, name = ("single_pass_b_s0", "finetuned_single_pass_b") if control else (
         "recursive_b_s0", "finetuned_recursive_b")  # fmt: skip
     monkeypatch.chdir(project.folder)
     assert dry_run(monkeypatch, f"results/runs/{run}/work", tmp_path / "out") == 0
@@ -207,13 +207,13 @@ def test_the_card_of_a_workflow_run_shows_every_verdict(project, control, tmp_pa
 def test_results_that_contradict_each_other_are_not_published(copy, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(copy.folder)
     work, out = "results/runs/recursive_a_s0/work", tmp_path / "out"
-    path = Path("results/eval/finetuned_vanilla_results.json")
+    path = Path("results/eval/finetuned_single_pass_results.json")
     values = json.loads(path.read_text())
     values["perplexity"]["perplexity"] += 1e-3
     path.write_text(json.dumps(values))
     assert dry_run(monkeypatch, work, out) == 2
     assert "verdicts.json: was made from another evaluation than" in capfd.readouterr().err
-    other = "results/runs/vanilla_a_s0/sidecar/sidecar.safetensors"
+    other = "results/runs/single_pass_a_s0/sidecar/sidecar.safetensors"
     shutil.copy(other, "results/runs/recursive_a_s0/sidecar/sidecar.safetensors")
     assert dry_run(monkeypatch, work, out) == 2
     assert "is an evaluation of other weights than" in capfd.readouterr().err

@@ -145,7 +145,7 @@ def test_the_control_says_yes_where_only_the_loop_answers(control, tmp_path):
     found = json.loads(answer.read_text())
     verdicts = {c["reference"]: c["verdict"] for c in found["comparisons"]}
     assert verdicts == {
-        "base": "helps", "vanilla": "helps", "vanilla_flops": "helps",
+        "base": "helps", "single_pass": "helps", "single_pass_flops": "helps",
         "base, chain of thought": "not distinguishable",
     }  # fmt: skip
     assert [b["accuracy"] for b in found["beyond"]] == [1.0, 1.0]
@@ -154,7 +154,7 @@ def test_the_control_says_yes_where_only_the_loop_answers(control, tmp_path):
 
 def test_the_summary_says_no_where_a_control_answers_too(control, tmp_path):
     layout = Layout(tmp_path / "results")
-    for name in ("finetuned_vanilla", "finetuned_vanilla_s1"):
+    for name in ("finetuned_single_pass", "finetuned_single_pass_s1"):
         path = layout.evaluation(name).documents
         pl.read_parquet(path).with_columns(num_correct=1).write_parquet(path)
     assert composition_lines(layout) == ["(the positive control has not run)"]

@@ -133,8 +133,10 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
         train_into(tmp_path, "d", PHASE, phases, tokens_dir)
     with pytest.raises(ValueError, match=r"arm must be one of recursive, .+, got 'x'"):
         train_into(tmp_path, "a", PHASE, phases, tokens_dir, arm="x")
-    with pytest.raises(ValueError, match="was trained as the recursive arm and cannot continue as"):
-        train(tmp_path, "b", phases / "a/sidecar", tokens_dir, arm="vanilla")
+    with pytest.raises(
+        ValueError, match="was trained as an arm of kind recursive and cannot continue as"
+    ):
+        train(tmp_path, "b", phases / "a/sidecar", tokens_dir, arm="single_pass")
     for phase in "abc":  # more of the same phase is allowed
         again = train(tmp_path / f"more_{phase}", phase, phases / phase / "sidecar", tokens_dir)
         before = json.loads((phases / phase / "train_summary.json").read_text())
@@ -145,11 +147,11 @@ def test_a_phase_starts_from_the_one_before(phases, surgery_dir, tokens_dir, tmp
 
 
 def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_path):
-    train(tmp_path / "va", "a", surgery_dir, tokens_dir, arm="vanilla")
+    train(tmp_path / "va", "a", surgery_dir, tokens_dir, arm="single_pass")
     with pytest.raises(
         ValueError, match="does not name the number of inner steps of the recursive arm"
     ):
-        train(tmp_path / "f", "b", tmp_path / "va/sidecar", tokens_dir, arm="vanilla_flops")
+        train(tmp_path / "f", "b", tmp_path / "va/sidecar", tokens_dir, arm="single_pass_flops")
     longer = {"num_steps": 12}  # so that half a step is little
     recursive = train(tmp_path / "r", "b", phases / "a/sidecar", tokens_dir, changes=longer)
     arms = {
@@ -162,14 +164,52 @@ def test_the_arms_of_phase_b_are_matched(phases, surgery_dir, tokens_dir, tmp_pa
             arm=arm,
             overrides={"max_inner_steps": 2},
         )
-        for arm in ("vanilla", "vanilla_flops")
+        for arm in ("single_pass", "single_pass_flops")
     }
-    vanilla, flops = arms["vanilla"], arms["vanilla_flops"]
-    assert vanilla["num_trainable_parameters"] == recursive["num_trainable_parameters"]
-    assert vanilla["training_tokens"] == recursive["training_tokens"]
-    assert vanilla["training_flops"] < recursive["training_flops"]
+    single_pass, flops = arms["single_pass"], arms["single_pass_flops"]
+    assert single_pass["num_trainable_parameters"] == recursive["num_trainable_parameters"]
+    assert single_pass["training_tokens"] == recursive["training_tokens"]
+    assert single_pass["training_flops"] < recursive["training_flops"]
     dearest_step = 1.2 * flops["training_flops"] / flops["num_steps"]  # prefixes differ in length
     assert abs(flops["training_flops"] - recursive["training_flops"]) <= dearest_step / 2
+
+
+def test_the_base_trains_without_cells(phases, surgery_dir, tokens_dir, tmp_path):
+    """The arms `vanilla` and `vanilla_flops`: plain fine-tuning of what phases b and c train."""
+    with pytest.raises(ValueError, match="arm 'vanilla' trains in the phases b, c alone"):
+        train(tmp_path / "a", "a", surgery_dir, tokens_dir, arm="vanilla")
+    with pytest.raises(ValueError, match="phase b of the arm 'vanilla' starts from a base or untr"):
+        train(tmp_path / "b", "b", phases / "a/sidecar", tokens_dir, arm="vanilla")
+    parent, summaries = surgery_dir, {}
+    for phase in "bc":
+        folder = tmp_path / f"vanilla_{phase}"
+        summaries[phase] = train(folder, phase, parent, tokens_dir, arm="vanilla")
+        parent = folder / "sidecar"
+    assert list(summaries["b"]["num_trainable_by_group"]) == ["lora"]
+    assert list(summaries["c"]["num_trainable_by_group"]) == ["lora", "layers"]
+    recursive = json.loads((phases / "b/train_summary.json").read_text())
+    assert summaries["b"]["training_tokens"] == recursive["training_tokens"]
+    flops = summaries["b"]["training_flops"]
+    assert flops < recursive["training_flops"] / 2
+    logs = pl.read_parquet(tmp_path / "vanilla_b/train_logs.parquet")
+    assert set(logs["sampling_rate"].drop_nulls()) == {0.0}, "the base reads the text as it is"
+    assert set(logs["loss_masked"].drop_nulls()) == {0.0} and logs["loss_final"][1] > 1
+    last = tmp_path / "vanilla_c/work/checkpoints/step_000006/model"
+    model, _, config = load_model_with_config(last)
+    assert config.max_inner_steps == 0 and not model.active
+    untrained = load_file(surgery_dir / SIDECAR_NAME)
+    assert all(torch.equal(v, untrained[k]) for k, v in model.cells_state_dict().items())
+    ids = random_ids(2, 12)
+    assert torch.equal(model(ids).logits, model.base(ids).logits)
+    pretrained = load_base(surgery_dir.parent / "base")
+    assert not torch.equal(model.base(ids).logits, pretrained(ids).logits)
+    longer, depth = {"num_steps": 12}, {"max_inner_steps": 2}
+    recursive = train(tmp_path / "r", "b", phases / "a/sidecar", tokens_dir, changes=longer)
+    equal = train(
+        tmp_path / "f", "b", surgery_dir, tokens_dir, longer, arm="vanilla_flops", overrides=depth
+    )
+    dearest_step = 1.2 * equal["training_flops"] / equal["num_steps"]
+    assert abs(equal["training_flops"] - recursive["training_flops"]) <= dearest_step / 2
 
 
 def test_phase_c_needs_a_base_in_float32():

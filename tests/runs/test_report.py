@@ -52,8 +52,8 @@ def odd(tmp_path_factory) -> tuple[Path, Page]:
     del found["num_rounds_by_step"], found["halting"]["num_chunks_by_step"]
     write_json(path, found)
     facts["settings"]["lr"] = 1.0
-    write_json(results / "runs/vanilla_a_s0/train_summary.json", facts)
-    path = results / "eval/finetuned_vanilla_flops_results.json"
+    write_json(results / "runs/single_pass_a_s0/train_summary.json", facts)
+    path = results / "eval/finetuned_single_pass_flops_results.json"
     found = json.loads(path.read_text())
     found["versions"]["torch"] = "2.12.1"
     write_json(path, found)
@@ -94,7 +94,9 @@ def test_it_opens_with_a_sentence_for_each_question_and_one_picture(whole, tmp_p
     zero, helps, efficient, same, met = (e["text"] for e in whole.all("dd"))
     assert zero == "Yes: all 1 checks of the proof passed, for seed 0."
     assert helps.startswith("No: finetuned_recursive_c is better than baseline (-"), helps
-    assert "worse than finetuned_vanilla_flops_c (+" in helps and helps.endswith(", in perplexity.")
+    assert "worse than finetuned_single_pass_flops_c (+" in helps and helps.endswith(
+        ", in perplexity."
+    )
     assert efficient == (
         "The boundary head would stop finetuned_recursive_c after 1.25 inner steps (target 1 to "
         "2: cannot miss it, as K is 2); with all of them, a token costs 1.00x the baseline's FLOPs."
@@ -163,7 +165,7 @@ def test_figures_have_axes_units_and_legends(whole):
     assert {"helps", "hurts", "not distinguishable", "against its own step 1"} <= set(verdicts)
     assert "difference in perplexity, % of the reference's (left of 0 is better)" in verdicts
     for figure in (steps, training):
-        assert {"phase a", "phase b", "phase c", "recursive", "vanilla_flops"} <= set(figure)
+        assert {"phase a", "phase b", "phase c", "recursive", "single_pass_flops"} <= set(figure)
     assert "perplexity on held-out documents" in steps
     assert {"validation loss, nats per token", "target tokens of this phase"} <= set(training)
     assert {"optimizer step", "loss, nats per token", "training", "validation"} <= set(base)
@@ -201,9 +203,9 @@ def test_nothing_there_is_a_report_that_says_so(tmp_path):
 
 
 def test_a_partial_matrix_shows_what_is_there_and_the_logs_of_what_is_not(results):
-    for path in results.glob("eval/finetuned_vanilla_flops*"):
+    for path in results.glob("eval/finetuned_single_pass_flops*"):
         path.unlink()
-    log = results / "logs/train_phase/vanilla_flops_a_s0.log"
+    log = results / "logs/train_phase/single_pass_flops_a_s0.log"
     log.parent.mkdir(parents=True)
     lines = [f"line {i}" for i in range(40)]
     log.write_text("\n".join([*lines, "error: <script>alert('no')</script> & $memory$"]) + "\n")
@@ -212,28 +214,31 @@ def test_a_partial_matrix_shows_what_is_there_and_the_logs_of_what_is_not(result
     page = report(results, SMALL)
     assert "4 of 5 expected evaluations" in page.text
     found = problems(page)
-    assert found["finetuned_vanilla_flops"] == ("failed", "<script>alert('no')</script> & $memory$")
+    assert found["finetuned_single_pass_flops"] == (
+        "failed",
+        "<script>alert('no')</script> & $memory$",
+    )
     assert found["train_base"] == ("failed", "disk full")
     shown = next(e["text"] for e in page.all("pre") if "line 39" in e["text"])
     assert shown.splitlines()[0] == "line 21" and len(shown.splitlines()) == 20
     assert not page.all("script")
     assert [row[1] for row in page.rows(COMPARED)] == [
-        "baseline", "finetuned_vanilla", "its own step 1",
+        "baseline", "finetuned_single_pass", "its own step 1",
     ]  # fmt: skip
 
 
 # In one report: no file's damage hides that of another.
 DAMAGED = {
     "truncated": [
-        "eval/after_surgery_results.json", "eval/finetuned_vanilla_documents.parquet",
-        "runs/vanilla_flops_b_s0/train_summary.json", "runs/vanilla_a_s0/train_logs.parquet",
+        "eval/after_surgery_results.json", "eval/finetuned_single_pass_documents.parquet",
+        "runs/single_pass_flops_b_s0/train_summary.json", "runs/single_pass_a_s0/train_logs.parquet",
         "compare/zero_init.json", "compare/repeat.json", "base/train_logs.parquet",
         "track_b/references.parquet", "track_b/teacher/teacher.json",
         "track_b/students/*_s1/evaluation.parquet", "track_b/students/*_s2/logs/train_logs.parquet",
     ],
     "empty": ["eval/finetuned_recursive_b_results.json", "eval/baseline_documents.parquet"],
     "other": [
-        "eval/finetuned_vanilla_b_results.json", "eval/finetuned_recursive_documents.parquet",
+        "eval/finetuned_single_pass_b_results.json", "eval/finetuned_recursive_documents.parquet",
     ],
 }  # fmt: skip
 
@@ -298,19 +303,19 @@ def test_an_unfinished_run_has_a_curve_and_one_of_other_settings_has_none(odd):
     curves, unreadable = read_curves(Config.from_mapping(SMALL), Layout(results))
     assert not unreadable and [c.run.key for c in curves if not c.finished] == ["recursive_a_s0"]
     assert next(c.logs for c in curves if not c.finished)["step"].to_list() == [0, 10, 20]
-    assert "vanilla_a_s0" not in [c.run.key for c in curves] and len(curves) == 2
+    assert "single_pass_a_s0" not in [c.run.key for c in curves] and len(curves) == 2
     assert "Dotted, not finished: recursive_a_s0." in page.text
 
 
 def test_what_differs_between_runs_is_visible(whole, odd):
     trainings = whole.rows("Trainings: what differs")
-    assert [row[0] for row in trainings][:2] == ["recursive_a_s0", "vanilla_a_s0"]
+    assert [row[0] for row in trainings][:2] == ["recursive_a_s0", "single_pass_a_s0"]
     shared = dict(whole.rows("Trainings: the same for all 10 runs"))
     assert shared["settings.lr_schedule"] == "linear" and "settings.lr" not in shared
     assert dict(whole.rows("Versions: the same"))["torch"] == "2.13.0"
     assert not whole.rows("Versions: what differs")
     rows = dict(odd[1].rows("Versions: what differs"))
-    assert rows["finetuned_vanilla_flops"] == "2.12.1" and rows["baseline"] == "2.13.0"
+    assert rows["finetuned_single_pass_flops"] == "2.12.1" and rows["baseline"] == "2.13.0"
     assert "sheet: " in whole.all("pre")[-1]["text"]
 
 

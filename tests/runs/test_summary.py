@@ -51,7 +51,7 @@ def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
     training, evaluation = table.rows
     assert training == ["refinement_training: validation_loss", "5 of 6 runs"]
     assert evaluation == ["refinement_evaluation: perplexity", "6 of 6 runs"]
-    assert table.notes == [f"{training[0]} (below 0) is not met by vanilla_b_s0 (0)."]
+    assert table.notes == [f"{training[0]} (below 0) is not met by single_pass_b_s0 (0)."]
     assert table.to_text() in summary_text(matrix, Config.from_mapping(config), layout)
     [*shown, students] = report(layout.folder, config).rows(table.caption)
     assert [row[0] for row in shown] == [training[0], evaluation[0]]
@@ -74,18 +74,18 @@ def test_the_summary_fits_100_columns_with_long_names_and_problems(tmp_path, div
                 row["perplexity"] = 1.7e300
             found["halting"]["perplexity"] = 1e300
         path.write_text(json.dumps(found))
-    (results / "eval/finetuned_vanilla_documents.parquet").write_bytes(b"PAR1")
-    (results / "eval/finetuned_vanilla_c_s2147483646_results.json").write_text("{")
-    log = results / "logs/evaluate/finetuned_vanilla_b.log"
+    (results / "eval/finetuned_single_pass_documents.parquet").write_bytes(b"PAR1")
+    (results / "eval/finetuned_single_pass_c_s2147483646_results.json").write_text("{")
+    log = results / "logs/evaluate/finetuned_single_pass_b.log"
     log.parent.mkdir(parents=True)
     log.write_text("error: " + "a rather long message " * 20 + "\n")
-    (results / "eval/finetuned_vanilla_b_results.json").unlink()
+    (results / "eval/finetuned_single_pass_b_results.json").unlink()
     layout = Layout(results)
     summarize(Config.from_mapping(config), layout)
     assert max(columns(layout.text)) <= 100
     text = layout.text.read_text()
-    assert "finetuned_vanilla_flops_c_s2147483646\n" in text, "the name is whole"
-    assert "message" in text and "finetuned_vanilla_documents.parquet" in text
+    assert "finetuned_single_pass_flops_c_s2147483646\n" in text, "the name is whole"
+    assert "message" in text and "finetuned_single_pass_documents.parquet" in text
 
 
 def test_the_summary_of_students_fits_100_columns_with_long_names(tmp_path):

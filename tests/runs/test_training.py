@@ -111,8 +111,8 @@ def test_other_validation_documents_select_anew(world, capfd):
 
 
 def test_the_flops_matched_arm_starts_afresh_when_its_budget_changes(world, capfd):
-    short = train_in(world, "vanilla_flops")
-    long = train_in(world, "vanilla_flops", max_inner_steps=4)
+    short = train_in(world, "single_pass_flops")
+    long = train_in(world, "single_pass_flops", max_inner_steps=4)
     assert long["num_steps"] > short["num_steps"] > PHASE["num_steps"]
     assert "num_steps" in capfd.readouterr().err.split("starting afresh, ")[1]
     assert long["training_flops"] > short["training_flops"]
@@ -123,7 +123,7 @@ def test_token_feedback_trains_at_its_own_rate_and_not_in_a_single_pass(world):
     wrapper = make_wrapper(base, use_token_feedback=True)
     save_sidecar(wrapper, world / "models/surgery", world / "models/base")
     gates = {}
-    for arm in ("recursive", "vanilla_flops"):
+    for arm in ("recursive", "single_pass_flops"):
         summary = train_in(world, arm)
         logs = pl.read_parquet(world / "train_logs.parquet")
         gates[arm] = load_file(world / "sidecar" / SIDECAR_NAME)["feedback.gate.weight"]
@@ -131,7 +131,7 @@ def test_token_feedback_trains_at_its_own_rate_and_not_in_a_single_pass(world):
         assert ("lr_feedback" in logs.columns) == (arm == "recursive")
         if arm == "recursive":
             assert logs["lr_feedback"].max() == PHASE["lr_feedback"]
-    assert gates["recursive"].abs().max() > 0 and not gates["vanilla_flops"].any()
+    assert gates["recursive"].abs().max() > 0 and not gates["single_pass_flops"].any()
 
 
 def test_phase_a_can_fit(tmp_path, surgery_dir, tokens_dir):

@@ -27,10 +27,10 @@ from kimi_recursive.training.objective import DraftRepair
 
 def test_the_single_pass_arm_has_the_same_parameters_and_starts_as_the_base():
     recursive = make_wrapper(make_base("kimi"))
-    vanilla = make_wrapper(make_base("kimi"), **SINGLE_PASS)
-    mine, other = (w.cells_state_dict() for w in (recursive, vanilla))
+    single_pass = make_wrapper(make_base("kimi"), **SINGLE_PASS)
+    mine, other = (w.cells_state_dict() for w in (recursive, single_pass))
     assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
-    logits = vanilla.step_logits(random_ids(2, 8))
+    logits = single_pass.step_logits(random_ids(2, 8))
     assert logits.shape[0] == 2 and torch.equal(logits[0], logits[1])
 
 
@@ -62,7 +62,7 @@ def test_arms_of_a_seed_see_the_same_chunks_and_corruption():
         for step in range(4):
             objective(Batch.of_windows(random_ids(2, 33, step)), step)
     assert len(seen["recursive"]) == 4
-    for arm in ("vanilla", "vanilla_flops"):
+    for arm in ("single_pass", "single_pass_flops"):
         assert all(torch.equal(a, b) for a, b in zip(seen["recursive"], seen[arm], strict=True))
 
 
@@ -165,7 +165,12 @@ def test_the_figure_shows_every_stage(tmp_path, monkeypatch):
         lambda self, *a, **k: labels.append(k.get("label")) or plot(self, *a, **k),
     )
     paths = []
-    stages = {"baseline": 1, "after_surgery": 3, "finetuned_recursive": 5, "finetuned_vanilla_b": 2}
+    stages = {
+        "baseline": 1,
+        "after_surgery": 3,
+        "finetuned_recursive": 5,
+        "finetuned_single_pass_b": 2,
+    }
     for stage, steps in stages.items():
         by_step = [{"step": t, "perplexity": 50.0 - t} for t in range(steps)]
         found = {
@@ -176,7 +181,7 @@ def test_the_figure_shows_every_stage(tmp_path, monkeypatch):
         paths.append(tmp_path / f"{stage}.json")
         paths[-1].write_text(json.dumps(found))
     plot_perplexity_by_step(paths, tmp_path / "figures/p.png")
-    assert [label for label in labels if label] == ["recursive", "vanilla"]
+    assert [label for label in labels if label] == ["recursive", "single_pass"]
     assert (tmp_path / "figures/p.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -26,9 +26,13 @@ PATIENCE = 900  # seconds, on a machine that other tests keep busy
 # For a small test: look for finished jobs often, and start few at once.
 QUICK = ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1",
          "--latency-wait", "5", "--jobs", "3"]  # fmt: skip
-CANCELLED, LOST_NODE, OUT_OF_TIME = "vanilla_a_s0", "vanilla_flops_a_s0", "recursive_a_s0_repeat"
+CANCELLED, LOST_NODE, OUT_OF_TIME = (
+    "single_pass_a_s0",
+    "single_pass_flops_a_s0",
+    "recursive_a_s0_repeat",
+)
 TRAININGS = ["recursive_a_s0", CANCELLED, LOST_NODE, OUT_OF_TIME]
-SHARED = "vanilla_a_s0"  # by two processes
+SHARED = "single_pass_a_s0"  # by two processes
 PREEMPTED = TOO_LARGE = "recursive_a_s0"  # the first attempt for its memory, the second by others
 # The lines of the profile that a site edits, and what they hold here.
 SITE = {
@@ -305,7 +309,7 @@ def test_two_processes_of_a_training_and_the_attempts_of_one_that_cannot_work(
 def test_sigkill_of_snakemake_leaves_a_job_that_no_second_one_joins(local, cluster, tmp_path):
     """The old job goes on; the rerun submits the same training, which stops at the lock and is
     tried again, until the old one is done."""
-    key = "vanilla_a_s0"
+    key = "single_pass_a_s0"
     shutil.copytree(local.folder, tmp_path / "copy", symlinks=True)
     project = SlurmProject(tmp_path / "copy", cluster)
     shutil.rmtree(project.path(f"results/runs/{key}"))

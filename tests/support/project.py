@@ -26,7 +26,7 @@ EXPECTED = [
     "evaluate", "compare_zero_init", "train_phase", "compare_repeat", "plot_perplexity_by_step",
     "summarize", "report",
 ]  # fmt: skip
-ARMS = ["recursive", "vanilla", "vanilla_flops"]
+ARMS = ["recursive", "single_pass", "single_pass_flops"]
 PHASE_A = ["baseline", "after_surgery", *(f"finetuned_{arm}" for arm in ARMS)]
 STAGES = [*PHASE_A, *(f"finetuned_{arm}_b" for arm in ARMS)]
 PHASE = {

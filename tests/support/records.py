@@ -19,7 +19,7 @@ from kimi_recursive.track_b.sheet import select_experiments
 from kimi_recursive.training.arms import ARMS
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
-LOSS = {"recursive": 3.90, "vanilla": 3.9002, "vanilla_flops": 3.88}
+LOSS = {"recursive": 3.90, "single_pass": 3.9002, "single_pass_flops": 3.88}
 
 
 def shipped_config(**changes) -> dict:
@@ -45,7 +45,7 @@ def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
     by_key = {run.key: run for run in trainings(settings)}
     for run in evaluations(settings):
         arm = by_key[run.training].arm if run.training else None
-        last = 0 if run.seed is None else 1 if arm and arm.startswith("vanilla") else 2
+        last = 0 if run.seed is None else 1 if arm and arm.startswith("single_pass") else 2
         depths = [0, 1, 2, 4] if run.stage == "finetuned_recursive" else list(range(last + 1))
         after = LOSS[arm] if arm else 3.93
         documents = make_documents(rng, depths, after, num_documents)
@@ -126,7 +126,7 @@ def make_training(folder: Path, config: dict, run, rng) -> None:
         "num_trainable_parameters": 848_706, "best_step": steps,
         "settings": config["training"][run.phase], "config": have, "versions": VERSIONS,
     })  # fmt: skip
-    end = 3.93 if (run.arm, run.phase) == ("vanilla", "b") else 3.9
+    end = 3.93 if (run.arm, run.phase) == ("single_pass", "b") else 3.9
     validation = [{"step": t, "validation_loss_step_2": 3.93} for t in (0, steps)]
     write_json(folder / "work/experiment_metadata.json", {
         "experiment_name": run.key, "status": "completed",
@@ -134,7 +134,7 @@ def make_training(folder: Path, config: dict, run, rng) -> None:
         "training_params": {"phase": run.phase, "arm": run.arm, "seed": run.seed},
         "final_results": {"best_validation_loss": end, "validation": validation},
     })  # fmt: skip
-    last = f"validation_loss_step_{1 if run.arm.startswith('vanilla') else 2}"
+    last = f"validation_loss_step_{1 if run.arm.startswith('single_pass') else 2}"
     write_parquet(folder / "train_logs.parquet", {
         "step": range(steps + 1), "tokens": [None, *(1024 * t for t in range(1, steps + 1))],
         "loss_final": [None, *(4 + rng.normal(0, 0.1, steps))],

@@ -112,12 +112,12 @@ def test_summarize_takes_what_is_there_without_training(copy):
 
 
 def test_a_summary_survives_damaged_documents(copy):
-    copy.path("results/eval/finetuned_vanilla_documents.parquet").unlink()
-    copy.path("results/eval/finetuned_vanilla_flops_documents.parquet").write_bytes(b"PAR1")
+    copy.path("results/eval/finetuned_single_pass_documents.parquet").unlink()
+    copy.path("results/eval/finetuned_single_pass_flops_documents.parquet").write_bytes(b"PAR1")
     assert copy.snakemake("summarize").returncode == 0
     verdicts = json.loads(copy.path("results/verdicts.json").read_text())
     assert [v["verdict"] is None for v in verdicts][:4] == [False, True, True, False]
-    assert "finetuned_vanilla_documents.parquet" in verdicts[1]["problem"]
+    assert "finetuned_single_pass_documents.parquet" in verdicts[1]["problem"]
     assert verdicts[1]["problem"] in copy.path("results/summary.txt").read_text()
 
 

@@ -71,13 +71,13 @@ def test_a_failed_training_is_recorded_with_its_error(copy):
     broken = {**ONLY_A, "training": {**ONLY_A["training"]}}
     broken["training"]["a"] = {**broken["training"]["a"], "lr": 1e30, "lr_heads": 1e30}
     copy.write(broken)
-    runs = [f"results/runs/{arm}_a_s0/train_summary.json" for arm in ("recursive", "vanilla")]
+    runs = [f"results/runs/{arm}_a_s0/train_summary.json" for arm in ("recursive", "single_pass")]
     assert copy.snakemake("--keep-going", *runs).returncode == 1
     done = copy.snakemake("summarize")
     assert done.returncode == 0, done.stderr
     failed = [r["run_data"] for r in read_records(training_log)]
     failed = {r["experiment_name"]: r for r in failed if r["status"] == "failed"}
-    assert set(failed) == {"recursive_a_s0", "vanilla_a_s0"}
+    assert set(failed) == {"recursive_a_s0", "single_pass_a_s0"}
     run = failed["recursive_a_s0"]
     assert run["error_message"].startswith("Diverged: ") and run["failed_step"] == 2
     assert run["last_good_step"] == 0 and run["findings"].startswith("failed at step")
@@ -89,7 +89,7 @@ def test_a_failed_training_is_recorded_with_its_error(copy):
 
 def test_jobs_that_failed_without_a_record_of_their_own_are_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for rule, name in (("evaluate", "baseline"), ("train_phase", "vanilla_b_s0")):
+    for rule, name in (("evaluate", "baseline"), ("train_phase", "single_pass_b_s0")):
         log = tmp_path / f"results/logs/{rule}/{name}.log"
         log.parent.mkdir(parents=True)
         log.write_text("starting\nerror: first\nmore\nerror: no such layer\n")
@@ -104,7 +104,7 @@ def test_jobs_that_failed_without_a_record_of_their_own_are_recorded(tmp_path, m
     assert evaluation["metrics"]["balance_delta"] is evaluation["notes"] is None
     [run] = read_records(training_log)
     assert run["run_data"]["final_metrics"]["accuracy"] is run["run_data"]["pid"] is None
-    assert run["run_data"]["run_id"] == "vanilla_b_s0_20231114T221320"
+    assert run["run_data"]["run_id"] == "single_pass_b_s0_20231114T221320"
     assert run["run_data"]["error_message"] == "no such layer"
 
 

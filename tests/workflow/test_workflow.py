@@ -69,7 +69,7 @@ def test_the_arms_are_comparable_and_the_verdict_names_each(project):
     for phase in ("", "_b"):
         references = [v["reference"] for v in verdicts if v["arm"] == f"finetuned_recursive{phase}"]
         assert references == [
-            "baseline", f"finetuned_vanilla{phase}", f"finetuned_vanilla_flops{phase}",
+            "baseline", f"finetuned_single_pass{phase}", f"finetuned_single_pass_flops{phase}",
             "its own step 1", *(["its own step 0"] if phase else []),
         ]  # fmt: skip
     for verdict in verdicts:
@@ -83,15 +83,17 @@ def test_the_arms_are_comparable_and_the_verdict_names_each(project):
     assert results["perplexity"]["perplexity"] == results["perplexity"]["by_step"][2]["perplexity"]
 
 
-def check_arms(recursive, vanilla, flops):
-    assert recursive["num_trainable_parameters"] == vanilla["num_trainable_parameters"]
-    assert recursive["training_tokens"] == vanilla["training_tokens"]
-    assert int(vanilla["training_flops"]) < int(recursive["training_flops"])
+def check_arms(recursive, single_pass, flops):
+    assert recursive["num_trainable_parameters"] == single_pass["num_trainable_parameters"]
+    assert recursive["training_tokens"] == single_pass["training_tokens"]
+    assert int(single_pass["training_flops"]) < int(recursive["training_flops"])
     ratio = int(flops["training_flops"]) / int(recursive["training_flops"])
     one_step = int(flops["training_flops"]) / int(flops["num_training_steps"])
     assert abs(ratio - 1) <= one_step / int(recursive["training_flops"])
     assert int(flops["num_training_steps"]) > int(recursive["num_training_steps"])
-    assert float(recursive["forward_flops_per_token"]) > float(vanilla["forward_flops_per_token"])
+    assert float(recursive["forward_flops_per_token"]) > float(
+        single_pass["forward_flops_per_token"]
+    )
 
 
 def test_a_second_run_does_nothing(project):
@@ -113,7 +115,7 @@ SURGERY_ON = [*TRAINING_ON, "compare_zero_init", "insert_cells"]
              "prepare_corpus", "train_tokenizer", "tokenize_corpus")]),
         (["results/compare/zero_init.json"], ["compare_zero_init", *TRAINING_ON]),
         (["results/runs/recursive_a_s0/sidecar"], TRAINING_ON),
-        (["results/runs/vanilla_b_s0/sidecar"], PHASE_B_ON),
+        (["results/runs/single_pass_b_s0/sidecar"], PHASE_B_ON),
         (["results/compare/repeat.json"], ["compare_repeat", "report", "summarize"]),
         (["results/figures/perplexity_by_step.png", "results/report.html", "results/summary.txt"],
          ["plot_perplexity_by_step", "report", "summarize"]),
@@ -233,7 +235,7 @@ def test_seeds_multiply_the_rows_and_share_the_base(copy):
     jobs = Counter(re.findall(r"^(?:local)?rule (\w+):", planned.stdout, re.MULTILINE))
     once = ["insert_cells", "compare_zero_init", "plot_perplexity_by_step", "summarize", "report"]
     assert jobs == {"all": 1, **dict.fromkeys(once, 1), "train_phase": 3, "evaluate": 4}
-    names = ("finetuned_recursive_s3", "finetuned_vanilla_s3")
+    names = ("finetuned_recursive_s3", "finetuned_single_pass_s3")
     for targets in ([f"results/eval/{name}_results.json" for name in names], ["summarize"]):
         done = copy.snakemake(*targets)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -242,10 +244,10 @@ def test_seeds_multiply_the_rows_and_share_the_base(copy):
         "baseline", *(f"{stage}{seed}" for stage in PHASE_A[1:] for seed in ("", "_s3")),
     ]  # fmt: skip
     missing = [r["name"] for r in rows if r["status"] != "ok"]
-    assert missing == ["after_surgery_s3", "finetuned_vanilla_flops_s3"]
+    assert missing == ["after_surgery_s3", "finetuned_single_pass_flops_s3"]
     verdicts = json.loads(copy.path("results/verdicts.json").read_text())
     seeds = {v["reference"]: v.get("seeds") for v in verdicts}
-    for reference in ("baseline", "finetuned_vanilla", "its own step 1"):
+    for reference in ("baseline", "finetuned_single_pass", "its own step 1"):
         assert seeds[reference] == [0, 3]
     assert copy.path("results/compare/zero_init_s3.json").is_file()
     first, second = (
