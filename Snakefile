@@ -28,10 +28,12 @@ localrules:
     track_b,
 
 
-# Before Snakemake deletes the old summary.
+# Before Snakemake deletes the old summary, and before it trains.
 onstart:
     if asked_for("summarize"):
         refuse_results_of_another_config()
+    if TASKS:
+        refuse_unknown_tasks()
 
 
 # Snakemake itself says only that jobs failed.

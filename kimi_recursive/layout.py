@@ -110,6 +110,25 @@ class EvaluationFiles(Folder):
         return [cls(folder, path.name.removesuffix(RESULTS_SUFFIX)) for path in paths]
 
 
+@dataclass(frozen=True)
+class TaskFiles(Folder):
+    """What one model's answers to the tasks, at one inner step, are written into."""
+
+    name: str
+
+    @property
+    def results(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / f"{self.name}_samples.parquet"
+
+    @property
+    def published(self) -> Path:
+        return self.folder / "published" / self.name
+
+
 class StudentFolder(Folder):
     """The training of a student of Track-B."""
 
@@ -198,6 +217,10 @@ class Layout(Folder):
     def evaluation(self, name: str) -> EvaluationFiles:
         return EvaluationFiles(self.folder / "eval", name)
 
+    def tasks(self, name: str, step: int | str) -> TaskFiles:
+        """Of an evaluation, at an inner step."""
+        return TaskFiles(self.folder / "eval/tasks", f"{name}_step_{step}")
+
     def proof(self, proof: str) -> Path:
         """`proof` is `zero_init`, with `_s<seed>` behind it for every seed but the first."""
         return self.folder / f"compare/{proof}.json"
@@ -222,8 +245,9 @@ class Layout(Folder):
     def read_by_summary(self) -> list[Path]:
         """The files that exist and that the summary reads."""
         return self._found(
-            "eval/*.*", "compare/*.*", "runs/*/*.*", "logs/*/*.log", "composition.json"
-        )
+            "eval/*.*", "eval/tasks/*.*", "compare/*.*", "runs/*/*.*", "logs/*/*.log",
+            "composition.json",
+        )  # fmt: skip
 
     def read_by_track_b(self) -> list[Path]:
         """The files that exist and that Track-B's summary reads."""

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kimi_recursive.data.corpus import base_files, source_files
+from kimi_recursive.doors import missing_extra
 from kimi_recursive.files import NUMERICS_VERSION
 from kimi_recursive.matrix import artefacts, expected, runs
 from kimi_recursive.matrix.settings import Config, composition_config, validate_settings
@@ -36,6 +37,7 @@ if LOCAL_BASE and CONFIG.base.gguf_file:
     LOCAL_BASE = [os.path.join(CONFIG.base.path, CONFIG.base.gguf_file)]
 TRAININGS, EVALUATIONS = runs.all_trainings(CONFIG), runs.all_evaluations(CONFIG)
 ZERO_INIT = {runs.zero_init_name(CONFIG, seed): seed for seed in CONFIG.seeds}
+TASKS = runs.task_runs(CONFIG)
 STUDENTS = runs_of(TRACK_B)
 LOAD = expected.params_load(CONFIG)
 # Its text, so that the summary and the report are written again when it is edited.
@@ -48,6 +50,7 @@ wildcard_constraints:
     proof="|".join(ZERO_INIT),
     student="|".join(STUDENTS),
     seed=r"\d+",
+    step=r"\d+",
 
 
 def training(wildcards):
@@ -74,6 +77,17 @@ def refuse_results_of_another_config():
 
     try:
         check_results(CONFIG, LAYOUT)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def refuse_unknown_tasks():
+    """Before anything is trained for them."""
+    try:
+        with missing_extra("eval", "evaluation.tasks"):
+            from kimi_recursive.evaluation.tasks import find_tasks
+        find_tasks(CONFIG.evaluation.tasks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

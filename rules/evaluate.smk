@@ -32,6 +32,42 @@ rule evaluate:
         "../workflow/scripts/evaluate.py"
 
 
+if TASKS:
+
+    rule evaluate_tasks:
+        input:
+            corpus=LAYOUT.corpus.split("test"),
+            tasks=artefacts.harness_files(CONFIG),
+            base=LAYOUT.base.model,
+            model=lambda wildcards: artefacts.model_of(evaluation(wildcards), LAYOUT),
+        output:
+            results=report(
+                LAYOUT.tasks("{name}", "{step}").results,
+                caption="../workflow/report/tasks.rst",
+                category="Tasks",
+                subcategory=lambda wildcards: evaluation(wildcards).stage,
+                labels=lambda wildcards: {
+                    **runs.evaluation_labels(CONFIG, evaluation(wildcards)),
+                    "inner step": wildcards.step,
+                },
+            ),
+            samples=LAYOUT.tasks("{name}", "{step}").samples,
+        log:
+            LAYOUT.log("evaluate_tasks", "{name}_step_{step}"),
+        conda:
+            "../workflow/environment.yml"
+        resources:
+            gpu=CONFIG.resources.gpus_per_evaluation,
+        params:
+            stage=lambda wildcards: evaluation(wildcards).stage,
+            tasks=CONFIG.evaluation.tasks.numeric(),
+            upstream=expected.upstream(CONFIG),
+            load=LOAD,
+            numerics=NUMERICS_VERSION,
+        script:
+            "../workflow/scripts/evaluate_tasks.py"
+
+
 rule compare_zero_init:
     input:
         tokens=rules.tokenize_corpus.output,

@@ -20,6 +20,7 @@ BLOCK = 500
 MAX_KEPT = 10_000_000  # weights in memory, of 4 bytes
 CONFIDENCE = 0.95
 DOCUMENT_COLUMNS = ("document_id", "step", "num_tokens", "loss_sum")
+Losses = tuple[Path, pl.DataFrame]
 VERDICTS = {-1: "helps", 0: "not distinguishable", 1: "hurts"}
 
 
@@ -119,24 +120,42 @@ def compare_documents(
 ) -> Difference:
     """Difference of two arms from their `<name>_documents.parquet`, one file a seed, in order.
 
-    A reference of one file (the baseline) stands for all seeds.
-
     Raises:
         ValueError: a file is missing or damaged, or the two did not score the same tokens of the
             same documents.
     """
+    return compare_losses(
+        [(path, _losses(path, arm_step)) for path in arm],
+        [(path, _losses(path, reference_step)) for path in reference],
+        "did not score the same tokens",
+    )
+
+
+def compare_losses(arm: Sequence[Losses], reference: Sequence[Losses], otherwise: str) -> Difference:
+    """Difference of two arms, one table a seed, in order.
+
+    A reference of one table (the baseline) stands for all seeds.
+
+    Args:
+        arm, reference: Where each table is from, and its columns document_id, num_tokens and
+            loss_sum.
+        otherwise: What is said of two that differ in documents or tokens.
+
+    Raises:
+        ValueError: they differ.
+    """
     reference = list(reference) * (len(arm) if len(reference) == 1 else 1)
     rows, tokens = [], np.empty(0)
-    for mine, other in zip(arm, reference, strict=True):
-        joined = _losses(mine, arm_step).join(
-            _losses(other, reference_step),
+    for (mine, losses), (other, others) in zip(arm, reference, strict=True):
+        joined = losses.join(
+            others,
             on=["document_id", "num_tokens"],
             how="full",
             coalesce=True,
             suffix="_reference",
         )
         if joined["loss_sum"].null_count() or joined["loss_sum_reference"].null_count():
-            raise ValueError(f"{mine} and {other} did not score the same tokens")
+            raise ValueError(f"{mine} and {other} {otherwise}")
         joined = joined.sort("document_id")
         rows.append((joined["loss_sum"] - joined["loss_sum_reference"]).to_numpy())
         tokens = joined["num_tokens"].to_numpy()

@@ -22,6 +22,7 @@ from kimi_recursive.model.config import COMMIT_MODES
 from kimi_recursive.model.loading import load_model_with_config, load_tokenizer, local_model
 from kimi_recursive.model.loop import check_context
 from kimi_recursive.model.output import GenerationOptions
+from kimi_recursive.model.placement import DeviceMap
 from kimi_recursive.model.sidecar import Sidecar, base_of
 
 # Of `hf`, and as there; its others load a model in ways that a sidecar is not loaded.
@@ -44,6 +45,7 @@ class RecursiveLM(_HFLM):
             default. 0 is the base in one plain pass, as transformers runs it: what `hf` runs.
         commit: `verified` or `learned`, see `generate_chunks`; of tasks that generate.
         revision: Of a Hub id.
+        device_map: As of `load_base`: spreads the base over several devices.
         hf_options: `HF_OPTIONS`.
 
     Attributes:
@@ -60,6 +62,7 @@ class RecursiveLM(_HFLM):
         num_steps: int | None = None,
         commit: str = "verified",
         revision: str | None = None,
+        device_map: DeviceMap | None = None,
         **hf_options: Any,
     ) -> None:
         if path is None:
@@ -77,7 +80,9 @@ class RecursiveLM(_HFLM):
         if load_tokenizer(tokenizer, revision=revision, **code) is None:
             raise ValueError(f"{tokenizer}: has no tokenizer; tokenizer=FOLDER names one")
         self._source, self._given_steps, self.commit = folder, num_steps, commit
-        super().__init__(pretrained=base, revision=revision or "main", **hf_options)
+        self._device_map = device_map
+        spread = {"parallelize": device_map is not None}  # then HFLM leaves the layers in place
+        super().__init__(pretrained=base, revision=revision or "main", **spread, **hf_options)
         check_context(self.model, self.max_length, "max_length")
 
     def _create_model(
@@ -89,8 +94,10 @@ class RecursiveLM(_HFLM):
             revision=None if Path(pretrained).is_dir() else revision,
             dtype=dtype,
             device=self.device,
+            device_map=self._device_map,
             trust_remote_code=trust_remote_code,
         )
+        self._device = self.wrapper.device
         self._model = self.wrapper.base
         self.num_steps = self.wrapper.resolve_steps(self._given_steps)
         if self.num_steps == 0:

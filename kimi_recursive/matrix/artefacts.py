@@ -16,6 +16,7 @@ from kimi_recursive.matrix.runs import (
     all_evaluations,
     all_trainings,
     repeated,
+    task_runs,
     zero_init_name,
 )
 from kimi_recursive.matrix.settings import Config
@@ -49,6 +50,13 @@ def source_of(config: Config, layout: Layout) -> Any:
     return task_files(layout.task) if config.corpus.task else config.corpus.source
 
 
+def harness_files(config: Config) -> list[Path]:
+    """The files of the tasks in `evaluation.tasks.include_path`."""
+    folder = config.evaluation.tasks.include_path
+    found = sorted(Path(folder).rglob("*.*")) if folder else []
+    return [path for path in found if path.is_file() and path.suffix != ".pyc"]
+
+
 def text_files(config: Config, layout: Layout) -> list[Path]:
     """The corpus and its tokens."""
     folders = (layout.corpus, layout.tokens)
@@ -61,6 +69,7 @@ def matrix_results(config: Config, layout: Layout) -> list[Path]:
         *(layout.evaluation(name).results for name in all_evaluations(config)),
         *(layout.proof(zero_init_name(config, seed)) for seed in config.seeds),
         *([layout.repeat] if repeated(config) else []),
+        *(layout.tasks(run.evaluation.name, run.step).results for run in task_runs(config)),
     ]
 
 
@@ -75,6 +84,7 @@ def matrix_artefacts(config: Config, layout: Layout) -> list[Path]:
         *map(layout.surgery, config.seeds),
         *(path for run in runs for path in (run.sidecar, run.logs, run.summary)),
         *(layout.evaluation(name).documents for name in all_evaluations(config)),
+        *(layout.tasks(run.evaluation.name, run.step).samples for run in task_runs(config)),
         *matrix_results(config, layout),
     ]
 

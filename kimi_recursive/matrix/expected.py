@@ -157,6 +157,16 @@ def for_evaluation(config: Config, run: Evaluation) -> list[Expected]:
     ]
 
 
+def for_tasks(config: Config, run: Evaluation) -> list[Expected]:
+    """What `<name>_step_<t>.json` must hold."""
+    trained = chain(config, run.training)
+    return [
+        Expected("recursive", "config", _recursive(config, trained[-1]) if trained else {}),
+        Expected("", "upstream", upstream(config)),
+        Expected("evaluation.tasks", "tasks", config.evaluation.tasks.numeric()),
+    ]
+
+
 def _recursive(config: Config, run: Training) -> dict[str, Any]:
     part = config.recursive_part(MODEL_KEYS, TRAINING_KEYS)
     return part | config.phase_overrides(run.phase) | dict(ARMS[run.arm].parameters)

@@ -153,6 +153,38 @@ def all_evaluations(config: Config) -> dict[str, Evaluation]:
     return {run.name: run for run in [*evaluations(config), *([repeat] if repeat else [])]}
 
 
+@dataclass(frozen=True)
+class TaskRun:
+    """The tasks, asked of what an evaluation is of, at an inner step."""
+
+    evaluation: Evaluation
+    step: int
+
+
+def task_runs(config: Config) -> list[TaskRun]:
+    """Where the matrix asks its tasks: of every evaluation but those that another one answers for.
+
+    Untrained cells, and step 0 where only cells were trained, are the baseline. An arm without the
+    loop has one step.
+    """
+    settings, found = config.evaluation.tasks, []
+    for run in evaluations(config) if settings.names else ():
+        last = 0
+        if run.training:
+            training = all_trainings(config)[run.training]
+            arm = ARMS[training.arm]
+            last = arm.parameters.get("max_inner_steps", config.recursive.max_inner_steps)
+            if arm.kind == "recursive":
+                first = 1 if training.phase == PHASES[0] else 0
+                steps = range(first, last + 1) if settings.steps is None else settings.steps
+                found += [TaskRun(run, step) for step in sorted(steps)]
+                continue
+        elif run.stage != "baseline":
+            continue
+        found.append(TaskRun(run, last))
+    return found
+
+
 def zero_init_name(config: Config, seed: int) -> str:
     """The name of a seed's zero-init proof."""
     return "zero_init" if seed == config.seeds[0] else f"zero_init_s{seed}"

@@ -233,6 +233,7 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
                 f"training.{phase}.context_length: must be a multiple of recursive.chunk_width "
                 f"({width}), got {settings['context_length']}"
             )
+    yield from _check_tasks(config["evaluation"]["tasks"], recursive.max_inner_steps)
     yield from _check_teacher(config["track_b"]["teacher"])
     if config["corpus"]["validation"] + config["corpus"]["test"] >= 1:
         yield "corpus: validation and test together must be below 1"
@@ -251,6 +252,17 @@ def _check_pretrained(model: Mapping[str, Any], where: str) -> Iterator[str]:
         yield f"{where}.path: no such directory: {cut(model['path'], WIDTH)}"
     elif model.get("path") and gguf and not os.path.isfile(Path(model["path"], gguf)):
         yield f"{where}.gguf_file: no such file in {cut(model['path'], WIDTH)}: {cut(gguf, WIDTH)}"
+
+
+def _check_tasks(tasks: Mapping[str, Any], last_step: int) -> Iterator[str]:
+    path, steps = tasks["include_path"], tasks["steps"]
+    if path and not os.path.isdir(path):
+        yield f"evaluation.tasks.include_path: no such directory: {cut(path, WIDTH)}"
+    if steps is not None and last_step not in steps:
+        yield (
+            f"evaluation.tasks.steps: must hold recursive.max_inner_steps ({last_step}), at which "
+            f"arms are compared, got {steps}"
+        )
 
 
 def _check_teacher(teacher: Mapping[str, Any]) -> Iterator[str]:

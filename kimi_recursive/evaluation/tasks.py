@@ -1,0 +1,218 @@
+"""Tasks of lm-evaluation-harness, asked of one model at one inner step, and kept by sample."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from lm_eval.api import metrics
+from lm_eval.api.model import LM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from kimi_recursive.evaluation.harness import RecursiveLM
+from kimi_recursive.evaluation.outcomes import SAMPLE_COLUMNS, Statistic
+from kimi_recursive.evaluation.settings import TaskSettings, TaskSpec
+from kimi_recursive.files import (
+    NUMERICS_VERSION,
+    file_digest,
+    git_state,
+    read_json_object,
+    versions,
+    write_json,
+    write_parquet,
+)
+from kimi_recursive.layout import SIDECAR_NAME, TaskFiles
+from kimi_recursive.model.config import get_baseline_config
+from kimi_recursive.model.digests import model_digest, sidecar_digests
+from kimi_recursive.model.loading import numeric
+from kimi_recursive.model.placement import placed
+from kimi_recursive.model.sidecar import Sidecar, base_of
+from kimi_recursive.published import Published
+from kimi_recursive.text import WIDTH, cut, did_you_mean, shown
+
+# What the harness makes of the outcomes of all samples. For any other function there is no outcome
+# of a sample that would say which of two models did better on it.
+STATISTICS = {
+    metrics.mean: Statistic.MEAN,
+    metrics.perplexity: Statistic.PERPLEXITY,
+    metrics.weighted_perplexity: Statistic.PERPLEXITY,
+    metrics.bits_per_byte: Statistic.BITS,
+}
+RESAMPLES = 1000  # of the harness, for standard errors that only it can give
+
+
+def evaluate_tasks(
+    spec: TaskSpec,
+    model_path: str | Path,
+    corpus: str | Path,
+    task_files: Sequence[str | Path],
+    files: TaskFiles,
+    **load_options: Any,
+) -> dict[str, Any]:
+    """Ask one model the tasks at one inner step; write scores and the outcome of each sample.
+
+    Generation commits what the refined model verifies, whatever `recursive.commit` says: at a given
+    inner step nothing else is defined. Scores are kept in `files.published`, and taken from there
+    if they were made of the same model, tasks and text.
+
+    Args:
+        corpus: Held-out documents, which tasks may read (the keyword `corpus` of their datasets).
+        task_files: Those of `include_path`.
+        files: What to write.
+        load_options: Passed on to `load_base`; the device is training's by default.
+
+    Returns: what is written to `files.results`; `scores` has an entry for each task and metric.
+
+    Raises:
+        ValueError: an unknown task, or from loading or asking.
+    """
+    sidecar = Sidecar.find(model_path)
+    config = (sidecar.config() if sidecar else get_baseline_config()).to_dict()
+    fingerprint = {
+        "base": model_digest(base_of(model_path)),
+        "sidecar": sidecar_digests(model_path),
+        "step": spec.step,
+        "tasks": spec.settings.numeric(),
+        "task_files": [file_digest(path) for path in task_files],
+        "corpus": file_digest(corpus),
+        "load": numeric(load_options),
+        "numerics": NUMERICS_VERSION,
+    }
+    published = Published(files.published, (files.results, files.samples), fingerprint)
+    if published.fits():
+        published.restore()
+        kept = read_json_object(files.results)
+        found = {key: kept[key] for key in ("scores", "versions", "created")}
+        print(f"evaluate_tasks: the scores are taken from {published.folder}", file=sys.stderr)
+    else:
+        place = placed(load_options)
+        model = RecursiveLM(
+            path=str(model_path),
+            num_steps=spec.step,
+            batch_size=spec.settings.batch_size,
+            max_length=spec.settings.max_length,
+            **place | {"device": str(place.get("device", "cpu"))},
+        )
+        scores, samples = ask(model, spec.settings, corpus)
+        write_parquet(files.samples, samples)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        found = {"scores": scores, "versions": versions(), **git_state(), "created": created}
+    results = {
+        "stage": spec.stage,
+        "step": spec.step,
+        "model_path": str(model_path),
+        "sidecar_sha256": fingerprint["sidecar"].get(SIDECAR_NAME),
+        "config": config,
+        "tasks": spec.settings.numeric(),
+        "upstream": spec.upstream,
+        **found,
+    }
+    write_json(files.results, results)
+    published.keep()
+    return results
+
+
+def find_tasks(settings: TaskSettings, corpus: str | Path = "") -> TaskManager:
+    """Where the tasks are found by name: in `include_path`, and in the harness where they are not
+    all there, as reading the names of all its tasks takes seconds.
+
+    Raises:
+        ValueError: a name that is not there.
+    """
+    options = {"include_path": settings.include_path, "metadata": {"corpus": str(corpus)}}
+    manager = TaskManager(include_defaults=False, **options)
+    if any(True for _ in _unknown(manager, settings.names)):
+        manager = TaskManager(**options)
+        for name in settings.names:
+            if name not in manager.task_index:
+                near = cut(did_you_mean(name, manager.all_tasks, "there are"), WIDTH)
+                raise ValueError(f"evaluation.tasks.names: unknown task {shown(name)}; {near}")
+    return manager
+
+
+def _unknown(manager: TaskManager, names: Sequence[str]) -> Iterator[str]:
+    """The names that are not there, and those in groups."""
+    for name in names:
+        entry = manager.task_index.get(name)
+        if entry is None:
+            yield name
+        elif isinstance(members := (entry.cfg or {}).get("task"), list):
+            yield from _unknown(manager, [m for m in members if isinstance(m, str)])
+
+
+def ask(
+    model: LM, settings: TaskSettings, corpus: str | Path
+) -> tuple[list[dict[str, Any]], pl.DataFrame]:
+    """Ask a model all samples of the tasks.
+
+    Returns:
+        For each task and metric: task, metric (with the filter of the answers behind it, where
+        there is one), value and stderr (None where there is none), num_samples, higher_is_better
+        (None where the task does not say) and statistic (None where a sample has no outcome of its
+        own). And the outcomes, `SAMPLE_COLUMNS`: sample is its number and a digest of its text.
+    """
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would resample in a process for each core
+    manager = find_tasks(settings, corpus)
+    tasks = manager.load(list(settings.names))["tasks"]
+    found: Any = simple_evaluate(
+        model,
+        tasks=list(tasks.values()),
+        task_manager=manager,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        bootstrap_iters=RESAMPLES,
+    )
+    scores, outcomes = [], []
+    for name, task in tasks.items():
+        higher: Mapping[str, bool | None] = task.higher_is_better() or {}
+        for key, value in found["results"][name].items():
+            metric, _, answers = key.partition(",")
+            if not answers or metric.endswith("_stderr"):
+                continue
+            rows = [s for s in found["samples"][name] if s["filter"] == answers and metric in s]
+            statistic = STATISTICS.get((task.aggregation() or {}).get(metric, metrics.mean))
+            pairs = statistic and _outcomes([row[metric] for row in rows])
+            stderr = found["results"][name].get(f"{metric}_stderr,{answers}")
+            score = {
+                "task": name,
+                "metric": metric if answers == "none" else f"{metric}.{answers}",
+                "value": _finite(value),
+                "stderr": _finite(stderr),
+                "num_samples": len(rows),
+                "higher_is_better": higher.get(metric),
+                "statistic": statistic if pairs else None,
+            }
+            if statistic and pairs:
+                score["stderr"] = _finite(statistic.score(*zip(*pairs, strict=True))[1])
+                outcomes += [
+                    (name, score["metric"], f"{row['doc_id']} {row['doc_hash'][:16]}", *pair)
+                    for row, pair in zip(rows, pairs, strict=True)
+                ]
+            scores.append(score)
+    types = [pl.String, pl.String, pl.String, pl.Float64, pl.Float64]
+    schema = dict(zip(SAMPLE_COLUMNS, types, strict=True))
+    return scores, pl.DataFrame(outcomes, schema=schema, orient="row")
+
+
+def _outcomes(values: Sequence[Any]) -> list[tuple[float, float]] | None:
+    """Outcome and weight of each sample; None where they are no finite numbers, or fewer than two.
+    The harness gives a log-likelihood with the words or bytes that it is of."""
+    try:
+        pairs = [v if isinstance(v, tuple) else (v, 1.0) for v in values]
+        found = [(float(outcome), float(weight)) for outcome, weight in pairs]
+    except (TypeError, ValueError):
+        return None
+    finite = all(math.isfinite(outcome) and weight > 0 for outcome, weight in found)
+    return found if finite and len(found) > 1 else None
+
+
+def _finite(value: Any) -> float | None:
+    """A number as JSON has it: the harness writes N/A, and a perplexity may overflow."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
