@@ -32,7 +32,7 @@ localrules:
 onstart:
     if asked_for("summarize"):
         refuse_results_of_another_config()
-    if TASKS:
+    elif TASKS and not asked_for("report"):
         refuse_unknown_tasks()
 
 

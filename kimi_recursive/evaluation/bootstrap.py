@@ -131,7 +131,9 @@ def compare_documents(
     )
 
 
-def compare_losses(arm: Sequence[Losses], reference: Sequence[Losses], otherwise: str) -> Difference:
+def compare_losses(
+    arm: Sequence[Losses], reference: Sequence[Losses], otherwise: str
+) -> Difference:
     """Difference of two arms, one table a seed, in order.
 
     A reference of one table (the baseline) stands for all seeds.

@@ -167,6 +167,7 @@ def read_comparisons(
         rows = [r for r in csv.DictReader(table.open(encoding="utf-8")) if r["status"] == "ok"]
         summed_up = {row["name"] for row in rows}
         stages = {s.stage for s in scores if s.name in summed_up}
+        entries = [entry for entry in entries if "task" not in entry]
         found = [c for c in map(Comparison.from_json, entries) if seed in c.seeds]
         found = [c for c in found if {c.arm, c.reference} & stages]
         compared = {stage for c in found for stage in (c.arm, c.reference)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_recursive.evaluation.bootstrap import Difference
+from kimi_recursive.evaluation.outcomes import Statistic
 from kimi_recursive.tables import NAME, NUMBER, TEXT, VERDICT, Column, Table, interval, percent
 
 DIFFERENCE = (
@@ -57,12 +58,13 @@ class Comparison:
         }
         if self.difference is None:
             return found | {"verdict": None, "problem": self.problem}
-        d = self.difference
-        return found | {
+        return found | self._numbers(self.difference) | {"verdict": self.verdict}
+
+    def _numbers(self, d: Difference) -> dict[str, Any]:
+        return {
             "num_documents": d.num_documents,
             "nats_per_token": [d.mean, d.low, d.high],
             "perplexity_percent": list(d.percent),
-            "verdict": d.verdict,
         }
 
     @classmethod
@@ -87,6 +89,34 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True)
+class TaskComparison(Comparison):
+    """An arm against a reference in one metric of a task, over the samples of the task.
+
+    Attributes:
+        difference: Of losses: of outcomes where the lower is better, in nats per unit for a
+            likelihood.
+    """
+
+    task: str = ""
+    metric: str = ""
+    statistic: Statistic = Statistic.MEAN
+    higher_is_better: bool = True
+
+    @property
+    def change(self) -> tuple[float, float, float]:
+        """Mean and bounds as the metric changes: of a perplexity in percent, else in its unit."""
+        assert self.difference is not None
+        return self.statistic.change(self.difference, self.higher_is_better)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"task": self.task, "metric": self.metric} | super().to_json()
+
+    def _numbers(self, d: Difference) -> dict[str, Any]:
+        unit = "percent" if self.statistic is Statistic.PERPLEXITY else "metric"
+        return {"num_samples": d.num_documents, "unit": unit, "change": list(self.change)}
+
+
 def difference_cells(comparison: Comparison | None) -> list[str | None]:
     """Cells of the columns `DIFFERENCE`, in percent of the reference's perplexity."""
     if comparison is None:
@@ -105,19 +135,29 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     ]
     columns = [Column("arm", NAME), Column("against", NAME), Column("seeds", TEXT), *DIFFERENCE]
     notes = [f"{c.reference}: {c.problem}" for c in comparisons if c.problem]
-    compared = [c for c in comparisons if c.difference]
-    if compared and compared[0].difference:
-        steps = {c.arm: c.arm_step for c in compared}
-        if len(set(steps.values())) == 1:
-            where = f"inner step {compared[0].arm_step}"
-        else:
-            where = ", ".join(f"inner step {step} of {arm}" for arm, step in steps.items())
-        over = f"{compared[0].difference.num_documents} documents"
-        most = max(len(c.seeds) for c in compared)
-        over += (
-            f" and {most} seeds."
-            if most > 1
-            else ". With one seed, the intervals say nothing about the spread over seeds."
-        )
-        notes.append(f"Negative is better. At {where}. Paired bootstrap over {over}")
+    if compared := [c for c in comparisons if c.difference]:
+        notes.append(f"Negative is better. {how_compared(compared, 'documents')}")
     return Table("Perplexity of each arm against its references", columns, rows, notes)
+
+
+def how_compared(compared: Sequence[Comparison], of: str) -> str:
+    """Where and over what: a note below a table of comparisons.
+
+    Args:
+        compared: Those with a difference; at least one.
+        of: What is drawn again, such as `documents`.
+    """
+    assert compared[0].difference is not None
+    steps = {c.arm: c.arm_step for c in compared}
+    if len(set(steps.values())) == 1:
+        where = f"inner step {compared[0].arm_step}"
+    else:
+        where = ", ".join(f"inner step {step} of {arm}" for arm, step in steps.items())
+    over = f"{compared[0].difference.num_documents} {of}"
+    most = max(len(c.seeds) for c in compared)
+    over += (
+        f" and {most} seeds."
+        if most > 1
+        else ". With one seed, the intervals say nothing about the spread over seeds."
+    )
+    return f"At {where}. Paired bootstrap over {over}"

@@ -19,6 +19,8 @@ from kimi_recursive.report.matrix_tables import (
 )
 from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import COLUMNS, Matrix, read_matrix
+from kimi_recursive.report.tasks import QUESTION as TASK_QUESTION
+from kimi_recursive.report.tasks import Tasks, read_tasks, task_sentence, task_tables
 from kimi_recursive.status import Status
 from kimi_recursive.tables import Table
 from kimi_recursive.text import fit
@@ -40,11 +42,16 @@ def summarize(
     Returns: the rows of `summary.csv`.
     """
     matrix = read_matrix(config, layout)
-    text = summary_text(matrix, config, layout, config_files)
-    write_text(layout.table, Table.of_records(COLUMNS, matrix.rows).to_csv())
-    write_json(layout.verdicts, [pair.to_json() for pair in matrix.comparisons])
+    tasks = read_tasks(config, layout, matrix)
+    text = summary_text(matrix, tasks, config, layout, config_files)
+    cells = [tasks.cells(row["name"]) for row in matrix.rows]
+    rows = [row | more for row, more in zip(matrix.rows, cells, strict=True)]
+    columns = dict.fromkeys([*COLUMNS, *(key for more in cells for key in more)])
+    write_text(layout.table, Table.of_records(list(columns), rows).to_csv())
+    comparisons = [*matrix.comparisons, *tasks.comparisons]
+    write_json(layout.verdicts, [pair.to_json() for pair in comparisons])
     write_text(layout.text, text)
-    return matrix.rows
+    return rows
 
 
 def check_results(config: Config, layout: Layout) -> None:
@@ -64,7 +71,11 @@ def check_results(config: Config, layout: Layout) -> None:
 
 
 def summary_text(
-    matrix: Matrix, config: Config, layout: Layout, config_files: Sequence[str] = ()
+    matrix: Matrix,
+    tasks: Tasks,
+    config: Config,
+    layout: Layout,
+    config_files: Sequence[str] = (),
 ) -> str:
     """`summary.txt`: the questions of the matrix, answered in lines of at most 100 characters."""
     done = f"{len(matrix.done)} of {len(matrix.rows)}"
@@ -77,6 +88,7 @@ def summary_text(
         *([[QUESTION, *composition_lines(layout)]] if config.composition else []),
         ["Does zero-init preserve the base?", *zero_init_lines(matrix.proofs)],
         ["Does recursion help?", *note, comparison_table(matrix.comparisons).to_text()],
+        *_task_sections(tasks, config),
         ["Is it efficient?", efficiency_table(matrix).to_text()],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
         ["Do the runs meet their criteria?", success_table(matrix, layout).to_text()],
@@ -84,10 +96,19 @@ def summary_text(
         [step_table(matrix, layout.folder).to_text()],
     ]
     absent = [row for row in matrix.rows if row["status"] != Status.OK]
-    if absent:
-        table = problem_table([(row["name"], row["status"], row["detail"]) for row in absent])
+    problems = [*((row["name"], row["status"], row["detail"]) for row in absent), *tasks.problems]
+    if problems:
+        table = problem_table(problems)
         sections.append([table.to_text()])
     return "\n\n".join(map(fit, sections)) + "\n"
+
+
+def _task_sections(tasks: Tasks, config: Config) -> list[list[str]]:
+    """None where the config has no tasks."""
+    if not config.evaluation.tasks.names:
+        return []
+    shown = [[table.to_text()] for table in task_tables(tasks)]
+    return [[TASK_QUESTION, task_sentence(tasks)], *shown]
 
 
 def zero_init_lines(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[str]:

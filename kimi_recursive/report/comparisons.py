@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,47 @@ from kimi_recursive.status import Status
 from kimi_recursive.training.arms import ARMS, PHASES
 
 
-def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
-    """The recursive arm of each phase against the baseline, each control arm, its own first step,
-    and its own step 0 where training has moved the base away from the baseline.
+@dataclass(frozen=True)
+class Pair:
+    """An arm and what it is compared with.
 
-    Each comparison covers the seeds that both sides have; a pair that shares no seed is left out.
+    Attributes:
+        reference: As of `Comparison`.
+        mine: Rows of the arm, by seed.
+        others: Rows of the reference, by seed; one row where it is one run for all seeds.
+        arm_step, reference_step: Inner steps that are compared.
+        seeds: Those of `mine`.
+    """
+
+    reference: str
+    mine: list[Mapping[str, Any]]
+    others: list[Mapping[str, Any]]
+    arm_step: int
+    reference_step: int
+    seeds: list[Any]
+
+    @property
+    def what(self) -> tuple[str, str, int, int, list[Any]]:
+        """The first arguments of a `Comparison`."""
+        arm = self.mine[0]["stage"]
+        return arm, self.reference, self.arm_step, self.reference_step, self.seeds
+
+
+def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+    """Each pair of `pairs_of`, in the losses of their documents."""
+    return [_compare(results, pair) for pair in pairs_of(rows)]
+
+
+def pairs_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Pair]:
+    """The recursive arm of each phase with the baseline, each control arm, its own first step, and
+    its own step 0 where training has moved the base away from the baseline.
+
+    Each pair covers the seeds that both sides have; one that shares no seed is left out.
     """
     by_stage: dict[str, dict[Any, Mapping[str, Any]]] = {}
     for row in rows:
         if row["status"] == Status.OK:
             by_stage.setdefault(row["stage"], {})[row["seed"]] = row
-    found = []
     for phase in PHASES:
         stages = [Training(arm, phase, 0, None).stage for arm in ARMS if phase in ARMS[arm].phases]
         arm = by_stage.get(stages[0], {})
@@ -35,9 +66,8 @@ def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Compa
         if phase != PHASES[0]:
             pairs.append(("its own step 0", arm, 0))
         for name, reference, step in pairs:
-            if pair := _compare(results, arm, name, reference, step):
-                found.append(pair)
-    return found
+            if pair := _pair(arm, name, reference, step):
+                yield pair
 
 
 def compare_with_baseline(
@@ -53,41 +83,42 @@ def compare_with_baseline(
         step: Inner step of these rows, by default their last.
     """
     arm = {row["seed"]: row for row in rows}
-    pair = _compare(results, arm, "baseline", {base["seed"]: base}, None, step)
+    pair = _pair(arm, "baseline", {base["seed"]: base}, None, step)
     assert pair is not None
-    return pair
+    return _compare(results, pair)
 
 
-def _compare(
-    results: Path,
+def _pair(
     arm: Mapping[Any, Mapping[str, Any]],
     name: str,
     reference: Mapping[Any, Mapping[str, Any]],
     step: int | None,
     arm_step: int | None = None,
-) -> Comparison | None:
-    """One comparison of rows by seed: `step` is the inner step of the reference, `arm_step` that
-    of the arm, by default the last of each."""
+) -> Pair | None:
+    """Rows by seed as a pair: `step` is the inner step of the reference, `arm_step` that of the
+    arm, by default the last of each."""
     shared = name == "baseline"  # one run for all seeds
     seeds = [s for s in arm if reference and (shared or s in reference)]
     if not seeds:
         return None
     mine = [arm[s] for s in seeds]
     others = list(reference.values()) if shared else [reference[s] for s in seeds]
-    steps = (
-        mine[0]["inner_steps"] if arm_step is None else arm_step,
-        others[0]["inner_steps"] if step is None else step,
-    )
-    pair = (mine[0]["stage"], name, *steps, seeds)
+    arm_step = mine[0]["inner_steps"] if arm_step is None else arm_step
+    step = others[0]["inner_steps"] if step is None else step
+    return Pair(name, mine, others, arm_step, step, seeds)
+
+
+def _compare(results: Path, pair: Pair) -> Comparison:
     try:
         found = compare_documents(
-            [documents_path(results, row) for row in mine],
-            [documents_path(results, row) for row in others],
-            *steps,
+            [documents_path(results, row) for row in pair.mine],
+            [documents_path(results, row) for row in pair.others],
+            pair.arm_step,
+            pair.reference_step,
         )
     except ValueError as error:
-        return Comparison(*pair, problem=str(error))
-    return Comparison(*pair, found)
+        return Comparison(*pair.what, problem=str(error))
+    return Comparison(*pair.what, found)
 
 
 def documents_path(results: Path, row: Mapping[str, Any]) -> Path:

@@ -36,6 +36,8 @@ from kimi_recursive.report.problems import find_problems
 from kimi_recursive.report.sentences import answers
 from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import Matrix, read_matrix
+from kimi_recursive.report.tasks import QUESTION as TASK_QUESTION
+from kimi_recursive.report.tasks import read_tasks, task_sentence, task_tables
 from kimi_recursive.track_b.answers import heading, student_tables
 from kimi_recursive.track_b.collect import seed_logs
 from kimi_recursive.track_b.figure import draw_recall_by_step
@@ -79,6 +81,8 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
     """The values that the template shows."""
     settings, layout = Config.from_mapping(config), Layout(results)
     matrix, track_b = read_matrix(settings, layout), settings.track_b
+    tasks = read_tasks(settings, layout, matrix)
+    asked = [(TASK_QUESTION, task_sentence(tasks))] if settings.evaluation.tasks.names else []
     students = read_track_b(track_b, results) if track_b["enabled"] else []
     damaged: dict[str, str] = {}
     curves, unreadable = read_curves(settings, layout)
@@ -88,13 +92,13 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
     students_shown = _track_b(track_b, results, students, damaged) if students else None
     counts, without_counts = matrix_tables.inner_step_counts(matrix)
     facts = read_facts(settings, layout, matrix, students)
-    problems = find_problems(settings, layout, matrix, students, damaged)
+    problems = find_problems(settings, layout, matrix, tasks, students, damaged)
     answer = read_answer(layout)
     control = [(QUESTION, composition_sentence(answer))] if answer else []
     efficiency = matrix_tables.efficiency_table(matrix)
     success = success_table(matrix, layout, students)
     return {
-        "answers": control + answers(matrix, efficiency, success),
+        "answers": control + answers(matrix, efficiency, success) + asked,
         "num_done": len(matrix.done),
         "num_expected": len(matrix.rows),
         "newest": max(
@@ -117,6 +121,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "inner_step_figure": _inner_step_drawing(counts),
         "inner_steps": matrix_tables.inner_step_table(counts) if counts else None,
         "without_counts": without_counts,
+        "tasks": list(task_tables(tasks)),
         "track_b": students_shown,
         "problems": problems,
         "problem_table": matrix_tables.problem_table(

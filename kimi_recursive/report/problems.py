@@ -12,6 +12,7 @@ from kimi_recursive.matrix.runs import repeated_evaluation, zero_init_name
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.report.summary import Matrix
+from kimi_recursive.report.tasks import Tasks
 from kimi_recursive.status import Status
 from kimi_recursive.track_b.summary import Result
 
@@ -42,17 +43,21 @@ def find_problems(
     config: Config,
     layout: Layout,
     matrix: Matrix,
+    tasks: Tasks,
     students: Sequence[Result],
     damaged: Mapping[str, str],
 ) -> list[Problem]:
-    """Evaluations, proofs, the repeat, comparisons and students that are not `ok`, and any other
-    job whose log ends in an error.
+    """Evaluations, tasks, proofs, the repeat, comparisons and students that are not `ok`, and any
+    other job whose log ends in an error.
 
     Args:
         students: Of Track-B; empty when the config does not ask for Track-B.
         damaged: Further files that cannot be read: by what they belong to, the reason.
     """
     found = [*_matrix_problems(config, layout, matrix), *_student_problems(layout, students)]
+    for (run, *_), (name, status, detail) in zip(tasks.absent, tasks.problems, strict=True):
+        log = layout.log("evaluate_tasks", f"{run.evaluation.name}_step_{run.step}")
+        found.append(Problem(name, status, detail, _logs(log)))
     found += [Problem(name, Status.DAMAGED, detail, []) for name, detail in damaged.items()]
     for pair in matrix.comparisons:
         if pair.difference is None and pair.problem not in damaged.values():

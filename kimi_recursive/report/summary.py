@@ -97,7 +97,8 @@ def read_matrix(config: Config, layout: Layout) -> Matrix:
             change = row["perplexity"] / base["perplexity"] - 1
             row["difference_percent"] = 100 * change
     proofs = {
-        seed: _read(layout.proof(zero_init_name(config, seed)), PROOF_KEYS) for seed in config.seeds
+        seed: read_record(layout.proof(zero_init_name(config, seed)), PROOF_KEYS)
+        for seed in config.seeds
     }
     repeat = None
     if run := repeated_evaluation(config):
@@ -115,11 +116,11 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
         "training": evaluation.training or "",
         "base_kind": config.base.kind,
     }
-    found, problem = _read(layout.evaluation(evaluation.name).results, RESULT_KEYS)
+    found, problem = read_record(layout.evaluation(evaluation.name).results, RESULT_KEYS)
     runs = chain(config, evaluation.training)
     trained = []
     for run in runs if found else ():
-        summary, damage = _read(layout.run(run.key).summary, TRAINED_KEYS)
+        summary, damage = read_record(layout.run(run.key).summary, TRAINED_KEYS)
         trained += [summary] if summary else []
         problem = problem or damage
     if not found or len(trained) < len(runs):
@@ -168,7 +169,7 @@ def _training_speed(logs: Path) -> float | None:
         return None
 
 
-def _read(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any] | None, str]:
+def read_record(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any] | None, str]:
     """The JSON object, or None and what is wrong with the file ("" when it does not exist)."""
     if not path.is_file():
         return None, ""
@@ -189,7 +190,7 @@ def _has(value: Any, keys: list[str]) -> bool:
 
 def _read_repeat(layout: Layout, rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, str]:
     """The comparison of the repeated run, if it compared the run that exists now."""
-    found, problem = _read(layout.repeat, REPEAT_KEYS)
+    found, problem = read_record(layout.repeat, REPEAT_KEYS)
     if found is None:
         return None, problem
     sidecar = layout.run(found["run"]).sidecar / SIDECAR_NAME
