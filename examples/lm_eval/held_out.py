@@ -79,3 +79,15 @@ def last_words(corpus: str = CORPUS, **_: Any) -> dict[str, Dataset]:
         word = "".join(c for c in last if c.isalnum())
         rows.append({"prompt": prompt, "word": word})
     return {"test": Dataset.from_list(rows)}
+
+
+def pairs(corpus: str = CORPUS, **_: Any) -> dict[str, Dataset]:
+    """Held-out prompts and their completions."""
+    table = pl.read_parquet(corpus)
+    if "num_prompt_characters" not in table.columns:
+        raise ValueError(f"{corpus}: has no prompts and completions")
+    rows = table.drop_nulls("num_prompt_characters").select(
+        prompt=pl.col("text").str.head("num_prompt_characters"),
+        completion=pl.col("text").str.slice("num_prompt_characters"),
+    )
+    return {"test": Dataset.from_list(rows.to_dicts())}

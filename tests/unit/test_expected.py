@@ -10,7 +10,7 @@ import yaml
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix import expected
 from kimi_recursive.matrix.artefacts import matrix_artefacts
-from kimi_recursive.matrix.runs import all_evaluations, all_trainings
+from kimi_recursive.matrix.runs import all_evaluations, all_trainings, task_runs
 from kimi_recursive.matrix.settings import Config, read_schema
 from kimi_recursive.training.settings import Architecture, LoraSettings
 
@@ -35,7 +35,7 @@ def params(config: Config) -> dict[str, object]:
         "train_tokenizer": config.tokenizer,
         "train_base": expected.params_train_base(config),
         "insert_cells": expected.params_insert_cells(config),
-        "compare_zero_init": config.evaluation,
+        "compare_zero_init": config.evaluation.to_dict(),
         "load": expected.params_load(config),
     }
     for key, run in all_trainings(config).items():
@@ -43,7 +43,10 @@ def params(config: Config) -> dict[str, object]:
         jobs[key] = (expected.params_train_phase(config, run), overrides)
     for name, run in all_evaluations(config).items():
         of_run = expected.params_evaluate(config, run), expected.evaluated_depths(config, run)
-        jobs[name] = (*of_run, config.evaluation, expected.upstream(config))
+        jobs[name] = (*of_run, config.evaluation.to_dict(), expected.upstream(config))
+    for run in task_runs(config):
+        asked = config.evaluation.tasks.numeric(), expected.upstream(config)
+        jobs[f"{run.evaluation.name} at {run.step}"] = asked
     return jobs
 
 
@@ -120,6 +123,53 @@ def test_the_repeat_comes_and_goes_with_its_own_files_and_redoes_no_other_run():
         run.sidecar, run.logs, run.summary, evaluation.results, evaluation.documents, layout.repeat
     }  # fmt: skip
     assert expected.params_summary({"repeat": False}) != expected.params_summary({"repeat": True})
+
+
+def with_tasks(**changes) -> Config:
+    return edited("evaluation.tasks", DEFAULT["evaluation"]["tasks"] | {"names": ["t"]} | changes)
+
+
+def test_tasks_are_asked_where_no_other_model_answers_for_it():
+    found = [(run.evaluation.name, run.step) for run in task_runs(with_tasks())]
+    arms = ("single_pass", "single_pass_flops")
+    assert found == [
+        ("baseline", 0), ("finetuned_recursive", 1), ("finetuned_recursive", 2),
+        *((f"finetuned_{arm}", 1) for arm in arms),
+        *((f"finetuned_{name}_{phase}", step) for phase in "bc" for name, step in (
+            *(("recursive", step) for step in (0, 1, 2)), *((arm, 1) for arm in arms),
+            ("vanilla", 0), ("vanilla_flops", 0),
+        )),
+    ]  # fmt: skip
+    recursive = {run.step for run in task_runs(with_tasks(steps=[4, 2])) if "recursive" in
+                 run.evaluation.name}  # fmt: skip
+    assert recursive == {2, 4}
+
+
+def test_tasks_redo_their_own_jobs_alone():
+    before, layout = params(Config.from_mapping(DEFAULT)), Layout(Path("results"))
+    asked = params(with_tasks())
+    assert before.items() <= asked.items() and len(asked) == len(before) + 19
+    paths = [set(matrix_artefacts(c, layout)) for c in (edited("seeds", [0]), with_tasks())]
+    assert paths[0] < paths[1] and len(paths[1] - paths[0]) == 2 * 19
+    assert {path.parent for path in paths[1] - paths[0]} == {Path("results/eval/tasks")}
+    other = params(with_tasks(limit=5))
+    assert {job for job in asked if asked[job] != other[job]} == asked.keys() - before.keys()
+    fewer = params(with_tasks(steps=[2]))
+    assert fewer.items() < asked.items(), "an inner step less redoes nothing"
+
+
+def test_answers_of_other_settings_are_told_by_the_keys_that_differ():
+    run = all_evaluations(with_tasks())["finetuned_recursive"]
+    record = {one.part: one.want for one in expected.for_tasks(with_tasks(), run)}
+    record = json.loads(json.dumps(record))
+    for config, keys in (
+        (with_tasks(steps=[2]), []),
+        (with_tasks(limit=5), ["evaluation.tasks.limit"]),
+        (edited("recursive.d_state", 4), ["recursive.d_state", "evaluation.tasks.names"]),
+    ):
+        assert expected.differing(expected.for_tasks(config, run), record) == keys
+    evaluated = recorded_evaluation(Config.from_mapping(DEFAULT), run)
+    assert expected.differing(expected.for_evaluation(with_tasks(), run), evaluated) == []
 
 
 # ---- records ------------------------------------------------------------------------------------
@@ -211,4 +261,6 @@ def test_each_dataclass_has_the_keys_of_its_section():
     assert keys(config.training["a"]) == in_schema
     lora = phases["b"]["properties"]["lora"]["properties"]
     assert set(LoraSettings.__dataclass_fields__) == set(lora)
+    assert keys(config.evaluation.tasks) == set(schema["evaluation"]["properties"]["tasks"][
+        "properties"])  # fmt: skip
     assert keys(config.recursive) >= set(DEFAULT["recursive"])

@@ -23,6 +23,10 @@ EDITS = {
     "recursive.commit": ("recursive.commit", "learned"),
     "recursive.commit_threshold": ("recursive.commit_threshold", 0.9),
     "evaluation": ("evaluation.context_length", 16),
+    "evaluation.tasks": (
+        "evaluation.tasks",
+        {"names": ["sotu"], "include_path": str(ROOT / "examples/lm_eval")},
+    ),
     "evaluation.prompts": ("evaluation.prompts", ["another"]),
     "evaluation.max_new_tokens": ("evaluation.max_new_tokens", 9),
     "training.a": ("training.a.lr", 1e-3),
