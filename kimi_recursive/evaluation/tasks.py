@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 import sys
@@ -85,11 +86,16 @@ def evaluate_tasks(
         "load": numeric(load_options),
         "numerics": NUMERICS_VERSION,
     }
+    about = {
+        "versions": versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
+        **git_state(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     published = Published(files.published, (files.results, files.samples), fingerprint)
     if published.fits():
         published.restore()
         kept = read_json_object(files.results)
-        found = {key: kept[key] for key in ("scores", "versions", "created")}
+        scores, about = kept["scores"], {key: kept[key] for key in about}
         print(f"evaluate_tasks: the scores are taken from {published.folder}", file=sys.stderr)
     else:
         place = placed(load_options)
@@ -102,8 +108,6 @@ def evaluate_tasks(
         )
         scores, samples = ask(model, spec.settings, corpus)
         write_parquet(files.samples, samples)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        found = {"scores": scores, "versions": versions(), **git_state(), "created": created}
     results = {
         "stage": spec.stage,
         "step": spec.step,
@@ -112,7 +116,8 @@ def evaluate_tasks(
         "config": config,
         "tasks": spec.settings.numeric(),
         "upstream": spec.upstream,
-        **found,
+        "scores": scores,
+        **about,
     }
     write_json(files.results, results)
     published.keep()

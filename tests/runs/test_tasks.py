@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from commands import error_of, write
 from html_page import report
+from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from project import ROOT
 from records import make_results, make_tasks, shipped_config, write_json
@@ -96,6 +97,35 @@ def test_a_metric_that_is_no_mean_has_a_score_and_no_outcomes(model_dir, folder)
     assert acc["statistic"] == "mean" and f1["metric"] == "f1" and f1["statistic"] is None
     assert 0 <= f1["value"] <= 1 and f1["stderr"] is not None
     assert samples["metric"].unique().to_list() == ["acc"] and len(samples) == 6
+
+
+class Writer(LM):
+    """Writes the same behind every prompt."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text = text
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        return [self.text for _ in requests]
+
+    loglikelihood = loglikelihood_rolling = generate_until
+
+
+def test_the_answer_of_a_held_out_pair_is_the_number_at_its_end(folder, tmp_path):
+    corpus = tmp_path / "test.parquet"
+    texts = ["Question: 600 + 600?\nAnswer: 2 x 600 is 1,200.\n#### 1,200", "Q #### 7", "plain"]
+    lengths = [28, 1, None]
+    pl.DataFrame({"text": texts, "num_prompt_characters": lengths}).write_parquet(corpus)
+    for text, right in (
+        (" It is 1200.\n#### 1200", [1.0, 0.0]),
+        (" I count 3.\n#### 7", [0.0, 1.0]),
+        ("7", [0.0, 0.0]),
+    ):
+        [score], samples = ask(Writer(text), settings("answer"), corpus)
+        assert samples["outcome"].to_list() == right and score["metric"] == "exact_match.number"
+    error = error_of(ask, Writer(""), settings("answer"), folder / "test.parquet")
+    assert error.endswith("test.parquet: has no prompts and completions")
 
 
 def test_answers_are_kept_and_taken_again_for_the_same_model_alone(
@@ -217,14 +247,14 @@ def test_summary_and_report_show_the_same_tables(made):
     assert compared[0][-1].endswith("helps")
     assert "Higher is better. At inner step 2. Paired bootstrap over 40 samples" in page.text
     assert "Paired bootstrap over 40 samples" in text and "0.7500 ± 0.0693" in text
-    assert [e["text"] for e in page.all("h2")][-3].startswith("Track-B") or "Tasks" in page.text
+    assert "Tasks" in [e["text"].strip() for e in page.all("h2")]
     assert "f1.first: a sample has no outcome of its own" in page.text
     without = report(made.folder, shipped_config(phases=["a", "b"], repeat=False))
-    assert "Tasks" not in [e["text"] for e in without.all("h2")]
+    assert "Tasks" not in [e["text"].strip() for e in without.all("h2")]
 
 
 def test_answers_that_are_missing_damaged_or_of_another_model_are_said(made):
-    loop, base = "finetuned_recursive", made.tasks("baseline", 0)
+    loop = "finetuned_recursive"
     made.tasks(loop, 1).results.unlink()
     log = made.log("evaluate_tasks", f"{loop}_step_1")
     write(log, "error: Duplicate task 'a'\n")
@@ -248,6 +278,14 @@ def test_answers_that_are_missing_damaged_or_of_another_model_are_said(made):
     page = report(made.folder, CONFIG)
     assert at(loop, 1) in {row[0] for row in page.rows("Missing, failed or damaged")}
     assert f"{log}: last 1 of 1 lines" in page.text
-    base.samples.write_bytes(b"PAR1")
-    [pair] = [p for p in read(made).comparisons if p.metric == "acc" and "step 1" in p.reference]
-    assert pair.arm == f"{loop}_b" if pair.difference else pair.problem
+
+
+def test_damaged_samples_leave_the_other_comparisons(made):
+    made.tasks("baseline", 0).samples.write_bytes(b"PAR1")
+    pairs = [pair for pair in read(made).comparisons if pair.metric == "acc"]
+    assert {pair.reference for pair in pairs if pair.problem} == {"baseline"}
+    assert sum(pair.difference is not None for pair in pairs) == 9
+    summarize(Config.from_mapping(CONFIG), made)
+    assert "baseline_step_0_samples.parquet: truncated or not a parquet file" in " ".join(
+        made.text.read_text().split()
+    )

@@ -73,7 +73,7 @@ def test_two_that_were_asked_something_else_are_not_compared(tmp_path):
     mine = samples(tmp_path / "a", [1.0, 0.0])
     for number, other in enumerate(([1.0, 0.0, 1.0], [1.0])):
         path = samples(tmp_path / f"b{number}", other)
-        with pytest.raises(ValueError, match="a and .* were not asked the same samples"):
+        with pytest.raises(ValueError, match=r"a and .* were not asked the same samples"):
             compare_samples([mine], [path], "t", "m", 1)
     with pytest.raises(ValueError, match="no such file"):
         compare_samples([mine], [tmp_path / "none"], "t", "m", 1)
