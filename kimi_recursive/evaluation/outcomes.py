@@ -61,11 +61,7 @@ class Statistic(StrEnum):
 
 
 def compare_samples(
-    arm: Sequence[Path],
-    reference: Sequence[Path],
-    task: str,
-    metric: str,
-    sign: int,
+    arm: Sequence[Path], reference: Sequence[Path], task: str, metric: str, sign: int
 ) -> Difference:
     """Difference of two arms in a metric, from their files of samples, one a seed, in order.
 

@@ -33,7 +33,9 @@ class TaskSettings:
 
     def numeric(self) -> dict[str, Any]:
         """The settings that decide the numbers of one job, which asks at one inner step."""
-        return {k: v for k, v in asdict(self).items() if k != "steps"}
+        found = asdict(self) | {"names": list(self.names)}
+        del found["steps"]
+        return found
 
 
 @dataclass(frozen=True)

@@ -167,22 +167,21 @@ def task_runs(config: Config) -> list[TaskRun]:
     Untrained cells, and step 0 where only cells were trained, are the baseline. An arm without the
     loop has one step.
     """
-    settings, found = config.evaluation.tasks, []
-    for run in evaluations(config) if settings.names else ():
-        last = 0
-        if run.training:
-            training = all_trainings(config)[run.training]
-            arm = ARMS[training.arm]
-            last = arm.parameters.get("max_inner_steps", config.recursive.max_inner_steps)
-            if arm.kind == "recursive":
-                first = 1 if training.phase == PHASES[0] else 0
-                steps = range(first, last + 1) if settings.steps is None else settings.steps
-                found += [TaskRun(run, step) for step in sorted(steps)]
-                continue
-        elif run.stage != "baseline":
-            continue
-        found.append(TaskRun(run, last))
-    return found
+    asked = evaluations(config) if config.evaluation.tasks.names else []
+    return [TaskRun(run, step) for run in asked for step in _task_steps(config, run)]
+
+
+def _task_steps(config: Config, run: Evaluation) -> list[int]:
+    if run.training is None:
+        return [0] if run.stage == "baseline" else []
+    training, steps = all_trainings(config)[run.training], config.evaluation.tasks.steps
+    arm = ARMS[training.arm]
+    last = arm.parameters.get("max_inner_steps", config.recursive.max_inner_steps)
+    if arm.kind != "recursive":
+        return [last]
+    if steps is not None:
+        return sorted(steps)
+    return list(range(1 if training.phase == PHASES[0] else 0, last + 1))
 
 
 def zero_init_name(config: Config, seed: int) -> str:
