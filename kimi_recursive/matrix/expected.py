@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kimi_recursive.matrix.runs import Evaluation, Training, chain
+from kimi_recursive.matrix.runs import Evaluation, Training, chain, settings_of
 from kimi_recursive.matrix.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
@@ -69,7 +69,7 @@ def params_insert_cells(config: Config) -> dict[str, Any]:
 
 
 def params_train_phase(config: Config, run: Training) -> dict[str, Any]:
-    return config.training[run.phase].numeric()
+    return settings_of(config, run).numeric()
 
 
 def params_evaluate(config: Config, run: Evaluation) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Expected:
 
 def for_training(config: Config, run: Training) -> list[Expected]:
     """What `train_summary.json` and `fingerprint.json` of a phase must hold."""
-    settings = config.training[run.phase].numeric()
+    settings = settings_of(config, run).numeric()
     settings.pop("recursive", None)  # `config` holds its effect
     return [
         Expected("recursive", "config", _recursive(config, run)),

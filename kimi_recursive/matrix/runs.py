@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.training.arms import ARMS, PHASES, kind_of
+from kimi_recursive.training.settings import PhaseSettings
 
 if TYPE_CHECKING:  # Snakemake and the command line start without torch.
     from kimi_recursive.model.sidecar import Sidecar
@@ -107,6 +108,16 @@ def trainings(config: Config) -> list[Training]:
                 parent = before and Training(name, before, seed, None).key
                 runs.append(Training(name, phase, seed, parent))
     return runs
+
+
+def settings_of(config: Config, run: Training) -> PhaseSettings:
+    """The settings of a training. An arm that starts in a later phase makes up for the steps of the
+    phases before, so that the tokens of an arm are those of every other."""
+    settings = config.training[run.phase]
+    missed = PHASES[: PHASES.index(run.phase)] if run.phase == ARMS[run.arm].phases[0] else ()
+    return replace(
+        settings, num_steps=settings.num_steps + sum(config.training[p].num_steps for p in missed)
+    )
 
 
 def repeated(config: Config) -> Training | None:

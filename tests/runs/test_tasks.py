@@ -11,6 +11,7 @@ from commands import error_of, write
 from html_page import report
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
 from project import ROOT
 from records import make_results, make_tasks, shipped_config, write_json
 
@@ -90,7 +91,8 @@ def test_scores_are_those_of_the_harness_and_each_sample_has_its_outcome(model_d
         assert given == "N/A" if score["statistic"] != "mean" else given == pytest.approx(stderr)
 
 
-def test_a_metric_that_is_no_mean_has_a_score_and_no_outcomes(model_dir, folder):
+def test_a_metric_that_is_no_mean_has_a_score_and_no_outcomes(model_dir, folder, monkeypatch):
+    monkeypatch.setattr(asking, "RESAMPLES", 20)
     model = RecursiveLM(path=str(model_dir / "base"), num_steps=0, max_length=48, device="cpu")
     mine = settings("lists", include_path=str(folder / "mine"))
     [acc, f1], samples = ask(model, mine, "")
@@ -156,12 +158,23 @@ def test_answers_are_kept_and_taken_again_for_the_same_model_alone(
     assert evaluate("base", 0)["sidecar_sha256"] is None
 
 
-def test_a_name_that_is_not_there_is_one_line_with_the_nearest():
+def test_a_name_that_is_not_there_is_one_line_with_the_nearest(folder, monkeypatch):
+    """The names of the harness are read where those of the folder do not do: which takes seconds."""
+    read = []
+
+    def manager(include_defaults: bool = True, **options) -> TaskManager:
+        read.append(include_defaults)
+        return TaskManager(include_defaults=False, **options)
+
+    monkeypatch.setattr(asking, "TaskManager", manager)
+    assert "sotu_ending" in find_tasks(settings("sotu", "sotu_ending")).task_index
+    assert read == [False]
     error = error_of(find_tasks, settings("sotu", "sotu_endings"))
     expected = "evaluation.tasks.names: unknown task 'sotu_endings'; did you mean 'sotu_ending'?"
-    assert error == expected
-    error = error_of(find_tasks, settings("arc_esy", include_path=None))
-    assert error.endswith("unknown task 'arc_esy'; did you mean 'arc_easy'?")
+    assert error == expected and read == [False, False, True]
+    write(folder / "group/g.yaml", "group: mine\ntask: [arc_easy]\n")
+    find_tasks(settings("mine", include_path=str(folder / "group")))
+    assert read[3:] == [False, True], "a group may name tasks of the harness"
 
 
 # ---- the summary, from made-up answers -----------------------------------------------------------

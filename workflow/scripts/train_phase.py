@@ -20,7 +20,9 @@ with job(snakemake):
         PhaseSpec(
             phase=phase,
             # Also the settings that redo nothing.
-            settings=PhaseSettings.from_mapping(snakemake.config["training"][phase]),
+            settings=PhaseSettings.from_mapping(
+                snakemake.config["training"][phase] | snakemake.params.settings
+            ),
             seed=snakemake.params.seed,
             arm=snakemake.params.arm,
             overrides=snakemake.params.recursive,
