@@ -47,8 +47,8 @@ def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Compa
 
 
 def pairs_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Pair]:
-    """The recursive arm of each phase with the baseline, the phase before, each control arm, its own
-    first step, and its own step 0 where training has moved the base away from the baseline.
+    """The recursive arm of each phase with the baseline, the phase before, each control arm, its
+    own first step, and its own step 0 where training has moved the base away from the baseline.
 
     Each pair covers the seeds that both sides have; one that shares no seed is left out, and so are
     the stages that `too_short` names.
