@@ -86,7 +86,7 @@ def refuse_unknown_tasks():
     """Before anything is trained for them."""
     try:
         with missing_extra("eval", "evaluation.tasks"):
-            from kimi_recursive.evaluation.tasks import find_tasks
+            from kimi_recursive.evaluation.task_names import find_tasks
         find_tasks(CONFIG.evaluation.tasks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -39,6 +39,11 @@ def _pairs(corpus: str) -> list[dict[str, Any]]:
         ]
         stride = max(1, len(found) // QUESTIONS_PER_DOCUMENT)
         pairs += found[::stride][:QUESTIONS_PER_DOCUMENT]
+    if not pairs:
+        few, many = SENTENCE_WORDS[0], SENTENCE_WORDS[-1]
+        raise ValueError(
+            f"{corpus}: no document has two sentences of {few} to {many} words in a row"
+        )
     return pairs
 
 

@@ -6,20 +6,20 @@ import importlib.metadata
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import polars as pl
 from lm_eval.api import metrics
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
 
 from kimi_recursive.evaluation.harness import RecursiveLM
 from kimi_recursive.evaluation.outcomes import SAMPLE_COLUMNS, Statistic
 from kimi_recursive.evaluation.settings import TaskSettings, TaskSpec
+from kimi_recursive.evaluation.task_names import find_tasks
 from kimi_recursive.files import (
     NUMERICS_VERSION,
     file_digest,
@@ -36,7 +36,6 @@ from kimi_recursive.model.loading import numeric
 from kimi_recursive.model.placement import placed
 from kimi_recursive.model.sidecar import Sidecar, base_of
 from kimi_recursive.published import Published
-from kimi_recursive.text import WIDTH, cut, did_you_mean, shown
 
 # What the harness makes of the outcomes of all samples. For any other function there is no outcome
 # of a sample that would say which of two models did better on it.
@@ -99,7 +98,7 @@ def evaluate_tasks(
         print(f"evaluate_tasks: the scores are taken from {published.folder}", file=sys.stderr)
     else:
         place = placed(load_options)
-        model = RecursiveLM(
+        model = cast("Any", RecursiveLM)(
             path=str(model_path),
             num_steps=spec.step,
             batch_size=spec.settings.batch_size,
@@ -122,34 +121,6 @@ def evaluate_tasks(
     write_json(files.results, results)
     published.keep()
     return results
-
-
-def find_tasks(settings: TaskSettings, corpus: str | Path = "") -> TaskManager:
-    """Where the tasks are found by name: in `include_path`, and in the harness where they are not
-    all there, as reading the names of all its tasks takes seconds.
-
-    Raises:
-        ValueError: a name that is not there.
-    """
-    options = {"include_path": settings.include_path, "metadata": {"corpus": str(corpus)}}
-    manager = TaskManager(include_defaults=False, **options)
-    if any(True for _ in _unknown(manager, settings.names)):
-        manager = TaskManager(**options)
-        for name in settings.names:
-            if name not in manager.task_index:
-                near = cut(did_you_mean(name, manager.all_tasks, "there are"), WIDTH)
-                raise ValueError(f"evaluation.tasks.names: unknown task {shown(name)}; {near}")
-    return manager
-
-
-def _unknown(manager: TaskManager, names: Sequence[str]) -> Iterator[str]:
-    """The names that are not there, and those in groups."""
-    for name in names:
-        entry = manager.task_index.get(name)
-        if entry is None:
-            yield name
-        elif isinstance(members := (entry.cfg or {}).get("task"), list):
-            yield from _unknown(manager, [m for m in members if isinstance(m, str)])
 
 
 def ask(
@@ -202,7 +173,7 @@ def ask(
                 ]
             scores.append(score)
     types = [pl.String, pl.String, pl.String, pl.Float64, pl.Float64]
-    schema = dict(zip(SAMPLE_COLUMNS, types, strict=True))
+    schema = list(zip(SAMPLE_COLUMNS, types, strict=True))
     return scores, pl.DataFrame(outcomes, schema=schema, orient="row")
 
 

@@ -146,7 +146,7 @@ def _read(
 
 
 def _compare(layout: Layout, pair: Pair, score: Score) -> TaskComparison:
-    what = {"task": score.task, "metric": score.metric}
+    what: dict[str, Any] = {"task": score.task, "metric": score.metric}
     if score.statistic is None:
         problem = "a sample has no outcome of its own, so arms cannot be compared sample by sample."
         return TaskComparison(*pair.what, problem=problem, **what)

@@ -15,10 +15,12 @@ from lm_eval.tasks import TaskManager
 from project import ROOT
 from records import make_results, make_tasks, shipped_config, write_json
 
+from kimi_recursive.evaluation import task_names
 from kimi_recursive.evaluation import tasks as asking
 from kimi_recursive.evaluation.harness import RecursiveLM
 from kimi_recursive.evaluation.settings import TaskSettings, TaskSpec
-from kimi_recursive.evaluation.tasks import ask, evaluate_tasks, find_tasks
+from kimi_recursive.evaluation.task_names import find_tasks
+from kimi_recursive.evaluation.tasks import ask, evaluate_tasks
 from kimi_recursive.layout import Layout, TaskFiles
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report.answers import summarize
@@ -126,8 +128,12 @@ def test_the_answer_of_a_held_out_pair_is_the_number_at_its_end(folder, tmp_path
     ):
         [score], samples = ask(Writer(text), settings("answer"), corpus)
         assert samples["outcome"].to_list() == right and score["metric"] == "exact_match.number"
-    error = error_of(ask, Writer(""), settings("answer"), folder / "test.parquet")
-    assert error.endswith("test.parquet: has no prompts and completions")
+    for name, path, message in (
+        ("answer", folder / "test.parquet", "test.parquet: has no prompts and completions"),
+        ("sotu_ending", corpus, "test.parquet: no document has two sentences of 6 to 40 words"),
+    ):
+        error = error_of(ask, Writer(""), settings(name), path)
+        assert message in error
 
 
 def test_answers_are_kept_and_taken_again_for_the_same_model_alone(
@@ -167,7 +173,7 @@ def test_a_name_that_is_not_there_is_one_line_with_the_nearest(folder, monkeypat
         read.append(include_defaults)
         return TaskManager(include_defaults=False, **options)
 
-    monkeypatch.setattr(asking, "TaskManager", manager)
+    monkeypatch.setattr(task_names, "TaskManager", manager)
     assert "sotu_ending" in find_tasks(settings("sotu", "sotu_ending")).task_index
     assert read == [False]
     error = error_of(find_tasks, settings("sotu", "sotu_endings"))
