@@ -195,7 +195,7 @@ def test_students_stand_beside_the_references(whole):
 
 def test_nothing_there_is_a_report_that_says_so(tmp_path):
     page = report(tmp_path / "results")
-    assert "0 of 11 expected evaluations are there" in page.text
+    assert "0 of 15 expected evaluations are there" in page.text
     found = problems(page)
     assert len(found) == 1 + 11 + 1 + 12
     assert {status for status, _ in found.values()} == {"missing", "missing_logs"}
