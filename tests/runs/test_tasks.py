@@ -119,8 +119,8 @@ class Writer(LM):
 def test_the_answer_of_a_held_out_pair_is_the_number_at_its_end(folder, tmp_path):
     corpus = tmp_path / "test.parquet"
     texts = ["Question: 600 + 600?\nAnswer: 2 x 600 is 1,200.\n#### 1,200", "Q #### 7", "plain"]
-    lengths = [28, 1, None]
-    pl.DataFrame({"text": texts, "num_prompt_characters": lengths}).write_parquet(corpus)
+    table = {"document_id": list("abc"), "text": texts, "num_prompt_characters": [28, 1, None]}
+    pl.DataFrame(table).write_parquet(corpus)
     for text, right in (
         (" It is 1200.\n#### 1200", [1.0, 0.0]),
         (" I count 3.\n#### 7", [0.0, 1.0]),
