@@ -23,6 +23,7 @@ from kimi_recursive.tables import NAME, NUMBER, TEXT, Column, Table, interval, p
 
 QUESTION = "Does recursion help with the tasks?"
 KEYS = ("step", "sidecar_sha256", "config", "tasks", "upstream", "scores")
+LEAST_SAMPLES = 20  # below, an interval of resamples is too narrow to judge by
 OTHER_MODEL = "Answers exist, but of another model than the one that is there now."
 
 
@@ -147,13 +148,17 @@ def _read(
 
 def _compare(layout: Layout, pair: Pair, score: Score) -> TaskComparison:
     what: dict[str, Any] = {"task": score.task, "metric": score.metric}
+    higher, problem = bool(score.higher_is_better), ""
     if score.statistic is None:
         problem = "a sample has no outcome of its own, so arms cannot be compared sample by sample."
-        return TaskComparison(*pair.what, problem=problem, **what)
-    if score.higher_is_better is None and score.statistic is Statistic.MEAN:
+    elif score.higher_is_better is None and score.statistic is Statistic.MEAN:
         problem = "the task does not say whether higher is better (higher_is_better in its YAML)."
+    elif score.num_samples < LEAST_SAMPLES:
+        problem = (
+            f"{score.num_samples} samples are too few for a verdict, {LEAST_SAMPLES} is the least."
+        )
+    if problem or score.statistic is None:
         return TaskComparison(*pair.what, problem=problem, **what)
-    higher = bool(score.higher_is_better)
     try:
         found = compare_samples(
             [layout.tasks(row["name"], pair.arm_step).samples for row in pair.mine],

@@ -260,6 +260,8 @@ def test_summary_and_report_show_the_same_tables(made):
     assert max(map(len, text.splitlines())) <= 100
     assert "Does recursion help with the tasks?\nOf 24 comparisons 9 help" in text
     page = report(made.folder, CONFIG)
+    assert page.all("dt")[-1]["text"] == "Does recursion help with the tasks?"
+    assert page.all("dd")[-1]["text"].startswith("Of 24 comparisons 9 help")
     rows = page.rows("Task quiz")
     assert rows[0] == ["baseline", "0", "0.5000", "0.3750 ± 0.0775"]
     assert ["finetuned_recursive", "2", "0.5000", "0.7500 ± 0.0693"] in rows
@@ -299,6 +301,23 @@ def test_answers_that_are_missing_damaged_or_of_another_model_are_said(made):
     page = report(made.folder, CONFIG)
     assert at(loop, 1) in {row[0] for row in page.rows("Missing, failed or damaged")}
     assert f"{log}: last 1 of 1 lines" in page.text
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"higher_is_better": None}, "the task does not say whether higher is better"),
+    ({"num_samples": 19}, "19 samples are too few for a verdict, 20 is the least."),
+])  # fmt: skip
+def test_what_cannot_be_judged_has_no_verdict_and_says_why(made, change, problem):
+    for path in (made.folder / "eval/tasks").glob("*.json"):
+        found = json.loads(path.read_text())
+        [acc] = [score for score in found["scores"] if score["metric"] == "acc"]
+        acc |= change
+        write_json(path, found)
+    pairs = [pair for pair in read(made).comparisons if pair.metric == "acc"]
+    assert len(pairs) == 12 and all(pair.problem.startswith(problem) for pair in pairs)
+    assert not any(pair.verdict for pair in pairs)
+    others = [pair for pair in read(made).comparisons if pair.metric == "word_perplexity"]
+    assert all(pair.verdict for pair in others)
 
 
 def test_damaged_samples_leave_the_other_comparisons(made):
