@@ -146,7 +146,9 @@ def test_forward_flops_grow_with_the_steps_and_leave_the_base_out_of_one_pass():
         forward_flops_per_token(make_wrapper(make_base("kimi"), max_inner_steps=k), ids)
         for k in (1, 3)
     )
-    single = forward_flops_per_token(make_wrapper(make_base("kimi"), **ARMS["single_pass"].parameters), ids)
+    single = forward_flops_per_token(
+        make_wrapper(make_base("kimi"), **ARMS["single_pass"].parameters), ids
+    )
     assert three - base == pytest.approx(3 * (one - base))
     assert single == pytest.approx(one - base) and single > base
 
