@@ -26,6 +26,7 @@ def lm_eval(context: typer.Context) -> None:
                  plain pass; scores are those of `--model hf --model_args pretrained=BASE`
       commit     verified (default) or learned: how generation commits a draft
       revision   revision of a Hub id; pin it
+      device_map auto or sequential: spreads the base over several devices
       max_length, dtype, tokenizer, add_bos_token, ...: as for the harness's model hf
 
     With a base in bfloat16, log-probabilities are summed in bfloat16, as in hf;

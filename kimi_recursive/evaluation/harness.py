@@ -179,7 +179,7 @@ def _check_options(num_steps: Any, commit: str, hf_options: dict[str, Any]) -> N
     if unknown:
         raise ValueError(
             f"model_args: no such option: {', '.join(unknown)}; allowed: path, num_steps, commit, "
-            f"revision, {', '.join(HF_OPTIONS)}"
+            f"revision, device_map, {', '.join(HF_OPTIONS)}"
         )
     if num_steps is not None and (type(num_steps) is not int or num_steps < 0):
         raise ValueError(f"num_steps must be a whole number from 0, got {num_steps!r}")

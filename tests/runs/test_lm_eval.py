@@ -179,6 +179,14 @@ def test_generation_is_generate_chunks_up_to_the_first_stop(sidecar):
     assert len(found) == 3
 
 
+def test_a_base_that_is_spread_over_devices_scores_the_same(sidecar):
+    asked = requests(("The Union was", " never stronger"))
+    whole = model(sidecar("gpt2")).loglikelihood(asked, disable_tqdm=True)
+    spread = model(sidecar("gpt2"), device_map={"": "cpu"})
+    assert spread.model.hf_device_map, "accelerate has placed it"
+    assert spread.loglikelihood(asked, disable_tqdm=True) == whole
+
+
 def test_sampling_is_that_of_the_refined_model(sidecar):
     wrapper, tokenizer, _ = load_model_with_config(sidecar("llama"))
     ids = torch.tensor([tokenizer.encode("The Union")])
