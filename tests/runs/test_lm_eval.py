@@ -179,11 +179,11 @@ def test_generation_is_generate_chunks_up_to_the_first_stop(sidecar):
     assert len(found) == 3
 
 
-def test_a_base_that_is_spread_over_devices_scores_the_same(sidecar):
+def test_a_base_that_is_spread_over_devices_scores_the_same(sidecar, capsys):
     asked = requests(("The Union was", " never stronger"))
     whole = model(sidecar("gpt2")).loglikelihood(asked, disable_tqdm=True)
-    spread = model(sidecar("gpt2"), device_map={"": "cpu"})
-    assert spread.model.hf_device_map, "accelerate has placed it"
+    spread = model(sidecar("gpt2"), device_map={"transformer": "cpu", "lm_head": "cpu"})
+    assert "device_map: modules on each device: cpu" in capsys.readouterr().err
     assert spread.loglikelihood(asked, disable_tqdm=True) == whole
 
 
