@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import polars as pl
+import torch
 from lm_eval.api import metrics
 from lm_eval.api.model import LM
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks.manager import TaskDict
 
 from kimi_recursive.evaluation.harness import RecursiveLM
 from kimi_recursive.evaluation.outcomes import SAMPLE_COLUMNS, Statistic
@@ -135,18 +140,10 @@ def ask(
         own). And the outcomes, `SAMPLE_COLUMNS`: sample is its number and a digest of its text.
     """
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would resample in a process for each core
-    manager = find_tasks(settings, corpus)
-    tasks = manager.load(list(settings.names))["tasks"]
-    found: Any = simple_evaluate(
-        model,
-        tasks=list(tasks.values()),
-        task_manager=manager,
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        bootstrap_iters=RESAMPLES,
-    )
+    loaded = _load(settings, corpus)
+    found: Any = evaluate(model, loaded, limit=settings.limit, bootstrap_iters=RESAMPLES)
     scores, outcomes = [], []
-    for name, task in tasks.items():
+    for name, task in loaded["tasks"].items():
         higher: Mapping[str, bool | None] = task.higher_is_better() or {}
         for key, value in found["results"][name].items():
             metric, _, answers = key.partition(",")
@@ -175,6 +172,21 @@ def ask(
     types = [pl.String, pl.String, pl.String, pl.Float64, pl.Float64]
     schema = list(zip(SAMPLE_COLUMNS, types, strict=True))
     return scores, pl.DataFrame(outcomes, schema=schema, orient="row")
+
+
+def _load(settings: TaskSettings, corpus: str | Path) -> TaskDict:
+    """The tasks, as the command of the harness loads them: its seeds, since a task may shuffle, and
+    its rule that a task without examples stays so."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    loaded = find_tasks(settings, corpus).load(list(settings.names))
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own and settings.num_fewshot is not None):
+            task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
 
 
 def _outcomes(values: Sequence[Any]) -> list[tuple[float, float]] | None:

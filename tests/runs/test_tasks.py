@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -21,9 +22,11 @@ from kimi_recursive.evaluation.harness import RecursiveLM
 from kimi_recursive.evaluation.settings import TaskSettings, TaskSpec
 from kimi_recursive.evaluation.task_names import find_tasks
 from kimi_recursive.evaluation.tasks import ask, evaluate_tasks
+from kimi_recursive.hub.results import read_comparisons
 from kimi_recursive.layout import Layout, TaskFiles
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report.answers import summarize
+from kimi_recursive.report.problems import find_problems
 from kimi_recursive.report.summary import read_matrix
 from kimi_recursive.report.tasks import OTHER_MODEL, read_tasks, task_sentence
 
@@ -38,13 +41,17 @@ doc_to_target: answer
 doc_to_choice: choices
 metric_list:
   - metric: acc
-  - metric: f1
+  - metric: acc_norm
+    aggregation: !function lists.spread
+    higher_is_better: true
 """
 QUESTIONS = """
 from datasets import Dataset
 def questions(**_):
     rows = [{"prompt": f"{n}:", "choices": ["a", "bb"], "answer": n % 2} for n in range(6)]
     return {"test": Dataset.from_list(rows)}
+def spread(outcomes):
+    return max(outcomes) - min(outcomes)
 """
 
 
@@ -93,13 +100,13 @@ def test_scores_are_those_of_the_harness_and_each_sample_has_its_outcome(model_d
         assert given == "N/A" if score["statistic"] != "mean" else given == pytest.approx(stderr)
 
 
-def test_a_metric_that_is_no_mean_has_a_score_and_no_outcomes(model_dir, folder, monkeypatch):
-    monkeypatch.setattr(asking, "RESAMPLES", 20)
+def test_a_metric_that_is_no_mean_has_a_score_and_no_outcomes(model_dir, folder):
     model = RecursiveLM(path=str(model_dir / "base"), num_steps=0, max_length=48, device="cpu")
     mine = settings("lists", include_path=str(folder / "mine"))
-    [acc, f1], samples = ask(model, mine, "")
-    assert acc["statistic"] == "mean" and f1["metric"] == "f1" and f1["statistic"] is None
-    assert 0 <= f1["value"] <= 1 and f1["stderr"] is not None
+    [acc, spread], samples = ask(model, mine, "")
+    assert acc["statistic"] == "mean" and acc["value"] == 0.5 and acc["stderr"] > 0
+    assert (spread["metric"], spread["value"], spread["statistic"]) == ("acc_norm", 1.0, None)
+    assert spread["stderr"] is None, "the harness has none"
     assert samples["metric"].unique().to_list() == ["acc"] and len(samples) == 6
 
 
@@ -111,6 +118,7 @@ class Writer(LM):
         self.text = text
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        self.prompts = [request.args[0] for request in requests]
         return [self.text for _ in requests]
 
     loglikelihood = loglikelihood_rolling = generate_until
@@ -128,6 +136,10 @@ def test_the_answer_of_a_held_out_pair_is_the_number_at_its_end(folder, tmp_path
     ):
         [score], samples = ask(Writer(text), settings("answer"), corpus)
         assert samples["outcome"].to_list() == right and score["metric"] == "exact_match.number"
+    writer = Writer("7")
+    ask(writer, settings("answer", num_fewshot=1), corpus)
+    example = "Q #### 7\n\nQuestion: 600 + 600?\nAnswer:"
+    assert writer.prompts[0] == example and len(writer.prompts) == 2
     for name, path, message in (
         ("answer", folder / "test.parquet", "test.parquet: has no prompts and completions"),
         ("sotu_ending", corpus, "test.parquet: no document has two sentences of 6 to 40 words"),
@@ -238,6 +250,7 @@ def test_the_loop_is_compared_with_each_reference_in_each_metric(made):
         (f"{loop}_b", "its own step 0", "helps"),
     ]  # fmt: skip
     summarize(Config.from_mapping(CONFIG), made)
+    compared = read_matrix(Config.from_mapping(CONFIG), made).comparisons
     entries = json.loads(made.verdicts.read_text())
     first = next(entry for entry in entries if entry.get("metric") == "acc")
     mean, low, high = first["change"]
@@ -248,6 +261,9 @@ def test_the_loop_is_compared_with_each_reference_in_each_metric(made):
     none = next(entry for entry in entries if entry.get("metric") == "f1.first")
     assert none["verdict"] is None and "no outcome of its own" in none["problem"]
     assert "task" not in entries[0], "perplexity comes first"
+    row = SimpleNamespace(name=loop, stage=loop)
+    published = read_comparisons(made.folder, [row], 0)  # what a model card shows
+    assert published == [pair for pair in compared if loop in (pair.arm, pair.reference)]
     assert task_sentence(tasks) == (
         "Of 24 comparisons 9 help, 0 hurt, 15 cannot be told from 0. Where nothing differs, about "
         "1.2 would seem to."
@@ -272,8 +288,6 @@ def test_summary_and_report_show_the_same_tables(made):
     assert "Paired bootstrap over 40 samples" in text and "0.7500 ± 0.0693" in text
     assert "Tasks" in [e["text"].strip() for e in page.all("h2")]
     assert "f1.first: a sample has no outcome of its own" in page.text
-    without = report(made.folder, shipped_config(phases=["a", "b"], repeat=False))
-    assert "Tasks" not in [e["text"].strip() for e in without.all("h2")]
 
 
 def test_answers_that_are_missing_damaged_or_of_another_model_are_said(made):
@@ -298,9 +312,10 @@ def test_answers_that_are_missing_damaged_or_of_another_model_are_said(made):
     assert len(found) == 5
     summarize(Config.from_mapping(CONFIG), made)
     assert OTHER_MODEL in made.text.read_text()
-    page = report(made.folder, CONFIG)
-    assert at(loop, 1) in {row[0] for row in page.rows("Missing, failed or damaged")}
-    assert f"{log}: last 1 of 1 lines" in page.text
+    config = Config.from_mapping(CONFIG)
+    shown = find_problems(config, made, read_matrix(config, made), read(made), [], {})
+    assert {problem.name: (problem.status, problem.detail) for problem in shown} == found
+    assert [log.path for problem in shown for log in problem.logs] == [log]
 
 
 @pytest.mark.parametrize(("change", "problem"), [
