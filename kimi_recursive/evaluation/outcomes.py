@@ -57,7 +57,9 @@ class Statistic(StrEnum):
         if self is Statistic.BITS:
             mean, low, high = (x / math.log(2) for x in found)
             return mean, low, high
-        return (-loss.mean, -loss.high, -loss.low) if higher_is_better else found
+        if higher_is_better:  # 0.0 - x, since -x of 0 would be shown with a sign
+            return 0.0 - loss.mean, 0.0 - loss.high, 0.0 - loss.low
+        return found
 
 
 def compare_samples(
