@@ -115,9 +115,11 @@ def _pair(
         return None
     mine = [arm[s] for s in seeds]
     others = list(reference.values()) if shared else [reference[s] for s in seeds]
-    arm_step = mine[0]["inner_steps"] if arm_step is None else arm_step
-    step = others[0]["inner_steps"] if step is None else step
-    return Pair(name, mine, others, arm_step, step, seeds)
+    steps: tuple[int, int] = (
+        mine[0]["inner_steps"] if arm_step is None else arm_step,
+        others[0]["inner_steps"] if step is None else step,
+    )
+    return Pair(name, mine, others, *steps, seeds)
 
 
 def _compare(results: Path, pair: Pair) -> Comparison:
