@@ -97,14 +97,23 @@ def difference_cells(comparison: Comparison | None) -> list[str | None]:
     return [percent(mean), interval(low, high), comparison.verdict]
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """Each arm against each of its references: the table that answers whether recursion helps."""
+def comparison_table(comparisons: Sequence[Comparison], too_short: Sequence[str] = ()) -> Table:
+    """Each arm against each of its references: the table that answers whether recursion helps.
+
+    Args:
+        too_short: Stages that are not compared, because their training was too short.
+    """
     rows = [
         [c.arm, c.reference, ", ".join(map(str, c.seeds)), *difference_cells(c)]
         for c in comparisons
     ]
     columns = [Column("arm", NAME), Column("against", NAME), Column("seeds", TEXT), *DIFFERENCE]
     notes = [f"{c.reference}: {c.problem}" for c in comparisons if c.problem]
+    notes += [
+        f"{stage}: the training was not long enough. No step was better on validation than the "
+        "start, so there is no verdict."
+        for stage in too_short
+    ]
     compared = [c for c in comparisons if c.difference]
     if compared and compared[0].difference:
         steps = {c.arm: c.arm_step for c in compared}

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kimi_recursive.matrix.runs import Evaluation, Training, chain
+from kimi_recursive.matrix.runs import Evaluation, Training, chain, settings_of
 from kimi_recursive.matrix.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
@@ -68,7 +68,7 @@ def params_insert_cells(config: Config) -> dict[str, Any]:
 
 
 def params_train_phase(config: Config, run: Training) -> dict[str, Any]:
-    return config.variant(run.variant).training[run.phase].numeric()
+    return settings_of(config, run).numeric()
 
 
 def overrides(config: Config, run: Training) -> dict[str, Any]:

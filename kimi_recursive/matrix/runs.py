@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.training.arms import ARMS, PHASES, kind_of
+from kimi_recursive.training.settings import PhaseSettings
 
 if TYPE_CHECKING:  # Snakemake and the command line start without torch.
     from kimi_recursive.model.sidecar import Sidecar
@@ -150,6 +151,11 @@ def trainings(config: Config, variant: str = "") -> list[Training]:
 
 def _variant_trainings(config: Config) -> list[Training]:
     return [run for variant in config.variants for run in trainings(config, variant)]
+
+
+def settings_of(config: Config, run: Training) -> PhaseSettings:
+    """The settings of a training."""
+    return config.variant(run.variant).phase_settings(run.arm, run.phase)
 
 
 def repeated(config: Config) -> Training | None:

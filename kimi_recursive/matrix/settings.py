@@ -23,7 +23,7 @@ from kimi_recursive.layout import Layout
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.schema import schema_errors
 from kimi_recursive.text import WIDTH, cut, shown, unknown_key_message
-from kimi_recursive.training.arms import ARMS
+from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.settings import BaseSettings, PhaseSettings
 
 # Which part of `recursive` decides what; a rule depends only on the part that it reads.
@@ -144,9 +144,17 @@ class Config:
 
     def _decides(self, arm: str, phase: str) -> dict[str, Any]:
         """The settings that decide the numbers of an arm in a phase, but for its start."""
-        settings = self.training[phase].numeric() | {"recursive": None}
+        settings = self.phase_settings(arm, phase).numeric() | {"recursive": None}
         every = self.trained_with(phase) | settings
         return {key: value for key, value in every.items() if key not in ARMS[arm].unread}
+
+    def phase_settings(self, arm: str, phase: str) -> PhaseSettings:
+        """What an arm trains with in a phase. One that starts in a later phase makes up for the
+        steps of the phases before, so that the tokens of an arm are those of every other."""
+        settings, phases = self.training[phase], ARMS[arm].phases
+        missed = PHASES[: PHASES.index(phase)] if phase == phases[0] else ()
+        more = sum(self.training[p].num_steps for p in missed)
+        return dataclasses.replace(settings, num_steps=settings.num_steps + more)
 
     def recursive_part(self, *groups: tuple[str, ...]) -> dict[str, Any]:
         """The parameters of `recursive` in these groups."""

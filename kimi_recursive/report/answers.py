@@ -76,7 +76,11 @@ def summary_text(
         ],
         *([[QUESTION, *composition_lines(layout)]] if config.composition else []),
         ["Does zero-init preserve the base?", *zero_init_lines(matrix.proofs)],
-        ["Does recursion help?", *note, comparison_table(matrix.comparisons).to_text()],
+        [
+            "Does recursion help?",
+            *note,
+            comparison_table(matrix.comparisons, matrix.too_short).to_text(),
+        ],
         ["Is it efficient?", efficiency_table(matrix).to_text()],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
         ["Do the runs meet their criteria?", success_table(matrix, layout).to_text()],

@@ -15,21 +15,26 @@ from kimi_recursive.training.arms import ARMS, PHASES
 
 
 def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
-    """The recursive arm of each phase against the baseline, each control arm, its own first step,
-    and its own step 0 where training has moved the base away from the baseline.
+    """The recursive arm of each phase against the baseline, the phase before, each control arm, its
+    own first step, and its own step 0 where training has moved the base away from the baseline.
 
-    Each comparison covers the seeds that both sides have; a pair that shares no seed is left out.
+    Each comparison covers the seeds that both sides have; a pair that shares no seed is left out,
+    and so are the stages that `too_short` names.
     """
     by_stage: dict[str, dict[Any, Mapping[str, Any]]] = {}
+    short = too_short(rows)
     for row in rows:
-        if row["status"] == Status.OK:
+        if row["status"] == Status.OK and row["stage"] not in short:
             by_stage.setdefault(row["stage"], {})[row["seed"]] = row
     found = []
     for phase in PHASES:
         stages = [Training(arm, phase, 0, None).stage for arm in ARMS if phase in ARMS[arm].phases]
         arm = by_stage.get(stages[0], {})
         pairs: list[tuple[str, Mapping[Any, Mapping[str, Any]], int | None]]
-        pairs = [(stage, by_stage.get(stage, {}), None) for stage in ("baseline", *stages[1:])]
+        before = ARMS["recursive"].before(phase)
+        earlier = [Training("recursive", before, 0, None).stage] if before else []
+        references = ("baseline", *earlier, *stages[1:])
+        pairs = [(stage, by_stage.get(stage, {}), None) for stage in references]
         if arm and next(iter(arm.values()))["inner_steps"] > 1:
             pairs.append(("its own step 1", arm, 1))
         if phase != PHASES[0]:
@@ -38,6 +43,13 @@ def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Compa
             if pair := _compare(results, arm, name, reference, step):
                 found.append(pair)
     return found
+
+
+def too_short(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The stages whose training was not long enough: of some seed, no step was better on validation
+    than the start. Their evaluations would compare an earlier model under a later name."""
+    stages = [row["stage"] for row in rows if row.get("training") and row.get("best_step") == 0]
+    return list(dict.fromkeys(stages))
 
 
 def compare_with_baseline(

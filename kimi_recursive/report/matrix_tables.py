@@ -116,11 +116,6 @@ def cost_table(matrix: Matrix) -> Table:
             f"{row['mean_inner_steps']:.2f}", f"{row['evaluated_tokens_per_second']:,.0f}",
             f"{generated:,.1f}" if generated else None, row.get("best_step"),
         ])  # fmt: skip
-        if row["training"] and row["best_step"] == 0:
-            notes.append(
-                f"{row['name']}: no step was better on validation than the start, so the start is "
-                "shown."
-            )
     columns = [
         Column("evaluation", NAME), Column("trained parameters", NUMBER),
         Column("tokens trained", NUMBER), Column("training FLOP", NUMBER),

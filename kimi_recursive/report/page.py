@@ -104,7 +104,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "composition": composition_table(answer) if answer else None,
         "composition_figure": _composition_drawing(settings, layout),
         "zero_init": zero_init_lines(matrix.proofs),
-        "verdicts": comparison_table(matrix.comparisons),
+        "verdicts": comparison_table(matrix.comparisons, matrix.too_short),
         "verdict_figure": _verdict_drawing(matrix),
         "efficiency": efficiency,
         "success": success,

@@ -22,7 +22,7 @@ from kimi_recursive.matrix.runs import (
 )
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.processes.logs import logged_error
-from kimi_recursive.report.comparisons import compare_arms
+from kimi_recursive.report.comparisons import compare_arms, too_short
 from kimi_recursive.status import Status
 
 COLUMNS = (
@@ -78,6 +78,11 @@ class Matrix:
     @property
     def done(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["status"] == Status.OK]
+
+    @property
+    def too_short(self) -> list[str]:
+        """The stages whose training was not long enough to be compared."""
+        return too_short(self.rows)
 
     @property
     def baseline(self) -> dict[str, Any] | None:

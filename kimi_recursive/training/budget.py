@@ -59,8 +59,8 @@ class Budget:
 def match_flops(
     spec: PhaseSpec, wrapper: ChunkRefineWrapper, reference: RecursiveConfig, batch: Batch
 ) -> Budget:
-    """The steps that an arm takes: one of equal FLOPs those whose FLOPs are nearest to the recursive
-    arm's, every other arm those of the settings.
+    """The steps that an arm takes: those of the settings, or in an arm of equal FLOPs as many as
+    come nearest to the FLOPs of the recursive arm.
 
     Args:
         reference: The config of the recursive arm.

@@ -234,8 +234,9 @@ def chunk_losses(
     * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
 
     With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
-    base trains. With K = 0 the loss is the base's own, and the others are 0. With `recompute` the activations of an inner step live only while it runs: its
-    backward runs it again, and gives the same gradients.
+    base trains. With K = 0 the loss is the base's own, and the others are 0. With `recompute` the
+    activations of an inner step live only while it runs: its backward runs it again, and gives the
+    same gradients.
     """
     config, boundary = wrapper.config, wrapper.boundary
     assert boundary is not None, "recursion is enabled"

@@ -231,7 +231,8 @@ def test_a_partial_matrix_shows_what_is_there_and_the_logs_of_what_is_not(result
 DAMAGED = {
     "truncated": [
         "eval/after_surgery_results.json", "eval/finetuned_single_pass_documents.parquet",
-        "runs/single_pass_flops_b_s0/train_summary.json", "runs/single_pass_a_s0/train_logs.parquet",
+        "runs/single_pass_flops_b_s0/train_summary.json",
+        "runs/single_pass_a_s0/train_logs.parquet",
         "compare/zero_init.json", "compare/repeat.json", "base/train_logs.parquet",
         "track_b/references.parquet", "track_b/teacher/teacher.json",
         "track_b/students/*_s1/evaluation.parquet", "track_b/students/*_s2/logs/train_logs.parquet",

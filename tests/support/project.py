@@ -27,8 +27,9 @@ EXPECTED = [
     "summarize", "report",
 ]  # fmt: skip
 ARMS = ["recursive", "single_pass", "single_pass_flops"]
+VANILLA = ["vanilla", "vanilla_flops"]  # from phase b on
 PHASE_A = ["baseline", "after_surgery", *(f"finetuned_{arm}" for arm in ARMS)]
-STAGES = [*PHASE_A, *(f"finetuned_{arm}_b" for arm in ARMS)]
+STAGES = [*PHASE_A, *(f"finetuned_{arm}_b" for arm in [*ARMS, *VANILLA])]
 PHASE = {
     "num_steps": 6, "batch_size": 2, "context_length": 32, "warmup_steps": 1,
     "eval_interval": 3, "save_interval": 2, "num_validation_windows": 4,

@@ -11,7 +11,13 @@ from project import ROOT
 from kimi_recursive.evaluation.scores import summarize_scores
 from kimi_recursive.files import file_digest
 from kimi_recursive.matrix.expected import upstream
-from kimi_recursive.matrix.runs import evaluations, repeated, trainings, zero_init_name
+from kimi_recursive.matrix.runs import (
+    evaluations,
+    repeated,
+    settings_of,
+    trainings,
+    zero_init_name,
+)
 from kimi_recursive.matrix.settings import GENERATION_KEYS, MODEL_KEYS, TRAINING_KEYS, Config
 from kimi_recursive.track_b.evaluate import PRECISIONS
 from kimi_recursive.track_b.metrics import NDCG, RECALL
@@ -19,7 +25,10 @@ from kimi_recursive.track_b.sheet import select_experiments
 from kimi_recursive.training.arms import ARMS
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
-LOSS = {"recursive": 3.90, "single_pass": 3.9002, "single_pass_flops": 3.88}
+LOSS = {
+    "recursive": 3.90, "single_pass": 3.9002, "single_pass_flops": 3.88, "vanilla": 3.89,
+    "vanilla_flops": 3.87,
+}  # fmt: skip
 
 
 def shipped_config(**changes) -> dict:
@@ -45,7 +54,7 @@ def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
     by_key = {run.key: run for run in trainings(settings)}
     for run in evaluations(settings):
         arm = by_key[run.training].arm if run.training else None
-        last = 0 if run.seed is None else 1 if arm and arm.startswith("single_pass") else 2
+        last = last_step(arm) if run.seed is not None else 0
         depths = [0, 1, 2, 4] if run.stage == "finetuned_recursive" else list(range(last + 1))
         after = LOSS[arm] if arm else 3.93
         documents = make_documents(rng, depths, after, num_documents)
@@ -56,7 +65,9 @@ def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
         groups = (MODEL_KEYS, GENERATION_KEYS, TRAINING_KEYS)
         have = {} if run.seed is None else settings.recursive_part(*groups)
         if arm:
-            have |= settings.phase_overrides(by_key[run.training].phase) | ARMS[arm]
+            have |= settings.phase_overrides(by_key[run.training].phase) | dict(
+                ARMS[arm].parameters
+            )
         halting = {"mean_inner_steps": 1.25, "perplexity": 50.0, "num_chunks_by_step": [30, 10]}
         halting["num_chunks_by_step"] = halting["num_chunks_by_step"][:last]
         write_json(results / f"eval/{run.name}_results.json", {
@@ -98,6 +109,11 @@ def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
     return results
 
 
+def last_step(arm: str | None) -> int:
+    """The last inner step of an arm, or of untrained cells."""
+    return ARMS[arm].parameters.get("max_inner_steps", 2) if arm else 2
+
+
 def make_documents(rng, steps: list[int], after: float, num: int) -> pl.DataFrame:
     """Step 0 is the same for every run, and what is not trained has nothing else."""
 
@@ -116,15 +132,16 @@ def make_documents(rng, steps: list[int], after: float, num: int) -> pl.DataFram
 
 
 def make_training(folder: Path, config: dict, run, rng) -> None:
-    steps = config["training"][run.phase]["num_steps"]
     settings = Config.from_mapping(config)
+    trained = settings_of(settings, run)
+    steps = trained.num_steps
     have = settings.recursive_part(MODEL_KEYS, TRAINING_KEYS)
-    have |= settings.phase_overrides(run.phase) | ARMS[run.arm]
+    have |= settings.phase_overrides(run.phase) | dict(ARMS[run.arm].parameters)
     write_json(folder / "train_summary.json", {
         "arm": run.arm, "phase": run.phase, "seed": run.seed, "num_steps": steps,
         "training_flops": 2.7e12, "training_tokens": 1024 * steps,
         "num_trainable_parameters": 848_706, "best_step": steps,
-        "settings": config["training"][run.phase], "config": have, "versions": VERSIONS,
+        "settings": trained.to_mapping(), "config": have, "versions": VERSIONS,
     })  # fmt: skip
     end = 3.93 if (run.arm, run.phase) == ("single_pass", "b") else 3.9
     validation = [{"step": t, "validation_loss_step_2": 3.93} for t in (0, steps)]
@@ -134,7 +151,7 @@ def make_training(folder: Path, config: dict, run, rng) -> None:
         "training_params": {"phase": run.phase, "arm": run.arm, "seed": run.seed},
         "final_results": {"best_validation_loss": end, "validation": validation},
     })  # fmt: skip
-    last = f"validation_loss_step_{1 if run.arm.startswith('single_pass') else 2}"
+    last = f"validation_loss_step_{last_step(run.arm)}"
     write_parquet(folder / "train_logs.parquet", {
         "step": range(steps + 1), "tokens": [None, *(1024 * t for t in range(1, steps + 1))],
         "loss_final": [None, *(4 + rng.normal(0, 0.1, steps))],

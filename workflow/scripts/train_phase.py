@@ -5,7 +5,7 @@ from kimi_recursive.matrix.job import job
 with job(snakemake):
     from kimi_recursive.evaluation.zero_init import require_zero_init
     from kimi_recursive.layout import RunFolder
-    from kimi_recursive.matrix.runs import all_trainings
+    from kimi_recursive.matrix.runs import all_trainings, settings_of
     from kimi_recursive.matrix.settings import Config
     from kimi_recursive.processes.distributed import launch
     from kimi_recursive.training.phases import train_phase
@@ -21,7 +21,7 @@ with job(snakemake):
         PhaseSpec(
             phase=training.phase,
             # Also the settings that redo nothing.
-            settings=config.variant(training.variant).training[training.phase],
+            settings=settings_of(config, training),
             seed=snakemake.params.seed,
             arm=snakemake.params.arm,
             overrides=snakemake.params.recursive,
