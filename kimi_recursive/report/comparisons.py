@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.evaluation.bootstrap import compare_documents
+from kimi_recursive.evaluation.bootstrap import CONFIDENCE, compare_documents
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import Training
@@ -21,12 +21,7 @@ def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Compa
     Each comparison covers the seeds that both sides have; a pair that shares no seed is left out,
     and so are the stages that `too_short` names.
     """
-    by_stage: dict[str, dict[Any, Mapping[str, Any]]] = {}
-    short = too_short(rows)
-    for row in rows:
-        if row["status"] == Status.OK and row["stage"] not in short:
-            by_stage.setdefault(row["stage"], {})[row["seed"]] = row
-    found = []
+    by_stage, found = comparable(rows), []
     for phase in PHASES:
         stages = [Training(arm, phase, 0, None).stage for arm in ARMS if phase in ARMS[arm].phases]
         arm = by_stage.get(stages[0], {})
@@ -40,8 +35,19 @@ def compare_arms(results: Path, rows: Sequence[Mapping[str, Any]]) -> list[Compa
         if phase != PHASES[0]:
             pairs.append(("its own step 0", arm, 0))
         for name, reference, step in pairs:
-            if pair := _compare(results, arm, name, reference, step):
+            if pair := compare_stages(results, arm, name, reference, step):
                 found.append(pair)
+    return found
+
+
+def comparable(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[Any, Mapping[str, Any]]]:
+    """By stage and seed the rows that may be compared: those that are `ok`, and not of a stage that
+    `too_short` names."""
+    found: dict[str, dict[Any, Mapping[str, Any]]] = {}
+    short = too_short(rows)
+    for row in rows:
+        if row["status"] == Status.OK and row["stage"] not in short:
+            found.setdefault(row["stage"], {})[row["seed"]] = row
     return found
 
 
@@ -65,21 +71,27 @@ def compare_with_baseline(
         step: Inner step of these rows, by default their last.
     """
     arm = {row["seed"]: row for row in rows}
-    pair = _compare(results, arm, "baseline", {base["seed"]: base}, None, step)
+    pair = compare_stages(results, arm, "baseline", {base["seed"]: base}, None, step)
     assert pair is not None
     return pair
 
 
-def _compare(
+def compare_stages(
     results: Path,
     arm: Mapping[Any, Mapping[str, Any]],
     name: str,
     reference: Mapping[Any, Mapping[str, Any]],
-    step: int | None,
+    step: int | None = None,
     arm_step: int | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Comparison | None:
-    """One comparison of rows by seed: `step` is the inner step of the reference, `arm_step` that
-    of the arm, by default the last of each."""
+    """One comparison of rows by seed; None where there is no seed that both have.
+
+    Args:
+        name: Of the reference.
+        step, arm_step: Inner steps of the reference and of the arm, by default the last of each.
+        confidence: Of the interval.
+    """
     shared = name == "baseline"  # one run for all seeds
     seeds = [s for s in arm if reference and (shared or s in reference)]
     if not seeds:
@@ -96,6 +108,7 @@ def _compare(
             [documents_path(results, row) for row in mine],
             [documents_path(results, row) for row in others],
             *steps,
+            confidence,
         )
     except ValueError as error:
         return Comparison(*pair, problem=str(error))
