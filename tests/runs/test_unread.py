@@ -23,20 +23,21 @@ OTHER = {
     "own_draft_share": 0.0, "scheduled_sampling": 0.9, "lr": 1.0, "lr_heads": 1.0,
     "lr_feedback": 1.0, "feedback_only_steps": 2,
 }  # fmt: skip
-CONTROLS = {name: arm for name, arm in ARMS.items() if arm.kind != "recursive"}
-UNREAD = [(name, key) for name, arm in CONTROLS.items() for key in sorted(arm.unread)]
 BATCH = Batch.of_windows(random_ids(4, 17))
 
 
+def others(arm: str) -> dict:
+    """Another value for all that an arm does not read."""
+    return {key: OTHER[key] for key in ARMS[arm].unread}
+
+
 def objective(arm: str, parameters: dict, **changes) -> tuple[DraftRepair, dict]:
-    """The objective of an arm in the first phase that has adapters for it, and its optimizer."""
+    """The objective of an arm in the first phase that it has, and its learning rates."""
+    phase = ARMS[arm].phases[0]
     recursive = {k: v for k, v in changes.items() if k in RecursiveConfig().to_dict()}
-    phase = "b" if ARMS[arm].kind == "vanilla" else "a"
-    settings = SETTINGS[phase] | {k: v for k, v in changes.items() if k not in recursive}
-    if phase == "a":
-        settings.pop("scheduled_sampling", None)
-    settings = PhaseSettings.from_mapping(settings)
-    base = make_base("kimi").requires_grad_(False)
+    more = {k: v for k, v in changes.items() if k not in recursive}
+    settings = PhaseSettings.from_mapping(SETTINGS[phase] | more)
+    base = make_base("llama").requires_grad_(False)
     wrapper = perturb(make_wrapper(base, **{**recursive, **parameters}))
     groups = parameter_groups(wrapper, phase, settings, seed=0)
     rates = {g["name"]: g["lr"] for g in group_optimizer(groups, settings).param_groups}
@@ -52,23 +53,34 @@ def trained(arm: str, **changes) -> tuple[dict, dict, torch.Tensor]:
     return {k: p.grad for k, p in named if p.grad is not None}, rates, parts["loss_final"]
 
 
-@pytest.mark.parametrize(("arm", "key"), UNREAD)
-def test_a_key_that_an_arm_does_not_read_changes_no_gradient(arm, key):
-    before, after = trained(arm), trained(arm, **{key: OTHER[key]})
-    redrawn = "boundary." if key == "use_token_feedback" else "no such name"
-    mine, other = (
-        {k: g for k, g in x[0].items() if not k.startswith(redrawn)} for x in (before, after)
-    )
-    assert mine.keys() == other.keys() and any(g.any() for g in mine.values())
-    assert all(torch.equal(mine[name], other[name]) for name in mine)
+@pytest.mark.parametrize("arm", ["single_pass", "single_pass_flops", "vanilla", "vanilla_flops"])
+def test_what_an_arm_does_not_read_changes_no_gradient(arm):
+    before, changes = trained(arm), others(arm)
+    feedback = changes.pop("use_token_feedback", False)
+    after = trained(arm, **changes)
+    assert before[0].keys() == after[0].keys() and any(g.any() for g in before[0].values())
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     assert before[1] == after[1] and torch.equal(before[2], after[2])
+    if feedback:  # its boundary head is another draw
+        gradients, _, loss = trained(arm, use_token_feedback=True)
+        mine = [name for name in before[0] if not name.startswith("boundary.")]
+        assert mine and all(torch.equal(before[0][name], gradients[name]) for name in mine)
+        assert torch.equal(before[2], loss)
 
 
-@pytest.mark.parametrize(("arm", "key"), [one for one in UNREAD if ARMS[one[0]].equal_flops])
-def test_a_key_that_an_arm_of_equal_flops_does_not_read_changes_no_flops_of_the_loop(arm, key):
+@pytest.mark.parametrize("arm", ["single_pass_flops", "vanilla_flops"])
+def test_what_an_arm_of_equal_flops_does_not_read_changes_no_flops_of_the_loop(arm):
     """The arm takes as many steps as cost what the loop costs."""
     flops = [
-        cumulative_training_flops(objective(arm, {}, **changes)[0], BATCH, 3)
-        for changes in ({}, {key: OTHER[key]})
+        cumulative_training_flops(objective(arm, {}, **changes)[0], BATCH, 1)
+        for changes in ({}, others(arm))
     ]
     assert flops[0] == flops[1]
+
+
+def test_what_decides_the_flops_of_the_loop_reaches_the_arms_of_equal_flops():
+    before = cumulative_training_flops(objective("vanilla_flops", {})[0], BATCH, 1)
+    for key in ("backprop_steps", "d_state"):
+        found, _ = objective("vanilla_flops", {}, **{key: OTHER[key]})
+        assert cumulative_training_flops(found, BATCH, 1) != before, key
+        assert all(key not in ARMS[arm].unread for arm in ARMS if ARMS[arm].equal_flops)

@@ -39,8 +39,7 @@ def ranking(layout: Layout, config: dict = CONFIG) -> Ranking:
 
 def test_the_best_comes_first_with_intervals_that_know_how_many_were_tried(layout):
     found = ranking(layout)
-    assert [one.name for one in found.ranked][0] == "deep"
-    assert [one.name for one in found.ranked][-1] == "feedback"
+    assert found.ranked[0].name == "deep" and found.ranked[-1].name == "feedback"
     assert found.phase == "b" and found.num_tried == 4 and not found.absent
     assert found.confidence == pytest.approx(1 - 0.05 / 4)
     by_name = {one.name: one for one in found.ranked}
