@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,15 @@ def panels(
     return figure, row
 
 
-def legend(axes: Any, **options: Any) -> None:
-    """A legend without a frame, where anything has a label."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, **options)
+def legend(axes: Any, row: Sequence[Any] = (), **options: Any) -> None:
+    """A legend without a frame, where anything has a label.
+
+    Args:
+        row: All axes whose labels it explains; by default its own.
+    """
+    handles: dict[str, Any] = {}
+    for one in row or [axes]:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        axes.legend(handles.values(), handles.keys(), frameon=False, **options)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
 
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 
 
-def flop_counter() -> FlopCounterMode:
-    """Torch's, and the grouped product of experts, which it does not count: 2 a multiply-add."""
+@functools.cache
+def _formulas() -> Mapping[Any, Callable[..., int]]:
+    """Torch's formula of each operator, and those of the grouped product of experts, which torch
+    does not count: 2 a multiply-add."""
 
     def grouped(a, b, *_args, **_kwargs) -> int:
         return 2 * math.prod(a) * b[-1]
@@ -28,14 +32,44 @@ def flop_counter() -> FlopCounterMode:
         ops.grouped_mm_fallback: grouped,
         ops.grouped_mm_fallback_backward: grouped_backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    return FlopCounterMode(display=False, custom_mapping=formulas).flop_registry
+
+
+@functools.cache
+def _decomposes(operator: Any) -> bool:
+    """Whether an operator is made of others, which are counted in its place."""
+    return operator is not torch.ops.prim.device.default and operator._can_decompose()
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside the block as torch's `FlopCounterMode` does, but not by
+    module, which takes torch most of the time of a small model.
+
+    Attributes:
+        total: The FLOPs so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _decomposes(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        formula = _formulas().get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 def count_flops(call: Callable[[], Any]) -> int:
     """FLOPs of what `call` runs, 2 for each multiply-add; elementwise work is not counted."""
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         call()
-    return counter.get_total_flops()
+    return counter.total
 
 
 @torch.no_grad()

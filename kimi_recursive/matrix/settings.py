@@ -278,7 +278,10 @@ def _check_recursive(values: Mapping[str, Any]) -> list[str]:
     config = RecursiveConfig.from_dict({**values, "recursive_enabled": True})
     if fixed := [key for key in STAGE_KEYS if key in values]:
         return [f"recursive: {key} is set by the stage, leave it out" for key in fixed]
-    return [f"recursive: {error}" for error in config.validate()]
+    errors = config.validate()
+    if config.max_inner_steps == 0:
+        errors.append("max_inner_steps must be at least 1 in a matrix, got 0")
+    return [f"recursive: {error}" for error in errors]
 
 
 def _check_together(config: Mapping[str, Any]) -> Iterator[str]:

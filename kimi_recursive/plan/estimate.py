@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import moe
 
-from kimi_recursive.evaluation.flops import count_flops, flop_counter
+from kimi_recursive.evaluation.flops import FlopCounter, count_flops
 from kimi_recursive.evaluation.scores import check_lengths
 from kimi_recursive.kimi import kda
 from kimi_recursive.kimi.switch import install_fast_kda
@@ -221,14 +221,14 @@ def _measure(
     """Peak memory and FLOPs of a call. `apart` calls twice: the counter of FLOPs keeps what a
     backward pass computes again."""
     with PeakMemory(wrapper.parameters()) as memory, ExitStack() as stack:
-        flops = flop_counter()
+        flops = FlopCounter()
         if not apart:
             stack.enter_context(flops)
         call()
     if apart:
         with flops:
             call()
-    return {"peak_bytes": memory.peak, "flops": flops.get_total_flops()}
+    return {"peak_bytes": memory.peak, "flops": flops.total}
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

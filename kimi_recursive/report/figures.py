@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from kimi_recursive.drawing import COLOURS, LINES, MARKERS, legend, panels, save_png
 from kimi_recursive.files import read_json_object
 from kimi_recursive.matrix.comparison import Comparison
-from kimi_recursive.matrix.runs import TRAINED_STAGES
+from kimi_recursive.matrix.runs import TRAINED_STAGES, Training
 from kimi_recursive.report.composition import BASE, CHAIN_OF_THOUGHT, UNSEEN
 from kimi_recursive.report.curves import Curve, validation_column
 from kimi_recursive.training.arms import ARMS, PHASES
@@ -33,7 +33,8 @@ ARM_LOOKS = {
     arm: {"color": COLOURS[number], "marker": MARKERS[number]}
     for number, arm in enumerate(ARMS, start=1)
 }
-ARM_LINES = dict(zip(ARM_LOOKS, LINES, strict=False))  # the last is for runs that are not finished
+# The last line is for runs that are not finished.
+ARM_LINES = dict(zip(ARM_LOOKS, cycle(LINES[:-1]), strict=False))
 MOST_POINTS = 25
 
 
@@ -93,7 +94,7 @@ def draw_training(curves: Sequence[Curve]) -> Figure:
             axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("validation loss, nats per token")
     grid[1][0].set_ylabel("training loss, nats per token")
-    legend(grid[0][0])
+    legend(grid[0][0], grid[0])
     return figure
 
 
@@ -178,7 +179,7 @@ def draw_perplexity_by_step(found: Sequence[Mapping[str, Any]]) -> Figure:
             level = result["by_step"][0]["perplexity"]
             axes.axhline(level, color=COLOURS[0], linestyle="--", label="baseline", zorder=1)
         for arm, look in ARM_LOOKS.items():
-            stage = next(t.stage for t in TRAINED_STAGES if (t.arm, t.phase) == (arm, phase))
+            stage = Training(arm, phase, 0, None).stage
             for i, result in enumerate(by_stage.get(stage, [])):
                 x = [step["step"] for step in result["by_step"]]
                 y = [step["perplexity"] for step in result["by_step"]]
@@ -189,7 +190,7 @@ def draw_perplexity_by_step(found: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_title(f"phase {phase}")
         axes.xaxis.get_major_locator().set_params(integer=True)
     row[0].set_ylabel("perplexity on held-out documents")
-    legend(row[0])
+    legend(row[0], row)
     figure.supxlabel(
         "inner steps (0: the base, which trains from phase b on; open: beyond the trained depth)",
         size=10,
@@ -219,7 +220,9 @@ def draw_composition(accuracy: pl.DataFrame) -> Figure:
     left.set_ylabel("exact answers, %")
     left.set_xticks(sorted(set(mean.filter(pl.col("arm") == "recursive")["step"])))
     legend(left, title="facts needed")
-    for number, arm in enumerate([*ARMS, BASE, CHAIN_OF_THOUGHT]):
+    present = set(mean["arm"])
+    arms = [arm for arm in (*ARMS, BASE, CHAIN_OF_THOUGHT) if arm in present]
+    for number, arm in enumerate(arms):
         mine = mean.filter(pl.col("arm") == arm)
         if arm == "recursive":  # each question at the first step that can answer it
             mine = mine.filter(pl.col("step") == pl.col("hops") - 1)

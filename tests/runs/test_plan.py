@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -88,8 +89,13 @@ def test_a_step_needs_what_was_planned(config, planned, phase):
     [("gradient_accumulation_steps", 2, 1.0), ("gradient_checkpointing", True, 1.2)],
 )
 def test_the_plan_knows_what_saves_memory(config, planned, key, value, more_flops):
-    settings = config["training"] | {"a": config["training"]["a"] | {key: value}}
-    found = plan({**config, "phases": ["a"], "training": settings})["runs"]["a"]
+    base_config, dtype = base_shape(config)
+    settings = Config.from_mapping(config)
+    changed = replace(settings.training["a"], **{key: value})
+    recursive = {**settings.recursive_part(MODEL_KEYS), **settings.phase_overrides("a")}
+    with plan_module._fake(dtype):
+        wrapper = plan_module._wrapper(base_config, dtype, {**recursive, "recursive_enabled": True})
+        found = plan_module._training(wrapper, "a", changed)
     usual = planned["runs"]["a"]
     assert found["peak_bytes"] < 0.8 * usual["peak_bytes"]
     assert found["tokens"] == usual["tokens"]

@@ -10,7 +10,7 @@ import yaml
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix import expected
 from kimi_recursive.matrix.artefacts import matrix_artefacts
-from kimi_recursive.matrix.runs import all_evaluations, all_trainings
+from kimi_recursive.matrix.runs import all_evaluations, all_trainings, settings_of
 from kimi_recursive.matrix.settings import Config, read_schema
 from kimi_recursive.training.settings import Architecture, LoraSettings
 
@@ -128,7 +128,8 @@ def test_the_repeat_comes_and_goes_with_its_own_files_and_redoes_no_other_run():
 def recorded_training(config: Config, run) -> dict:
     """What a training writes down: all settings, the neutral ones too."""
     (recursive, _) = expected.for_training(config, run)
-    record = {"config": recursive.want, "settings": DEFAULT["training"][run.phase]}
+    settings = settings_of(config, run).to_mapping()
+    record = {"config": recursive.want, "settings": settings}
     return json.loads(json.dumps(record))
 
 
