@@ -223,8 +223,10 @@ def _check_variants(config: Mapping[str, Any]) -> Iterator[str]:
                 lines = [f"variants.{name}.{line}" for line in str(error).splitlines()]
         sound = sound and not lines
         yield from lines
-    typed = Config.from_mapping(config) if sound else None
-    for name in typed.variants if typed else ():
+    if not sound:
+        return
+    typed = Config.from_mapping(config)
+    for name in typed.variants:
         same = typed.origins[name, "recursive", typed.phases[-1]]
         if same != name:
             as_which = f"variants.{same} does" if same else "it is trained without the variant"
