@@ -77,14 +77,14 @@ def panels(
     return figure, row
 
 
-def legend(axes: Any, row: Sequence[Any] = (), **options: Any) -> None:
+def legend(axes: Any, row: Sequence[Any] | None = None, **options: Any) -> None:
     """A legend without a frame, where anything has a label.
 
     Args:
         row: All axes whose labels it explains; by default its own.
     """
     handles: dict[str, Any] = {}
-    for one in row or [axes]:
+    for one in [axes] if row is None else row:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:

@@ -191,8 +191,9 @@ def compare(
     from kimi_recursive.records import query
 
     wanted = query.Filter(domain=domain, type=type_, where=_where(where))
-    rows = query.compare(log, by, metric or [query.default_metric(log)], wanted)
-    _print_table(rows.columns, 1, rows.iter_rows(), as_json)
+    found = query.compare(log, by, metric or [query.default_metric(log)], wanted)
+    _warn(log, found.problems)
+    _print_table(found.rows.columns, 1, found.rows.iter_rows(), as_json)
 
 
 @app.command()
@@ -223,8 +224,9 @@ def plot(
 
     metric = metric or query.default_metric(log)
     wanted = query.Filter(domain=domain, type=type_, where=_where(where))
-    num_runs = views.plot_progress(log, metric, wanted, output)
-    typer.echo(f"wrote {output}: {metric} of {num_runs} runs")
+    shown = views.plot_progress(log, metric, wanted, output)
+    _warn(log, shown.problems)
+    typer.echo(f"wrote {output}: {metric} of {shown.rows.height} runs")
 
 
 @app.command()

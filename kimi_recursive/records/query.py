@@ -111,18 +111,17 @@ def best(path: str | Path, wanted: Filter, lowest: bool) -> Table:
     return Table(rows, table.problems)
 
 
-def compare(
-    path: str | Path, by: str, metrics: Sequence[str], wanted: Filter = Filter()
-) -> pl.DataFrame:
+def compare(path: str | Path, by: str, metrics: Sequence[str], wanted: Filter = Filter()) -> Table:
     """Statistics of each metric over the runs grouped by a field.
 
     Returns: a row for each value of the field (`none` for records without it) and metric. Columns:
         the field, metric, num_runs, and of the runs that have the metric mean, std (of a sample),
         best, and best run.
     """
-    parts = []
+    parts, problems = [], []
     for metric in metrics:
-        rows = select(path, wanted, [by], [metric]).rows
+        found = select(path, wanted, [by], [metric])
+        rows, problems = found.rows, [*problems, *found.problems]
         pick = pl.col(metric).arg_min() if is_lower_better(metric) else pl.col(metric).arg_max()
         parts.append(
             rows.group_by(pl.col(by).fill_null("none")).agg(
@@ -134,4 +133,4 @@ def compare(
                 pl.col("run_id").get(pick).alias("best run"),
             )
         )
-    return pl.concat(parts).sort(by, "metric")
+    return Table(pl.concat(parts).sort(by, "metric"), tuple(dict.fromkeys(problems)))

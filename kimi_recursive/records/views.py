@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from kimi_recursive.files import replacing
+from kimi_recursive.records import table
 from kimi_recursive.records.kinds import TRAINING_LOG, Kind, find, get, number, parse_time
 from kimi_recursive.records.query import Filter, is_lower_better, select
 from kimi_recursive.tables import Column, Table
@@ -77,18 +78,20 @@ def _notes(record: Mapping[str, Any]) -> str:
     return cut(" ".join(str(text).split()), 53)
 
 
-def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -> int:
+def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -> table.Table:
     """Plot a metric over time: a line for each experiment type, and dashed the best so far.
 
-    Returns: the number of runs in the figure.
+    Returns: the runs in the figure.
 
     Raises:
         ValueError: the file is not a log, the field is unknown, or no run has a number and a time.
     """
-    rows = select(path, replace(wanted, metric=metric)).rows
+    found = select(path, replace(wanted, metric=metric))
+    rows = found.rows
     rows = rows.with_columns(time=times()).drop_nulls("time").sort("time", maintain_order=True)
     if rows.is_empty():
-        raise ValueError(f"{path}: no record has both a number in '{metric}' and a time")
+        why = "; ".join(found.problems) or f"no record has both a number in '{metric}' and a time"
+        raise ValueError(f"{path}: {why}")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,4 +117,4 @@ def plot_progress(path: str | Path, metric: str, wanted: Filter, output: Path) -
     with replacing(output) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
-    return rows.height
+    return table.Table(rows, found.problems)

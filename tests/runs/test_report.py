@@ -72,7 +72,7 @@ def problems(page: Page) -> dict[str, tuple[str, str]]:
 
 def test_verdicts_come_first_with_interval_and_word(whole, made):
     matrix = read_matrix(Config.from_mapping(CONFIG), Layout(made))
-    assert len(matrix.comparisons) == 14
+    assert len(matrix.comparisons) == 20
     for stage in ("finetuned_recursive", "finetuned_recursive_b", "finetuned_recursive_c"):
         pairs = [pair for pair in matrix.comparisons if pair.arm == stage]
         rows = [row[1:] for row in whole.rows(COMPARED) if row[0] == stage]
@@ -102,7 +102,7 @@ def test_it_opens_with_a_sentence_for_each_question_and_one_picture(whole, tmp_p
         "2: cannot miss it, as K is 2); with all of them, a token costs 1.00x the baseline's FLOPs."
     )
     assert "trained and evaluated twice" in same
-    assert "refinement_training: validation_loss, met by 8 of 9 runs" in met
+    assert "refinement_training: validation_loss, met by 12 of 13 runs" in met
     first = [e["tag"] for e in whole.elements if e["tag"] in ("dl", "svg", "table")][:3]
     assert first == ["dl", "svg", "table"], "the picture's numbers are behind it, folded"
     answers = [e["text"] for e in report(tmp_path / "results").all("dd")]
@@ -195,9 +195,9 @@ def test_students_stand_beside_the_references(whole):
 
 def test_nothing_there_is_a_report_that_says_so(tmp_path):
     page = report(tmp_path / "results")
-    assert "0 of 11 expected evaluations are there" in page.text
+    assert "0 of 15 expected evaluations are there" in page.text
     found = problems(page)
-    assert len(found) == 1 + 11 + 1 + 12
+    assert len(found) == 1 + 15 + 1 + 12
     assert {status for status, _ in found.values()} == {"missing", "missing_logs"}
     assert not page.all("svg")
 
@@ -313,7 +313,7 @@ def test_an_unfinished_run_has_a_curve_and_one_of_other_settings_has_none(odd):
 def test_what_differs_between_runs_is_visible(whole, odd):
     trainings = whole.rows("Trainings: what differs")
     assert [row[0] for row in trainings][:2] == ["recursive_a_s0", "single_pass_a_s0"]
-    shared = dict(whole.rows("Trainings: the same for all 10 runs"))
+    shared = dict(whole.rows("Trainings: the same for all 14 runs"))
     assert shared["settings.lr_schedule"] == "linear" and "settings.lr" not in shared
     assert dict(whole.rows("Versions: the same"))["torch"] == "2.13.0"
     assert not whole.rows("Versions: what differs")

@@ -49,8 +49,8 @@ def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
     matrix = read_matrix(Config.from_mapping(config), layout)
     table = success_table(matrix, layout)
     training, evaluation = table.rows
-    assert training == ["refinement_training: validation_loss", "5 of 6 runs"]
-    assert evaluation == ["refinement_evaluation: perplexity", "6 of 6 runs"]
+    assert training == ["refinement_training: validation_loss", "7 of 8 runs"]
+    assert evaluation == ["refinement_evaluation: perplexity", "8 of 8 runs"]
     assert table.notes == [f"{training[0]} (below 0) is not met by single_pass_b_s0 (0)."]
     assert table.to_text() in summary_text(matrix, Config.from_mapping(config), layout)
     [*shown, students] = report(layout.folder, config).rows(table.caption)

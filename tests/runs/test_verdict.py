@@ -17,7 +17,7 @@ from kimi_recursive.model.cells import RefineCell
 from kimi_recursive.report.answers import repeat_lines
 from kimi_recursive.report.figures import plot_perplexity_by_step
 from kimi_recursive.report.summary import _read_repeat
-from kimi_recursive.training.arms import ARMS, SINGLE_PASS
+from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.budget import cumulative_training_flops, steps_for_flops
 from kimi_recursive.training.objective import DraftRepair
@@ -27,7 +27,7 @@ from kimi_recursive.training.objective import DraftRepair
 
 def test_the_single_pass_arm_has_the_same_parameters_and_starts_as_the_base():
     recursive = make_wrapper(make_base("kimi"))
-    single_pass = make_wrapper(make_base("kimi"), **SINGLE_PASS)
+    single_pass = make_wrapper(make_base("kimi"), **ARMS["single_pass"].parameters)
     mine, other = (w.cells_state_dict() for w in (recursive, single_pass))
     assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
     logits = single_pass.step_logits(random_ids(2, 8))
@@ -37,7 +37,7 @@ def test_the_single_pass_arm_has_the_same_parameters_and_starts_as_the_base():
 @torch.no_grad()
 def test_the_single_pass_arm_gets_nothing_from_another_pass():
     """Its pass is the same whatever step 0 or an earlier step left behind."""
-    wrapper = perturb(make_wrapper(make_base("kimi"), **SINGLE_PASS))
+    wrapper = perturb(make_wrapper(make_base("kimi"), **ARMS["single_pass"].parameters))
     chunk = next(wrapper.chunks(random_ids(2, 8)))
     first = wrapper.refine(chunk)
     assert (first.logits - chunk.logits).abs().max() > 1e-2
@@ -48,8 +48,8 @@ def test_the_single_pass_arm_gets_nothing_from_another_pass():
 
 def test_arms_of_a_seed_see_the_same_chunks_and_corruption():
     seen = {}
-    for arm, changes in ARMS.items():
-        wrapper = make_wrapper(make_base("kimi"), **changes)
+    for arm in ("recursive", "single_pass", "single_pass_flops"):
+        wrapper = make_wrapper(make_base("kimi"), **ARMS[arm].parameters)
         refine, seen[arm] = wrapper.refine, []
 
         def record(chunk, ids=None, arm=arm, call=refine):
@@ -146,7 +146,9 @@ def test_forward_flops_grow_with_the_steps_and_leave_the_base_out_of_one_pass():
         forward_flops_per_token(make_wrapper(make_base("kimi"), max_inner_steps=k), ids)
         for k in (1, 3)
     )
-    single = forward_flops_per_token(make_wrapper(make_base("kimi"), **SINGLE_PASS), ids)
+    single = forward_flops_per_token(
+        make_wrapper(make_base("kimi"), **ARMS["single_pass"].parameters), ids
+    )
     assert three - base == pytest.approx(3 * (one - base))
     assert single == pytest.approx(one - base) and single > base
 

@@ -121,14 +121,14 @@ def last_step(arm: str | None, depth: int = 2) -> int:
 
 
 def make_documents(rng, steps: list[int], after: float, num: int) -> pl.DataFrame:
-    """Step 0 is the same for every run, and what is not trained has nothing else."""
+    """Step 0 is the same for every run with cells, and what is not trained has nothing else."""
 
     def noise() -> float:
         return rng.normal(0, 0.1) if after != 3.93 else 0.0
 
     rows = [
         (f"document {i}", step, 100, 393 + 20 * np.sin(i), 27)
-        if step == 0
+        if step == 0 and len(steps) > 1
         else (f"document {i}", step, 100, 100 * after + 20 * np.sin(i) + noise(), 27)
         for step in steps
         for i in range(num)

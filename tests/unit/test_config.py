@@ -157,7 +157,11 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
     ("path", "value", "error"),
     [
         ("recursive.chunk_widht", 64, "did you mean 'chunk_width'?"),
-        ("recursive.max_inner_steps", 0, "recursive: max_inner_steps must be at least 1 in a matrix"),
+        (
+            "recursive.max_inner_steps",
+            0,
+            "recursive: max_inner_steps must be at least 1 in a matrix",
+        ),
         ("recursive.layers_to_refine", [4], "recursive.layers_to_refine: [4] out of range; the"),
         ("recursive.single_pass", True, "recursive: single_pass is set by the stage"),
         ("training.a.context_length", 100, "must be a multiple of recursive.chunk_width (64)"),

@@ -77,13 +77,15 @@ def test_the_best_run_has_not_failed_and_losses_are_lowest(log):
 
 
 def test_runs_are_compared_by_any_field(log):
-    rows = compare(log, "hyperparameters.fusion_mode", ["best_val_accuracy"], Filter("planning"))
+    rows = compare(
+        log, "hyperparameters.fusion_mode", ["best_val_accuracy"], Filter("planning")
+    ).rows
     by = {row["hyperparameters.fusion_mode"]: row for row in rows.to_dicts()}
     equal = by["equal"]
     assert (equal["num_runs"], equal["best"], equal["best run"]) == (2, 0.7, "equal_2")
     assert equal["mean"] == pytest.approx(0.65) and equal["std"] == pytest.approx(0.1 / 2**0.5)
     assert by["learned"]["num_runs"] == 1 and by["none"]["num_runs"] >= 3
-    by_status = compare(log, "status", ["best_val_accuracy"], Filter("planning")).to_dicts()
+    by_status = compare(log, "status", ["best_val_accuracy"], Filter("planning")).rows.to_dicts()
     counts = {row["status"]: row["num_runs"] for row in by_status}
     assert counts["failed"] == counts["running"] == 1
 
@@ -250,8 +252,13 @@ def test_a_value_that_no_record_has_is_said_with_the_nearest(tmp_path, monkeypat
         ),
         ("--status", "complete", "no record has the status 'complete'; did you mean 'completed'?"),
     ):
-        assert call(monkeypatch, "log", "query", log, option, value) == 0
-        assert said in capsys.readouterr().err
+        commands = ("query", "compare") if option != "--status" else ("query",)
+        for command in commands:
+            assert call(monkeypatch, "log", command, log, option, value) == 0
+            assert said in capsys.readouterr().err
+        if option == "--domain":
+            assert call(monkeypatch, "log", "plot", log, option, value) == 2
+            assert said in capsys.readouterr().err
     append_records(log, [training("none", domain="causal")])
     assert call(monkeypatch, "log", "query", log, "--domain", "causal", "--failed") == 0
     assert "no record has" not in capsys.readouterr().err, "nothing is misspelt"
