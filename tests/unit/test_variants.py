@@ -32,6 +32,7 @@ VARIANTS = {
     },
     "rate": {"training": {"b": {"lr": 1e-3}}},
     "lora": {"training": {"b": {"lr_lora": 1e-3, "log_interval": 7}}},
+    "early": {"training": {"a": {"lr": 1e-3}}},
 }
 
 
@@ -79,10 +80,18 @@ def test_a_variant_trains_what_reads_the_difference_and_shares_the_rest():
         "feedback": {"recursive_a", "recursive_b"} | flops,
         "rate": {"recursive_b", "single_pass_b", "single_pass_flops_b"},
         "lora": {f"{arm}_b" for arm in ARMS},
+        "early": {
+            f"{arm}_{phase}"
+            for arm in ("recursive", "single_pass", "single_pass_flops")
+            for phase in "ab"
+        },
     }
     for name, runs in trained.items():
         assert keys(config, name) == {f"{run}_s{seed}" for run in runs for seed in (0, 3)}, name
+    longer = with_variants({"longer": {"training": {"a": {"num_steps": 150}}}})
+    assert {"vanilla_b_s0", "recursive_b_s0"} <= keys(longer, "longer"), "vanilla makes up for it"
     runs = all_trainings(config)
+    assert runs["recursive_b_s0-early"].parent == "recursive_a_s0-early"
     assert runs["recursive_b_s3-deep"].parent == "recursive_a_s3-deep"
     assert runs["recursive_b_s0-rate"].parent == "recursive_a_s0", "the phase a of the config"
     assert runs["vanilla_b_s0-lora"].parent is None
