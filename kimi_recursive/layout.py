@@ -118,6 +118,7 @@ class StudentFolder(Folder):
     summary = _at("logs/train_summary.json")
     best = _at("checkpoints/student_best.safetensors")
     scores = _at("evaluation.parquet")
+    published = _at("published")
     work = Part("work", WorkFolder)
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor
 from kimi_recursive.files import (
     NUMERICS_VERSION,
     file_digest,
+    read_json_object,
     read_safetensors,
     versions,
     write_json,
@@ -26,6 +27,7 @@ from kimi_recursive.files import (
 )
 from kimi_recursive.layout import StudentFolder
 from kimi_recursive.processes.signals import stop_signals
+from kimi_recursive.published import REPUBLISHED, Published
 from kimi_recursive.track_b.evaluate import score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL, score_vectors
 from kimi_recursive.track_b.neighbours import Floats
@@ -55,7 +57,8 @@ def train_student(
     run_dir: str | Path,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Train a student in its run directory; an interrupted run resumes.
+    """Train a student in its run directory; an interrupted run resumes, and a finished one of the
+    same settings and inputs is not trained again, with or without `work/`.
 
     If a batch does not fit in memory, it is halved, and the run resumes from its last checkpoint.
 
@@ -84,6 +87,13 @@ def train_student(
         "neighbours": truth.digest(train, settings),
         "numerics": NUMERICS_VERSION,
     }
+    files = StudentFolder(run_dir)
+    outputs = (*files.outputs, files.summary, files.log_lines)
+    published = Published(files.published, outputs, fingerprint)
+    if published.fits():
+        published.restore()
+        print(f"{name}: {REPUBLISHED} {published.folder}", file=sys.stderr)
+        return read_json_object(files.summary)
     paths = {"teacher": teacher_dir, "neighbours": neighbours_path}
     facts = {"seed": seed, "hyperparameters": dict(settings), "versions": versions()}
     queries = {split: len(rows) for split, rows in truth.queries.items()}
@@ -94,7 +104,7 @@ def train_student(
     )
     params = {"seed": seed, **settings} | ({"quick": True} if is_quick(settings) else {})
     with (
-        WorkDirectory(StudentFolder(run_dir).work.folder, fingerprint) as work,
+        WorkDirectory(files.work.folder, fingerprint) as work,
         _ended(run_dir, facts, work) as summary,
         ExperimentTracker(work.path, name, about, None, params, paths, dataset) as tracker,
     ):
@@ -102,9 +112,9 @@ def train_student(
         start = partial(StudentTask, settings, seed, vectors, truth, run_dir, work.checkpoints)
         task, result = _fit(start, work, tracker, name)
         student = task.student
-        student.save(StudentFolder(run_dir).best)
+        student.save(files.best)
         scores = score_all("student", student.encode(vectors["all"]), truth)
-        write_parquet(StudentFolder(run_dir).scores, scores)
+        write_parquet(files.scores, scores)
         write_logs(run_dir, result.logs)
         last = result.logs.row(-1, named=True)
         results = {"best_step": result.best_step, f"best_{RECALL}": result.best_metric}
@@ -113,6 +123,7 @@ def train_student(
         results["batch_size"] = task.settings["batch_size"]
         tracker.finish(results)
         summary |= results
+    published.keep()
     return summary
 
 

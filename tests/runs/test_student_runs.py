@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_other_hyperparameters_start_afresh_other_intervals_do_not(teacher, tmp_
     run(teacher, tmp_path, V1)
     capsys.readouterr()
     run(teacher, tmp_path, V1, save_every=6)
-    assert "resumed at step 12" in capsys.readouterr().err
+    assert "was trained before" in capsys.readouterr().err
     run(teacher, tmp_path, V1, tau=0.2)
     assert "starting afresh, settings.tau changed" in capsys.readouterr().err
 
@@ -209,7 +210,7 @@ def test_neighbours_found_for_others_too_do_not_train_again(teacher, tmp_path, c
     (tmp_path / "teacher").symlink_to(teacher / "teacher")
     capsys.readouterr()
     run(tmp_path, tmp_path, V1)
-    assert "resumed at step 12" in capsys.readouterr().err
+    assert "was trained before" in capsys.readouterr().err
     run(tmp_path, tmp_path, V1, threshold=0.5)
     assert "starting afresh, neighbours, settings.threshold changed" in capsys.readouterr().err
 
@@ -219,3 +220,18 @@ def test_bf16_is_close(teacher, tmp_path, values):
     a, b = (run(teacher, tmp_path / amp, values, amp=amp, steps=30) for amp in ("none", "bf16"))
     assert a["final_loss"] != b["final_loss"]
     assert a["final_loss"] == pytest.approx(b["final_loss"], rel=0.1)
+
+
+def test_a_finished_student_is_not_trained_again_without_its_work(teacher, tmp_path, capsys):
+    first = run(teacher, tmp_path, V1)
+    best = (tmp_path / "run/checkpoints/student_best.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/work")
+    for part in ("logs", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / part)
+    assert run(teacher, tmp_path, V1) == first, (
+        "also its id and its times: one training, one record"
+    )
+    assert "was trained before with the same settings" in capsys.readouterr().err
+    assert (tmp_path / "run/checkpoints/student_best.safetensors").read_bytes() == best
+    assert not (tmp_path / "run/work").exists()
+    assert run(teacher, tmp_path, V1, seed=1)["started_at"] != first["started_at"]

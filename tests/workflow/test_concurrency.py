@@ -121,3 +121,12 @@ def test_the_slurm_profile_sends_to_the_gpu_what_the_rules_say():
     assert {entry.split(":")[0] for entry in asked} <= rules.keys()
     on_gpu = {entry.split(":")[0] for entry in asked if ":gpu=1" in entry}
     assert on_gpu == {name for name, body in rules.items() if "gpu=" in body}
+
+
+def test_after_a_kill_the_message_names_make_unlock(tmp_path):
+    command = ["make", "-f", ROOT / "Makefile", "unlocked"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0, "no lock, no message"
+    (tmp_path / ".snakemake/locks").mkdir(parents=True)
+    (tmp_path / ".snakemake/locks/0.input.lock").touch()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "after a kill: make unlock" in done.stderr
