@@ -89,10 +89,12 @@ def rank_variants(
     def stage(name: str, arm: str, phase: str) -> str:
         return Training(arm, phase, 0, None, variant=config.origins[name, arm, phase]).stage
 
+    def is_own(name: str, phase: str) -> bool:
+        return config.origins[name, "recursive", phase] == name
+
     def own(name: str, phase: str) -> BySeed:
-        """What was trained for this variant alone."""
-        mine = config.origins[name, "recursive", phase] == name
-        return found.get(stage(name, "recursive", phase), {}) if mine else {}
+        """What was trained for this variant, and not before it for another."""
+        return found.get(stage(name, "recursive", phase), {}) if is_own(name, phase) else {}
 
     def compare(name: str, reference: str) -> Comparison | None:
         other = found.get(reference, {})
@@ -115,7 +117,7 @@ def rank_variants(
         )
         for name in there
     ]
-    stopped = [name for name in names if stage(name, "recursive", phase) in short]
+    stopped = [n for n in names if is_own(n, phase) and stage(n, "recursive", phase) in short]
     return Ranking(
         phase,
         confidence,
@@ -148,7 +150,7 @@ def variant_table(ranking: Ranking) -> Table:
             if pair is not None:
                 rows.append([one.name, *first, reference, *difference_cells(pair)])
                 first = ["", ""]
-        if one.default is one.control:  # neither is there
+        if not (one.default or one.control):
             rows.append([one.name, *first, *[None] * 4])
     compared = [pair for one in ranking.ranked for pair in (one.default, one.control) if pair]
     columns = [
@@ -195,8 +197,10 @@ def variant_sentence(ranking: Ranking) -> str:
         for reference, pair in pairs.items()
         if pair and pair.difference
     ]
-    says = f", {' and '.join(parts)} at {100 * ranking.confidence:.4g} % intervals" if parts else ""
+    num, there = ranking.num_tried, len(ranking.ranked)
+    among = f"{num} that were tried" if there == num else f"{there} (of {num} that were tried)"
+    level = f"with intervals of {100 * ranking.confidence:.4g} %"
+    says = f": {' and '.join(parts)}, {level}" if parts else ""
     return (
-        f"{best.name} has the lowest perplexity of {ranking.num_tried} that were tried{says}. "
-        f"A best of {ranking.num_tried} is not an effect."
+        f"{best.name} has the lowest perplexity of {among}{says}. A best of {num} is not an effect."
     )

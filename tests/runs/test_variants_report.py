@@ -94,6 +94,7 @@ def test_a_partial_matrix_ranks_what_is_there_after_the_phase_that_most_have_rea
     layout.evaluation("finetuned_recursive_b").results.unlink()
     found = ranking(layout)
     assert found.phase == "a" and found.absent == ["rate"], "rate differs in phase b alone"
+    assert "lowest perplexity of 3 (of 4 that were tried): better" in variant_sentence(found)
     layout.evaluation("finetuned_single_pass_flops-deep").documents.write_bytes(b"PAR1")
     found = ranking(layout)
     assert found.ranked[0].control.verdict is None and "damaged" in variant_table(found).to_text()
