@@ -209,8 +209,9 @@ class Layout(Folder):
     composition_figure = _at("figures/composition.png")
     logs = _at("logs")
 
-    def surgery(self, seed: int | str) -> Path:
-        return self.folder / f"surgery/s{seed}"
+    def surgery(self, cells: str) -> Path:
+        """`cells` is `s<seed>`, with `-<variant>` behind it where a variant has others."""
+        return self.folder / f"surgery/{cells}"
 
     def run(self, key: str) -> RunFolder:
         return RunFolder(self.folder / "runs" / key)
@@ -223,7 +224,8 @@ class Layout(Folder):
         return TaskFiles(self.folder / "eval/tasks", f"{name}_step_{step}")
 
     def proof(self, proof: str) -> Path:
-        """`proof` is `zero_init`, with `_s<seed>` behind it for every seed but the first."""
+        """`proof` is `zero_init`, with `_s<seed>` behind it for every seed but the first, and
+        `-<variant>` where a variant has cells of its own."""
         return self.folder / f"compare/{proof}.json"
 
     def log(self, rule: str, wildcard: str | None = None) -> Path:

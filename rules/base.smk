@@ -108,13 +108,15 @@ rule insert_cells:
     input:
         model=LAYOUT.base.model,
     output:
-        sidecar=directory(LAYOUT.surgery("{seed}")),
+        sidecar=directory(LAYOUT.surgery("{cells}")),
     log:
-        LAYOUT.log("insert_cells", "s{seed}"),
+        LAYOUT.log("insert_cells", "{cells}"),
     conda:
         "../workflow/environment.yml"
     params:
-        recursive=expected.params_insert_cells(CONFIG),
+        recursive=lambda wildcards: expected.params_insert_cells(
+            CONFIG.variant(SURGERIES[wildcards.cells].variant)
+        ),
         load=LOAD,
         numerics=NUMERICS_VERSION,
     script:

@@ -36,7 +36,8 @@ LOCAL_BASE = [] if SCRATCH or not CONFIG.base.path else base_files(CONFIG.base.p
 if LOCAL_BASE and CONFIG.base.gguf_file:
     LOCAL_BASE = [os.path.join(CONFIG.base.path, CONFIG.base.gguf_file)]
 TRAININGS, EVALUATIONS = runs.all_trainings(CONFIG), runs.all_evaluations(CONFIG)
-ZERO_INIT = {runs.zero_init_name(CONFIG, seed): seed for seed in CONFIG.seeds}
+SURGERIES = {cells.name: cells for cells in runs.surgeries(CONFIG)}
+ZERO_INIT = {cells.proof: cells for cells in SURGERIES.values()}
 TASKS = runs.task_runs(CONFIG)
 STUDENTS = runs_of(TRACK_B)
 LOAD = expected.params_load(CONFIG)
@@ -49,7 +50,7 @@ wildcard_constraints:
     name="|".join(EVALUATIONS),
     proof="|".join(ZERO_INIT),
     student="|".join(STUDENTS),
-    seed=r"\d+",
+    cells="|".join(SURGERIES),
     step=r"\d+",
 
 

@@ -2,7 +2,7 @@ rule evaluate:
     input:
         tokens=rules.tokenize_corpus.output,
         base=LAYOUT.base.model,
-        model=lambda wildcards: artefacts.model_of(evaluation(wildcards), LAYOUT),
+        model=lambda wildcards: artefacts.model_of(CONFIG, evaluation(wildcards), LAYOUT),
     output:
         results=report(
             LAYOUT.evaluation("{name}").results,
@@ -39,7 +39,7 @@ if TASKS:
             corpus=LAYOUT.corpus.split("test"),
             tasks=artefacts.harness_files(CONFIG),
             base=LAYOUT.base.model,
-            model=lambda wildcards: artefacts.model_of(evaluation(wildcards), LAYOUT),
+            model=lambda wildcards: artefacts.model_of(CONFIG, evaluation(wildcards), LAYOUT),
         output:
             results=report(
                 LAYOUT.tasks("{name}", "{step}").results,
@@ -72,7 +72,7 @@ rule compare_zero_init:
     input:
         tokens=rules.tokenize_corpus.output,
         base=LAYOUT.base.model,
-        surgery=lambda wildcards: LAYOUT.surgery(ZERO_INIT[wildcards.proof]),
+        surgery=lambda wildcards: LAYOUT.surgery(ZERO_INIT[wildcards.proof].name),
     output:
         proof=report(
             LAYOUT.proof("{proof}"),
@@ -80,7 +80,7 @@ rule compare_zero_init:
             category="Proofs",
             labels=lambda wildcards: {
                 "what": "zero-init changes nothing",
-                "seed": str(ZERO_INIT[wildcards.proof]),
+                "seed": ZERO_INIT[wildcards.proof].label,
             },
         ),
     log:

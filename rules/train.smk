@@ -2,9 +2,9 @@ rule train_phase:
     input:
         tokens=rules.tokenize_corpus.output,
         base=LAYOUT.base.model,
-        parent=lambda wildcards: artefacts.parent_of(training(wildcards), LAYOUT),
+        parent=lambda wildcards: artefacts.parent_of(CONFIG, training(wildcards), LAYOUT),
         # Made of what the training is made of, so that nothing else retrains.
-        proof=lambda wildcards: LAYOUT.proof(runs.zero_init_name(CONFIG, training(wildcards).seed)),
+        proof=lambda wildcards: artefacts.proof_of(CONFIG, training(wildcards), LAYOUT),
     output:
         sidecar=directory(LAYOUT.run("{key}").sidecar),
         logs=LAYOUT.run("{key}").logs,
@@ -27,7 +27,7 @@ rule train_phase:
         phase=lambda wildcards: training(wildcards).phase,
         seed=lambda wildcards: training(wildcards).seed,
         settings=lambda wildcards: expected.params_train_phase(CONFIG, training(wildcards)),
-        recursive=lambda wildcards: CONFIG.phase_overrides(training(wildcards).phase),
+        recursive=lambda wildcards: expected.overrides(CONFIG, training(wildcards)),
         key=lambda wildcards: wildcards.key,
         load=LOAD,
         numerics=NUMERICS_VERSION,

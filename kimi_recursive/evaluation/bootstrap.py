@@ -30,8 +30,9 @@ class Difference:
 
     Attributes:
         mean: Over seeds, of the difference over all tokens.
-        low, high: Bounds of the 95 % interval.
+        low, high: Bounds of the interval.
         verdict: `helps`, `hurts`, or `not distinguishable` when the interval holds 0.
+        confidence: Of the interval.
     """
 
     mean: float
@@ -39,6 +40,7 @@ class Difference:
     high: float
     num_documents: int
     num_seeds: int
+    confidence: float = CONFIDENCE
 
     @property
     def verdict(self) -> str:
@@ -52,7 +54,11 @@ class Difference:
 
 
 def paired_bootstrap(
-    differences: np.ndarray, num_tokens: np.ndarray, seed: int = 0, resamples: int = NUM_RESAMPLES
+    differences: np.ndarray,
+    num_tokens: np.ndarray,
+    seed: int = 0,
+    resamples: int = NUM_RESAMPLES,
+    confidence: float = CONFIDENCE,
 ) -> Difference:
     """Percentile interval of the mean difference per token (Efron and Tibshirani, 1993, ch. 13).
 
@@ -64,6 +70,7 @@ def paired_bootstrap(
     Args:
         differences: Summed loss of the arm minus that of the reference, [seeds, documents], nats.
         num_tokens: Scored tokens of each document [documents].
+        confidence: Of the interval.
     """
     num_seeds, num_documents = differences.shape
     over_seeds = differences.mean(0)
@@ -78,10 +85,10 @@ def paired_bootstrap(
         per_seed = differences.sum(1) / num_tokens.sum()
         error = per_seed.std(ddof=1) / np.sqrt(num_seeds)
         means += error * generator.standard_t(num_seeds - 1, size=resamples)
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     mean = over_seeds.sum() / num_tokens.sum()
-    return Difference(float(mean), float(low), float(high), num_documents, num_seeds)
+    return Difference(float(mean), float(low), float(high), num_documents, num_seeds, confidence)
 
 
 def _weights(
@@ -116,7 +123,11 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def compare_documents(
-    arm: Sequence[Path], reference: Sequence[Path], arm_step: int, reference_step: int
+    arm: Sequence[Path],
+    reference: Sequence[Path],
+    arm_step: int,
+    reference_step: int,
+    confidence: float = CONFIDENCE,
 ) -> Difference:
     """Difference of two arms from their `<name>_documents.parquet`, one file a seed, in order.
 
@@ -128,11 +139,15 @@ def compare_documents(
         [(path, _losses(path, arm_step)) for path in arm],
         [(path, _losses(path, reference_step)) for path in reference],
         "did not score the same tokens",
+        confidence,
     )
 
 
 def compare_losses(
-    arm: Sequence[Losses], reference: Sequence[Losses], otherwise: str
+    arm: Sequence[Losses],
+    reference: Sequence[Losses],
+    otherwise: str,
+    confidence: float = CONFIDENCE,
 ) -> Difference:
     """Difference of two arms, one table a seed, in order.
 
@@ -161,7 +176,7 @@ def compare_losses(
         joined = joined.sort("document_id")
         rows.append((joined["loss_sum"] - joined["loss_sum_reference"]).to_numpy())
         tokens = joined["num_tokens"].to_numpy()
-    return paired_bootstrap(np.stack(rows), tokens)
+    return paired_bootstrap(np.stack(rows), tokens, confidence=confidence)
 
 
 def _losses(path: Path, step: int) -> pl.DataFrame:

@@ -153,9 +153,9 @@ def _summary(sidecar: Sidecar, base: Base, arm: str) -> str:
 def _answer(comparisons: Sequence[Comparison]) -> str:
     stages = dict.fromkeys(s for c in comparisons if c.verdict for s in (c.arm, c.reference))
     controls = [
-        f"- `{stage}`: {CONTROL_ARMS[ARM_OF[stage]]}"
+        f"- `{stage}`: {CONTROL_ARMS[arm]}"
         for stage in stages
-        if ARM_OF.get(stage) in CONTROL_ARMS
+        if (arm := ARM_OF.get(stage.partition("-")[0])) in CONTROL_ARMS  # "-" and the variant
     ]
     unknown = (
         "Not known: no comparison with a control arm was made. A better score than that of the "

@@ -16,8 +16,9 @@ from kimi_recursive.matrix.runs import (
     all_evaluations,
     all_trainings,
     repeated,
+    surgeries,
+    surgery_of,
     task_runs,
-    zero_init_name,
 )
 from kimi_recursive.matrix.settings import Config
 
@@ -27,16 +28,25 @@ def tokenizer_of(config: Config, layout: Layout) -> Path:
     return layout.tokenizer if config.base.kind == "scratch" else layout.base.model
 
 
-def model_of(run: Evaluation, layout: Layout) -> Path:
+def model_of(config: Config, run: Evaluation, layout: Layout) -> Path:
     """What an evaluation loads: the base, the untrained cells, or a trained sidecar."""
     if run.training:
         return layout.run(run.training).sidecar
-    return layout.base.model if run.seed is None else layout.surgery(run.seed)
+    if run.seed is None:
+        return layout.base.model
+    return layout.surgery(surgery_of(config, run.seed).name)
 
 
-def parent_of(run: Training, layout: Layout) -> Path:
+def parent_of(config: Config, run: Training, layout: Layout) -> Path:
     """What a training starts from: the untrained cells, or the sidecar of the phase before."""
-    return layout.run(run.parent).sidecar if run.parent else layout.surgery(run.seed)
+    if run.parent:
+        return layout.run(run.parent).sidecar
+    return layout.surgery(surgery_of(config, run.seed, run.variant).name)
+
+
+def proof_of(config: Config, run: Training, layout: Layout) -> Path:
+    """The zero-init proof of the cells that a training starts from."""
+    return layout.proof(surgery_of(config, run.seed, run.variant).proof)
 
 
 def split_files(config: Config, folder: TextFolder) -> dict[str, Path]:
@@ -67,7 +77,7 @@ def matrix_results(config: Config, layout: Layout) -> list[Path]:
     """The results that the summary shows."""
     return [
         *(layout.evaluation(name).results for name in all_evaluations(config)),
-        *(layout.proof(zero_init_name(config, seed)) for seed in config.seeds),
+        *(layout.proof(cells.proof) for cells in surgeries(config)),
         *([layout.repeat] if repeated(config) else []),
         *(layout.tasks(run.evaluation.name, run.step).results for run in task_runs(config)),
     ]
@@ -81,7 +91,7 @@ def matrix_artefacts(config: Config, layout: Layout) -> list[Path]:
         tokenizer_of(config, layout),
         layout.base.model,
         *([layout.base.logs] if config.base.kind == "scratch" else []),
-        *map(layout.surgery, config.seeds),
+        *(layout.surgery(cells.name) for cells in surgeries(config)),
         *(path for run in runs for path in (run.sidecar, run.logs, run.summary)),
         *(layout.evaluation(name).documents for name in all_evaluations(config)),
         *(layout.tasks(run.evaluation.name, run.step).samples for run in task_runs(config)),

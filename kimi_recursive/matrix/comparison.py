@@ -6,15 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kimi_recursive.evaluation.bootstrap import Difference
+from kimi_recursive.evaluation.bootstrap import CONFIDENCE, Difference
 from kimi_recursive.evaluation.outcomes import Statistic
 from kimi_recursive.tables import NAME, NUMBER, TEXT, VERDICT, Column, Table, interval, percent
 
-DIFFERENCE = (
-    Column("difference", NUMBER),
-    Column("95 % interval", NUMBER),
-    Column("verdict", VERDICT),
-)
+WIDER = "The wider intervals are those of variants, of which several were tried."
+
+
+def difference_columns(comparisons: Sequence[Comparison] = ()) -> tuple[Column, ...]:
+    """The columns of `difference_cells`, with the confidence of the intervals."""
+    levels = sorted({c.difference.confidence for c in comparisons if c.difference})
+    text = " or ".join(f"{100 * level:.4g} %" for level in levels or [CONFIDENCE])
+    return (
+        Column("difference", NUMBER),
+        Column(f"{text} interval", NUMBER),
+        Column("verdict", VERDICT),
+    )
+
+
+DIFFERENCE = difference_columns()
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Comparison:
     def _numbers(self, d: Difference) -> dict[str, Any]:
         return {
             "num_documents": d.num_documents,
+            **({"confidence": d.confidence} if d.confidence != CONFIDENCE else {}),
             "nats_per_token": [d.mean, d.low, d.high],
             "perplexity_percent": list(d.percent),
         }
@@ -77,7 +88,14 @@ class Comparison:
         difference = None
         if entry["verdict"] is not None:
             mean, low, high = entry["nats_per_token"]
-            difference = Difference(mean, low, high, entry["num_documents"], len(entry["seeds"]))
+            difference = Difference(
+                mean,
+                low,
+                high,
+                entry["num_documents"],
+                len(entry["seeds"]),
+                entry.get("confidence", CONFIDENCE),
+            )
         return cls(
             arm=entry["arm"],
             reference=entry["reference"],
@@ -118,7 +136,7 @@ class TaskComparison(Comparison):
 
 
 def difference_cells(comparison: Comparison | None) -> list[str | None]:
-    """Cells of the columns `DIFFERENCE`, in percent of the reference's perplexity."""
+    """Cells of the columns `difference_columns`, in percent of the reference's perplexity."""
     if comparison is None:
         return [None] * 3
     if comparison.difference is None:
@@ -137,7 +155,12 @@ def comparison_table(comparisons: Sequence[Comparison], too_short: Sequence[str]
         [c.arm, c.reference, ", ".join(map(str, c.seeds)), *difference_cells(c)]
         for c in comparisons
     ]
-    columns = [Column("arm", NAME), Column("against", NAME), Column("seeds", TEXT), *DIFFERENCE]
+    columns = [
+        Column("arm", NAME),
+        Column("against", NAME),
+        Column("seeds", TEXT),
+        *difference_columns(comparisons),
+    ]
     notes = [f"{c.reference}: {c.problem}" for c in comparisons if c.problem]
     notes += [
         f"{stage}: the training was not long enough. No step was better on validation than the "
@@ -146,6 +169,8 @@ def comparison_table(comparisons: Sequence[Comparison], too_short: Sequence[str]
     ]
     if compared := [c for c in comparisons if c.difference]:
         notes.append(f"Negative is better. {how_compared(compared, 'documents')}")
+        if len({c.difference.confidence for c in compared if c.difference}) > 1:
+            notes.append(WIDER)
     return Table("Perplexity of each arm against its references", columns, rows, notes)
 
 

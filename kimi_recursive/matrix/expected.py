@@ -19,7 +19,6 @@ from kimi_recursive.matrix.runs import Evaluation, Training, chain, settings_of
 from kimi_recursive.matrix.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
-    TRAINING_KEYS,
     Config,
 )
 from kimi_recursive.model.config import RecursiveConfig
@@ -72,17 +71,23 @@ def params_train_phase(config: Config, run: Training) -> dict[str, Any]:
     return settings_of(config, run).numeric()
 
 
+def overrides(config: Config, run: Training) -> dict[str, Any]:
+    """The parameters of `recursive` that a training is given, on top of those of its parent."""
+    return config.variant(run.variant).phase_overrides(run.phase)
+
+
 def params_evaluate(config: Config, run: Evaluation) -> dict[str, Any]:
     """Of `recursive` an evaluation reads the chunk grid; of a sidecar, how it generates."""
-    return config.recursive_part(("chunk_width",) if run.seed is None else GENERATION_KEYS)
+    keys = ("chunk_width",) if run.seed is None else GENERATION_KEYS
+    return config.variant(run.variant).recursive_part(keys)
 
 
 def evaluated_depths(config: Config, run: Evaluation) -> list[int]:
     """Inner steps to score beyond the trained ones, for phase a of the recursive arm alone: does
     the loop do anything with them?"""
-    if run.training is None or run.stage != "finetuned_recursive":
+    if run.stage != Training("recursive", "a", 0, None, variant=run.variant).stage:
         return []
-    depths = {0, 1, 2, 4, 2 * config.recursive.max_inner_steps}
+    depths = {0, 1, 2, 4, 2 * config.variant(run.variant).recursive.max_inner_steps}
     if config.corpus.task:  # as deep as its questions
         depths |= set(range(config.corpus.task.max_hops))
     return sorted(depths)
@@ -110,7 +115,7 @@ def params_summary(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: params_summary(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in (*NEUTRAL_KEYS, "tracking")
+        if key not in (*NEUTRAL_KEYS, "tracking") and (key, value) != ("variants", {})
     }
 
 
@@ -134,7 +139,7 @@ class Expected:
 
 def for_training(config: Config, run: Training) -> list[Expected]:
     """What `train_summary.json` and `fingerprint.json` of a phase must hold."""
-    settings = settings_of(config, run).numeric()
+    settings = params_train_phase(config, run)
     settings.pop("recursive", None)  # `config` holds its effect
     return [
         Expected("recursive", "config", _recursive(config, run)),
@@ -144,12 +149,12 @@ def for_training(config: Config, run: Training) -> list[Expected]:
 
 def for_evaluation(config: Config, run: Evaluation) -> list[Expected]:
     """What `<name>_results.json` must hold."""
-    trained = chain(config, run.training)
-    want = config.recursive_part(("chunk_width",))
+    trained, of_run = chain(config, run.training), config.variant(run.variant)
+    want = of_run.recursive_part(("chunk_width",))
     if run.seed is not None:
-        want = config.recursive_part(MODEL_KEYS, GENERATION_KEYS)
+        want = of_run.recursive_part(MODEL_KEYS, GENERATION_KEYS)
     if trained:
-        want |= _recursive(config, trained[-1])
+        want = _read(trained[-1], want) | _recursive(config, trained[-1])
     return [
         Expected("recursive", "config", want),
         Expected("", "upstream", upstream(config)),
@@ -168,8 +173,14 @@ def for_tasks(config: Config, run: Evaluation) -> list[Expected]:
 
 
 def _recursive(config: Config, run: Training) -> dict[str, Any]:
-    part = config.recursive_part(MODEL_KEYS, TRAINING_KEYS)
-    return part | config.phase_overrides(run.phase) | dict(ARMS[run.arm].parameters)
+    part = config.variant(run.variant).trained_with(run.phase)
+    return _read(run, part) | dict(ARMS[run.arm].parameters)
+
+
+def _read(run: Training, part: dict[str, Any]) -> dict[str, Any]:
+    """Without what the run may have from a parent that another variant shares with it."""
+    unread = ARMS[run.arm].unread if run.variant else ()
+    return {key: value for key, value in part.items() if key not in unread}
 
 
 def differing(expected: Sequence[Expected], record: Mapping[str, Any]) -> list[str]:

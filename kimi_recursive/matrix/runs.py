@@ -1,8 +1,8 @@
 """The run sheet: which trainings and evaluations the config asks for, and their names.
 
-A training is keyed by what it computes (arm, phase, seed); two evaluations that need the same
-training share it. The DAG and the summary both take their runs from here, so they expect the same
-runs.
+A training is keyed by what it computes (arm, phase, seed, variant); two evaluations that need the
+same training share it. The DAG and the summary both take their runs from here, so they expect the
+same runs. The variant "" is the config itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kimi_recursive.matrix.settings import Config
+from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.training.arms import ARMS, PHASES, kind_of
 from kimi_recursive.training.settings import PhaseSettings
 
@@ -26,6 +26,7 @@ class Training:
         parent: Key of the run that this one starts from; None for untrained cells.
         repeat: Whether this is the second training of a run, which shows whether both end in the
             same numbers.
+        variant: The variant that it is trained for.
     """
 
     arm: str
@@ -33,15 +34,18 @@ class Training:
     seed: int
     parent: str | None
     repeat: bool = False
+    variant: str = ""
 
     @property
     def key(self) -> str:
-        return f"{self.arm}_{self.phase}_s{self.seed}" + ("_repeat" if self.repeat else "")
+        repeat = "_repeat" if self.repeat else ""
+        return f"{self.arm}_{self.phase}_s{self.seed}{repeat}{_behind(self.variant)}"
 
     @property
     def stage(self) -> str:
-        """`finetuned_<arm>`, with `_<phase>` behind it from phase b on."""
-        return f"finetuned_{self.arm}" + ("" if self.phase == "a" else f"_{self.phase}")
+        """`finetuned_<arm>`, with `_<phase>` behind it from phase b on, and then `-<variant>`."""
+        phase = "" if self.phase == "a" else f"_{self.phase}"
+        return f"finetuned_{self.arm}{phase}{_behind(self.variant)}"
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,47 @@ class Evaluation:
     """One evaluation.
 
     Attributes:
-        name: The stage, with `_s<seed>` behind it for every seed but the first of the list.
+        name: The stage, with `_s<seed>` in it for every seed but the first of the list.
         stage: `baseline`, `after_surgery`, or that of the training.
         seed: Of the cells and the training; None for the baseline.
         training: Key of the training evaluated, None before training.
+        variant: That of the training.
     """
 
     name: str
     stage: str
     seed: int | None
     training: str | None
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """Untrained cells.
+
+    Attributes:
+        proof: The name of their zero-init proof.
+        variant: The first one that has such cells.
+    """
+
+    seed: int
+    proof: str
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """`s<seed>`, with `-<variant>` behind it."""
+        return f"s{self.seed}{_behind(self.variant)}"
+
+    @property
+    def label(self) -> str:
+        """What it is called in sentences."""
+        return f"{self.seed} of {self.variant}" if self.variant else str(self.seed)
+
+
+def _behind(variant: str) -> str:
+    """No arm, phase or stage has a `-` in its name."""
+    return f"-{variant}" if variant else ""
 
 
 TRAINED_STAGES = [
@@ -96,28 +131,31 @@ def stages_of(sidecar: Sidecar | None, recursive_enabled: bool = True) -> list[s
     ]
 
 
-def trainings(config: Config) -> list[Training]:
-    """All training runs of the matrix, parents first, without the repeat."""
+def trainings(config: Config, variant: str = "") -> list[Training]:
+    """The training runs of the config itself or of a variant, parents first, without the repeat.
+    Runs that a variant shares with the config, or with a variant before it, are not its own."""
     runs = []
     for phase in config.phases:
         for name, arm in ARMS.items():
-            if phase not in arm.phases:
+            if config.origins.get((variant, name, phase)) != variant:
                 continue
             before = arm.before(phase)
             for seed in config.seeds:
-                parent = before and Training(name, before, seed, None).key
-                runs.append(Training(name, phase, seed, parent))
+                parent = None
+                if before:
+                    of = config.origins[variant, name, before]
+                    parent = Training(name, before, seed, None, variant=of).key
+                runs.append(Training(name, phase, seed, parent, variant=variant))
     return runs
 
 
+def _variant_trainings(config: Config) -> list[Training]:
+    return [run for variant in config.variants for run in trainings(config, variant)]
+
+
 def settings_of(config: Config, run: Training) -> PhaseSettings:
-    """The settings of a training. An arm that starts in a later phase makes up for the steps of the
-    phases before, so that the tokens of an arm are those of every other."""
-    settings = config.training[run.phase]
-    missed = PHASES[: PHASES.index(run.phase)] if run.phase == ARMS[run.arm].phases[0] else ()
-    return replace(
-        settings, num_steps=settings.num_steps + sum(config.training[p].num_steps for p in missed)
-    )
+    """The settings of a training."""
+    return config.variant(run.variant).phase_settings(run.arm, run.phase)
 
 
 def repeated(config: Config) -> Training | None:
@@ -126,9 +164,10 @@ def repeated(config: Config) -> Training | None:
 
 
 def all_trainings(config: Config) -> dict[str, Training]:
-    """Every training by key, the repeat among them."""
+    """Every training by key, the repeat and those of variants among them."""
     repeat = repeated(config)
-    return {run.key: run for run in [*trainings(config), *([repeat] if repeat else [])]}
+    own = [*trainings(config), *([repeat] if repeat else [])]
+    return {run.key: run for run in [*own, *_variant_trainings(config)]}
 
 
 def chain(config: Config, key: str | None) -> list[Training]:
@@ -141,15 +180,27 @@ def chain(config: Config, key: str | None) -> list[Training]:
 
 
 def evaluations(config: Config) -> list[Evaluation]:
-    """All evaluations of the matrix, in the order of the summary, without the repeat."""
-
-    def name(stage: str, seed: int) -> str:
-        return stage if seed == config.seeds[0] else f"{stage}_s{seed}"
-
+    """The evaluations of the config itself, in the order of the summary, without the repeat."""
     rows = [Evaluation("baseline", "baseline", None, None)]
-    rows += [Evaluation(name("after_surgery", s), "after_surgery", s, None) for s in config.seeds]
-    rows += [Evaluation(name(t.stage, t.seed), t.stage, t.seed, t.key) for t in trainings(config)]
-    return rows
+    for seed in config.seeds:
+        rows.append(Evaluation(f"after_surgery{_of(config, seed)}", "after_surgery", seed, None))
+    return rows + [_evaluation(config, run) for run in trainings(config)]
+
+
+def variant_evaluations(config: Config) -> list[Evaluation]:
+    """The evaluations of the variants. Their untrained cells are evaluated in the proof alone."""
+    return [_evaluation(config, run) for run in _variant_trainings(config)]
+
+
+def _evaluation(config: Config, run: Training) -> Evaluation:
+    stage, seed = replace(run, variant="").stage, _of(config, run.seed)
+    return Evaluation(
+        f"{stage}{seed}{_behind(run.variant)}", run.stage, run.seed, run.key, run.variant
+    )
+
+
+def _of(config: Config, seed: int) -> str:
+    return "" if seed == config.seeds[0] else f"_s{seed}"
 
 
 def repeated_evaluation(config: Config) -> Evaluation | None:
@@ -159,9 +210,10 @@ def repeated_evaluation(config: Config) -> Evaluation | None:
 
 
 def all_evaluations(config: Config) -> dict[str, Evaluation]:
-    """Every evaluation by name, the repeat's among them."""
+    """Every evaluation by name, the repeat's and those of variants among them."""
     repeat = repeated_evaluation(config)
-    return {run.name: run for run in [*evaluations(config), *([repeat] if repeat else [])]}
+    own = [*evaluations(config), *([repeat] if repeat else [])]
+    return {run.name: run for run in [*own, *variant_evaluations(config)]}
 
 
 @dataclass(frozen=True)
@@ -195,15 +247,24 @@ def _task_steps(config: Config, run: Evaluation) -> list[int]:
     return list(range(1 if training.phase == PHASES[0] else 0, last + 1))
 
 
-def zero_init_name(config: Config, seed: int) -> str:
-    """The name of a seed's zero-init proof."""
-    return "zero_init" if seed == config.seeds[0] else f"zero_init_s{seed}"
+def surgery_of(config: Config, seed: int, variant: str = "") -> Surgery:
+    """The untrained cells of a seed's runs."""
+    mine = config.variant(variant).recursive_part(MODEL_KEYS)
+    names = ("", *config.variants)
+    first = next(v for v in names if config.variant(v).recursive_part(MODEL_KEYS) == mine)
+    return Surgery(seed, f"zero_init{_of(config, seed)}{_behind(first)}", first)
+
+
+def surgeries(config: Config) -> list[Surgery]:
+    """All untrained cells of the matrix."""
+    every = [surgery_of(config, s, v) for v in ("", *config.variants) for s in config.seeds]
+    return list(dict.fromkeys(every))
 
 
 def training_labels(run: Training) -> dict[str, str]:
     """What Snakemake's own report calls a training."""
-    repeat = " (repeat)" if run.repeat else ""
-    return {"arm": f"{run.arm}{repeat}", "phase": run.phase, "seed": str(run.seed)}
+    arm = run.arm + " (repeat)" * run.repeat + (f" ({run.variant})" if run.variant else "")
+    return {"arm": arm, "phase": run.phase, "seed": str(run.seed)}
 
 
 def evaluation_labels(config: Config, run: Evaluation) -> dict[str, str]:

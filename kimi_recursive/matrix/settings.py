@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,7 +22,8 @@ from kimi_recursive.files import read_json_object, read_yaml_mapping
 from kimi_recursive.layout import Layout
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.schema import schema_errors
-from kimi_recursive.text import WIDTH, cut, unknown_key_message
+from kimi_recursive.text import WIDTH, cut, shown, unknown_key_message
+from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.settings import BaseSettings, PhaseSettings
 
 # Which part of `recursive` decides what; a rule depends only on the part that it reads.
@@ -35,6 +38,8 @@ TRAINING_KEYS = tuple(
     for f in dataclasses.fields(RecursiveConfig)
     if f.name not in (*MODEL_KEYS, *GENERATION_KEYS, *STAGE_KEYS)
 )
+# What the config itself is called beside its variants, in tables; no variant has this name.
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Config:
         results_dir: Folder of everything that the config makes.
         recursive: The parameters of the loop, with defaults for those that the config leaves out.
         training: Settings by phase.
+        variants: By name a config of its own: this one, with what the variant changes.
         composition: Config file of the positive control, or None.
         tracking: Where metrics of a phase are also shown.
         track_b: The section `track_b`, as `track_b.sheet.select_experiments` reads it.
@@ -81,6 +87,7 @@ class Config:
     evaluation: EvaluationSettings
     phases: tuple[str, ...]
     training: Mapping[str, PhaseSettings]
+    variants: Mapping[str, Config]
     seeds: tuple[int, ...]
     repeat: bool
     resources: Resources
@@ -100,6 +107,9 @@ class Config:
             evaluation=EvaluationSettings.from_mapping(config["evaluation"]),
             phases=tuple(config["phases"]),
             training={k: PhaseSettings.from_mapping(v) for k, v in config["training"].items()},
+            variants={
+                name: cls.from_mapping(_variant(config, name)) for name in config["variants"]
+            },
             seeds=tuple(config["seeds"]),
             repeat=config["repeat"],
             resources=Resources(**config["resources"]),
@@ -113,6 +123,39 @@ class Config:
         """Where everything lies that the config makes."""
         return Layout(self.results_dir)
 
+    def variant(self, name: str) -> Config:
+        """The config of a variant; of the name "" this one."""
+        return self.variants[name] if name else self
+
+    @functools.cached_property
+    def origins(self) -> Mapping[tuple[str, str, str], str]:
+        """By variant, arm and phase, the variant whose run it is: the first one, from the config
+        itself on, for which everything that decides the run's numbers is the same."""
+        first: dict[str, str] = {}
+        found: dict[tuple[str, str, str], str] = {}
+        for name in ("", *self.variants):
+            for arm, phase in ((a, p) for a in ARMS for p in self.phases if p in ARMS[a].phases):
+                before = ARMS[arm].before(phase)
+                start = before and found[name, arm, before]
+                decides = [arm, phase, start, self.variant(name)._decides(arm, phase)]
+                key = json.dumps(decides, sort_keys=True)
+                found[name, arm, phase] = first.setdefault(key, name)
+        return found
+
+    def _decides(self, arm: str, phase: str) -> dict[str, Any]:
+        """The settings that decide the numbers of an arm in a phase, but for its start."""
+        settings = self.phase_settings(arm, phase).numeric() | {"recursive": None}
+        every = self.trained_with(phase) | settings
+        return {key: value for key, value in every.items() if key not in ARMS[arm].unread}
+
+    def phase_settings(self, arm: str, phase: str) -> PhaseSettings:
+        """What an arm trains with in a phase. One that starts in a later phase makes up for the
+        steps of the phases before, so that the tokens of an arm are those of every other."""
+        settings, phases = self.training[phase], ARMS[arm].phases
+        missed = PHASES[: PHASES.index(phase)] if phase == phases[0] else ()
+        more = sum(self.training[p].num_steps for p in missed)
+        return dataclasses.replace(settings, num_steps=settings.num_steps + more)
+
     def recursive_part(self, *groups: tuple[str, ...]) -> dict[str, Any]:
         """The parameters of `recursive` in these groups."""
         full = self.recursive.to_dict()
@@ -123,6 +166,10 @@ class Config:
         on top what `training.<phase>.recursive` changes."""
         shared = self.recursive_part(TRAINING_KEYS, ("commit", "max_inner_steps"))
         return shared | dict(self.training[phase].recursive or {})
+
+    def trained_with(self, phase: str) -> dict[str, Any]:
+        """The parameters of `recursive` that decide how a phase trains the loop."""
+        return self.recursive_part(MODEL_KEYS, TRAINING_KEYS) | self.phase_overrides(phase)
 
 
 @functools.cache
@@ -143,9 +190,47 @@ def validate_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     errors += [f"{where}: must be finite, got {x}" for where, x in _not_finite(config)]
     errors = errors or _check_recursive(config["recursive"])
     errors = errors or list(_check_together(config))
+    errors = errors or list(_check_variants(config))
     if errors:
         raise ValueError("\n".join(errors))
     return dict(config)
+
+
+def _variant(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The config of a variant, as if it had been given alone."""
+    return _on_top(config, config["variants"][name]) | {"variants": {}}
+
+
+def _on_top(below: Any, above: Any) -> Any:
+    """What two nested mappings are together, the second one on top."""
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{key: _on_top(below.get(key), value) for key, value in above.items()}}
+
+
+def _check_variants(config: Mapping[str, Any]) -> Iterator[str]:
+    """Of a config that is valid without them."""
+    sound = True
+    for name in config["variants"]:
+        lines: list[str] = []
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", str(name), re.ASCII) or name == DEFAULT:
+            allowed = f"be of letters, digits, _ and -, and not '{DEFAULT}'"
+            lines = [f"variants: a name must {allowed}, got {shown(name)}"]
+        else:
+            try:
+                validate_settings(_variant(config, name))
+            except ValueError as error:
+                lines = [f"variants.{name}.{line}" for line in str(error).splitlines()]
+        sound = sound and not lines
+        yield from lines
+    if not sound:
+        return
+    typed = Config.from_mapping(config)
+    for name in typed.variants:
+        same = typed.origins[name, "recursive", typed.phases[-1]]
+        if same != name:
+            as_which = f"variants.{same} does" if same else "it is trained without the variant"
+            yield f"variants.{name}: trains the loop as {as_which}"
 
 
 def read_config(paths: Sequence[str | Path]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from kimi_recursive.files import write_json, write_text
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.comparison import comparison_table
 from kimi_recursive.matrix.expected import OTHER_CONFIG
+from kimi_recursive.matrix.runs import Surgery
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report.composition import QUESTION, composition_lines
 from kimi_recursive.report.matrix_tables import (
@@ -21,6 +22,8 @@ from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import COLUMNS, Matrix, read_matrix
 from kimi_recursive.report.tasks import QUESTION as TASK_QUESTION
 from kimi_recursive.report.tasks import Tasks, read_tasks, task_sentence, task_tables
+from kimi_recursive.report.variants import QUESTION as VARIANTS
+from kimi_recursive.report.variants import variant_table
 from kimi_recursive.status import Status
 from kimi_recursive.tables import Table
 from kimi_recursive.text import fit
@@ -48,7 +51,8 @@ def summarize(
     rows = [row | more for row, more in zip(matrix.rows, cells, strict=True)]
     columns = dict.fromkeys([*COLUMNS, *(key for more in cells for key in more)])
     write_text(layout.table, Table.of_records(list(columns), rows).to_csv())
-    comparisons = [*matrix.comparisons, *tasks.comparisons]
+    of_variants = matrix.variants.comparisons if matrix.variants else []
+    comparisons = [*matrix.comparisons, *of_variants, *tasks.comparisons]
     write_json(layout.verdicts, [pair.to_json() for pair in comparisons])
     write_text(layout.text, text)
     return rows
@@ -92,6 +96,7 @@ def summary_text(
             *note,
             comparison_table(matrix.comparisons, matrix.too_short).to_text(),
         ],
+        *([[VARIANTS, variant_table(matrix.variants).to_text()]] if matrix.variants else []),
         *_task_sections(tasks, config),
         ["Is it efficient?", efficiency_table(matrix).to_text()],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
@@ -115,19 +120,19 @@ def _task_sections(tasks: Tasks, config: Config) -> list[list[str]]:
     return [[TASK_QUESTION, task_sentence(tasks)], *shown]
 
 
-def zero_init_lines(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> list[str]:
+def zero_init_lines(proofs: Mapping[Surgery, tuple[dict[str, Any] | None, str]]) -> list[str]:
     """Args:
-    proofs: By seed the proof, or None and what is wrong with its file.
+    proofs: By untrained cells the proof, or None and what is wrong with its file.
     """
     lines = []
-    for seed, (proof, problem) in proofs.items():
+    for cells, (proof, problem) in proofs.items():
         if proof is None:
-            lines.append(f"Zero-init proof (seed {seed}): {problem or 'missing'}")
+            lines.append(f"Zero-init proof (seed {cells.label}): {problem or 'missing'}")
             continue
         checks = proof["checks"]
         failed = [check for check in checks if not check["passed"]]
         lines.append(
-            f"Zero-init proof (seed {seed}): {'PASSED' if proof['passed'] else 'FAILED'}, "
+            f"Zero-init proof (seed {cells.label}): {'PASSED' if proof['passed'] else 'FAILED'}, "
             f"{len(checks) - len(failed)} of {len(checks)} checks"
         )
         lines.append(

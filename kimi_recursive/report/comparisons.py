@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_recursive.evaluation.bootstrap import compare_documents
+from kimi_recursive.evaluation.bootstrap import CONFIDENCE, compare_documents
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import Training
@@ -53,11 +53,7 @@ def pairs_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Pair]:
     Each pair covers the seeds that both sides have; one that shares no seed is left out, and so are
     the stages that `too_short` names.
     """
-    by_stage: dict[str, dict[Any, Mapping[str, Any]]] = {}
-    short = too_short(rows)
-    for row in rows:
-        if row["status"] == Status.OK and row["stage"] not in short:
-            by_stage.setdefault(row["stage"], {})[row["seed"]] = row
+    by_stage = comparable(rows)
     for phase in PHASES:
         stages = [Training(arm, phase, 0, None).stage for arm in ARMS if phase in ARMS[arm].phases]
         arm = by_stage.get(stages[0], {})
@@ -73,6 +69,17 @@ def pairs_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Pair]:
         for name, reference, step in pairs:
             if pair := _pair(arm, name, reference, step):
                 yield pair
+
+
+def comparable(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[Any, Mapping[str, Any]]]:
+    """By stage and seed the rows that may be compared: those that are `ok`, and not of a stage that
+    `too_short` names."""
+    found: dict[str, dict[Any, Mapping[str, Any]]] = {}
+    short = too_short(rows)
+    for row in rows:
+        if row["status"] == Status.OK and row["stage"] not in short:
+            found.setdefault(row["stage"], {})[row["seed"]] = row
+    return found
 
 
 def too_short(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -104,7 +111,7 @@ def _pair(
     arm: Mapping[Any, Mapping[str, Any]],
     name: str,
     reference: Mapping[Any, Mapping[str, Any]],
-    step: int | None,
+    step: int | None = None,
     arm_step: int | None = None,
 ) -> Pair | None:
     """Rows by seed as a pair: `step` is the inner step of the reference, `arm_step` that of the
@@ -122,13 +129,33 @@ def _pair(
     return Pair(name, mine, others, *steps, seeds)
 
 
-def _compare(results: Path, pair: Pair) -> Comparison:
+def compare_stages(
+    results: Path,
+    arm: Mapping[Any, Mapping[str, Any]],
+    name: str,
+    reference: Mapping[Any, Mapping[str, Any]],
+    step: int | None = None,
+    confidence: float = CONFIDENCE,
+) -> Comparison | None:
+    """One comparison of rows by seed; None where there is no seed that both have.
+
+    Args:
+        name: Of the reference.
+        step: Inner step of the reference, by default its last.
+        confidence: Of the interval.
+    """
+    pair = _pair(arm, name, reference, step)
+    return pair and _compare(results, pair, confidence)
+
+
+def _compare(results: Path, pair: Pair, confidence: float = CONFIDENCE) -> Comparison:
     try:
         found = compare_documents(
             [documents_path(results, row) for row in pair.mine],
             [documents_path(results, row) for row in pair.others],
             pair.arm_step,
             pair.reference_step,
+            confidence,
         )
     except ValueError as error:
         return Comparison(*pair.what, problem=str(error))

@@ -94,7 +94,7 @@ def draw_training(curves: Sequence[Curve]) -> Figure:
             axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("validation loss, nats per token")
     grid[1][0].set_ylabel("training loss, nats per token")
-    legend(grid[0][0], grid[0])
+    legend(grid[0][0], list(grid[0]))
     return figure
 
 

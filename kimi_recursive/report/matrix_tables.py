@@ -24,13 +24,14 @@ def problem_table(problems: Sequence[tuple[str, str, str]]) -> Table:
 
 
 def efficiency_table(matrix: Matrix) -> Table:
-    """What the recursive arms spend, and how soon the boundary head would stop them.
+    """What the recursive arms of the config itself spend, and how soon the boundary head would stop
+    them.
 
     Tokens per second are left out: on a shared machine they differ from run to run by more than
     arms do.
     """
     arms: dict[str, list[dict[str, Any]]] = {}
-    for row in matrix.done:
+    for row in matrix.default:
         if row.get("arm") == "recursive":
             arms.setdefault(row["stage"], []).append(row)
     low, high = TARGET_INNER_STEPS
@@ -170,15 +171,15 @@ def _scored(matrix: Matrix) -> str:
 
 
 def inner_step_counts(matrix: Matrix) -> tuple[list[dict[str, Any]], list[str]]:
-    """How many chunks and rounds took 1, 2, ... inner steps, of each recursive stage over its
-    seeds.
+    """How many chunks and rounds took 1, 2, ... inner steps, of each recursive stage of the config
+    itself over its seeds.
 
     Returns: `stage`, `chunks` and `rounds` of each stage; and the names of evaluations that were
         made before counts were recorded.
     """
     counts: dict[str, dict[str, Any]] = {}
     without = []
-    for row in matrix.done:
+    for row in matrix.default:
         if row.get("arm") != "recursive":
             continue
         chunks, rounds = row.get("halting_num_chunks_by_step"), row["num_rounds_by_step"]

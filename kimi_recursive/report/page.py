@@ -38,6 +38,7 @@ from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import Matrix, read_matrix
 from kimi_recursive.report.tasks import QUESTION as TASK_QUESTION
 from kimi_recursive.report.tasks import read_tasks, task_sentence, task_tables
+from kimi_recursive.report.variants import variant_table
 from kimi_recursive.track_b.answers import heading, student_tables
 from kimi_recursive.track_b.collect import seed_logs
 from kimi_recursive.track_b.figure import draw_recall_by_step
@@ -110,6 +111,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "zero_init": zero_init_lines(matrix.proofs),
         "verdicts": comparison_table(matrix.comparisons, matrix.too_short),
         "verdict_figure": _verdict_drawing(matrix),
+        "variants": variant_table(matrix.variants) if matrix.variants else None,
         "efficiency": efficiency,
         "success": success,
         "stages": matrix_tables.stage_table(matrix, results),
@@ -174,14 +176,14 @@ def _verdict_drawing(matrix: Matrix) -> Drawing | None:
 
 
 def _step_drawing(matrix: Matrix) -> Drawing | None:
-    if not any(row["training"] for row in matrix.done):
+    if not any(row["training"] for row in matrix.default):
         return None
     caption = (
         "Perplexity on held-out documents over the number of inner steps, a line for each arm and "
         "seed. Open markers are steps beyond the trained depth."
     )
     text = "Line chart of perplexity by inner step; the table beside it has its numbers."
-    return _drawing(draw_perplexity_by_step(matrix.done), "steps", text, caption)
+    return _drawing(draw_perplexity_by_step(matrix.default), "steps", text, caption)
 
 
 def _training_drawing(curves: Sequence[Curve]) -> Drawing | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_recursive.layout import Layout
-from kimi_recursive.matrix.runs import repeated_evaluation, zero_init_name
+from kimi_recursive.matrix.runs import repeated_evaluation
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.report.summary import Matrix
@@ -74,8 +74,8 @@ def find_problems(
 
 def _matrix_problems(config: Config, layout: Layout, matrix: Matrix) -> list[Problem]:
     found = []
-    for seed, (proof, detail) in matrix.proofs.items():
-        name = zero_init_name(config, seed)
+    for cells, (proof, detail) in matrix.proofs.items():
+        name = cells.proof
         if proof is None or not proof["passed"]:
             status = (
                 Status.DAMAGED if detail else Status.MISSING if proof is None else Status.FAILED

@@ -6,15 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kimi_recursive.matrix.comparison import Comparison
+from kimi_recursive.matrix.runs import Surgery
 from kimi_recursive.report.answers import repeat_lines
 from kimi_recursive.report.summary import Matrix
+from kimi_recursive.report.variants import QUESTION, WORDS, variant_sentence
 from kimi_recursive.tables import Table, percent
-
-WORDS = {
-    "helps": "better than",
-    "hurts": "worse than",
-    "not distinguishable": "not distinguishable from",
-}
 
 
 def answers(matrix: Matrix, efficiency: Table, success: Table) -> list[tuple[str, str]]:
@@ -24,25 +20,27 @@ def answers(matrix: Matrix, efficiency: Table, success: Table) -> list[tuple[str
         efficiency: Of `efficiency_table`.
         success: Of `success_table`.
     """
+    variants = [(QUESTION, variant_sentence(matrix.variants))] if matrix.variants else []
     return [
         ("Does zero-init preserve the base?", _zero_init(matrix.proofs)),
         ("Does recursion help?", _recursion(matrix.comparisons)),
+        *variants,
         ("Is it efficient?", _efficiency(efficiency)),
         ("Is it reproducible?", " ".join(line.strip() for line in repeat_lines(matrix.repeat))),
         ("Do the runs meet their criteria?", _criteria(success)),
     ]
 
 
-def _zero_init(proofs: Mapping[int, tuple[dict[str, Any] | None, str]]) -> str:
-    found = {seed: proof for seed, (proof, _) in proofs.items() if proof}
-    failed = [str(seed) for seed, proof in found.items() if not proof["passed"]]
-    missing = [str(seed) for seed in proofs if seed not in found]
+def _zero_init(proofs: Mapping[Surgery, tuple[dict[str, Any] | None, str]]) -> str:
+    found = {cells.label: proof for cells, (proof, _) in proofs.items() if proof}
+    failed = [label for label, proof in found.items() if not proof["passed"]]
+    missing = [cells.label for cells in proofs if cells.label not in found]
     if failed:
         return f"No: the proof failed for seed {', '.join(failed)}."
     if missing:
         return f"Not known: there is no proof for seed {', '.join(missing)}."
     checks = sum(len(proof["checks"]) for proof in found.values())
-    return f"Yes: all {checks} checks of the proof passed, for seed {', '.join(map(str, found))}."
+    return f"Yes: all {checks} checks of the proof passed, for seed {', '.join(found)}."
 
 
 def _recursion(comparisons: Sequence[Comparison]) -> str:

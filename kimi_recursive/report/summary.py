@@ -15,19 +15,23 @@ from kimi_recursive.matrix import expected
 from kimi_recursive.matrix.comparison import Comparison
 from kimi_recursive.matrix.runs import (
     Evaluation,
+    Surgery,
     chain,
     evaluations,
     repeated_evaluation,
-    zero_init_name,
+    surgeries,
+    variant_evaluations,
 )
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.processes.logs import logged_error
 from kimi_recursive.report.comparisons import compare_arms, too_short
+from kimi_recursive.report.variants import Ranking, rank_variants
 from kimi_recursive.status import Status
 
 COLUMNS = (
-    "name", "stage", "status", "seed", "arm", "phase", "training", "base_kind", "chunk_width",
-    "max_inner_steps", "inner_steps", "layers_to_refine", "use_latent_token", "d_state",
+    "name", "stage", "status", "seed", "arm", "phase", "variant", "training", "base_kind",
+    "chunk_width", "max_inner_steps", "inner_steps", "layers_to_refine", "use_latent_token",
+    "d_state",
     "num_base_parameters", "num_trainable_parameters", "num_training_steps", "training_tokens",
     "training_flops", "lr", "best_step", "forward_flops_per_token", "num_documents",
     "num_tokens", "loss", "perplexity", "perplexity_step_0",
@@ -62,27 +66,34 @@ class Matrix:
     """What exists of the matrix.
 
     Attributes:
-        rows: Of `summary.csv`, one for each expected evaluation; where it is `ok`, with `by_step`
-            and how many chunks and rounds took 1, 2, ... inner steps.
-        proofs: By seed the zero-init proof, or None and what is wrong with the file.
+        rows: Of `summary.csv`, one for each expected evaluation; where it is `ok`, with `by_step`,
+            the best validation loss, and how many chunks and rounds took 1, 2, ... inner steps.
+        proofs: By untrained cells the zero-init proof, or None and what is wrong with the file.
         comparisons: Of `compare_arms`.
         repeat: `compare_repeat`'s result, or None and what is wrong with the file; None when no
             repeat is asked for.
+        variants: Of `rank_variants`; None where there are none.
     """
 
     rows: list[dict[str, Any]]
-    proofs: dict[int, tuple[dict[str, Any] | None, str]]
+    proofs: dict[Surgery, tuple[dict[str, Any] | None, str]]
     comparisons: list[Comparison]
     repeat: tuple[dict[str, Any] | None, str] | None
+    variants: Ranking | None = None
 
     @property
     def done(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["status"] == Status.OK]
 
     @property
+    def default(self) -> list[dict[str, Any]]:
+        """The rows that are done of the config itself, without those of variants."""
+        return [row for row in self.done if not row.get("variant")]
+
+    @property
     def too_short(self) -> list[str]:
-        """The stages whose training was not long enough to be compared."""
-        return too_short(self.rows)
+        """The stages of the config itself whose training was not long enough to be compared."""
+        return too_short(self.default)
 
     @property
     def baseline(self) -> dict[str, Any] | None:
@@ -95,22 +106,23 @@ def read_matrix(config: Config, layout: Layout) -> Matrix:
     Status of a row: `ok`; `failed` when a file is damaged or a log ends in an error; else
     `missing`, also when results exist but were made with other settings than the config's.
     """
-    rows = [_row(config, layout, evaluation) for evaluation in evaluations(config)]
+    expected_ones = [*evaluations(config), *variant_evaluations(config)]
+    rows = [_row(config, layout, evaluation) for evaluation in expected_ones]
     base = next((r for r in rows if r["stage"] == "baseline" and r["status"] == Status.OK), None)
     for row in rows:
         if base and row["status"] == Status.OK:
             change = row["perplexity"] / base["perplexity"] - 1
             row["difference_percent"] = 100 * change
     proofs = {
-        seed: read_record(layout.proof(zero_init_name(config, seed)), PROOF_KEYS)
-        for seed in config.seeds
+        cells: read_record(layout.proof(cells.proof), PROOF_KEYS) for cells in surgeries(config)
     }
     repeat = None
     if run := repeated_evaluation(config):
         repeat = _read_repeat(layout, rows)
         if repeat == (None, ""):
             repeat = None, _logged_error(layout, run)
-    return Matrix(rows, proofs, compare_arms(layout.folder, rows), repeat)
+    ranking = rank_variants(config, layout.folder, rows)
+    return Matrix(rows, proofs, compare_arms(layout.folder, rows), repeat, ranking)
 
 
 def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, Any]:
@@ -118,6 +130,7 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
         "name": evaluation.name,
         "stage": evaluation.stage,
         "seed": "" if evaluation.seed is None else evaluation.seed,
+        "variant": evaluation.variant,
         "training": evaluation.training or "",
         "base_kind": config.base.kind,
     }
@@ -146,6 +159,7 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
         last = trained[-1]
         row |= {k: last[k] for k in ("arm", "phase", "best_step", "num_trainable_parameters")}
         row |= {"num_training_steps": last["num_steps"], "lr": last["settings"]["lr"]}
+        row["best_validation_loss"] = last.get("best_validation_loss")
         for key in ("training_tokens", "training_flops"):  # of this phase and those before it
             row[key] = sum(summary[key] for summary in trained)
         row["trained_tokens_per_second"] = _training_speed(layout.run(runs[-1].key).logs)

@@ -136,7 +136,7 @@ def _read(
         return [], Status.MISSING, expected.made_with_others(others)
     if row["status"] != Status.OK:
         return [], Status.MISSING, row["detail"] or "Its evaluation is not there."
-    sidecar = model_of(run.evaluation, layout) / SIDECAR_NAME
+    sidecar = model_of(config, run.evaluation, layout) / SIDECAR_NAME
     if found["sidecar_sha256"] != (file_digest(sidecar) if sidecar.is_file() else None):
         return [], Status.MISSING, OTHER_MODEL
     try:

@@ -281,7 +281,9 @@ def test_a_record_that_lacks_what_is_read_of_it_is_damaged(results):
             write_json(results / name, rest | ({part: value["of"]} if value else {}))
             matrix = read_matrix(Config.from_mapping(SMALL), Layout(results))
             found = {f"eval/{row['name']}_results.json": row for row in matrix.rows}
-            row = found.get(name, {"status": "failed", "detail": matrix.proofs[0][1]})
+            row = found.get(
+                name, {"status": "failed", "detail": next(iter(matrix.proofs.values()))[1]}
+            )
             assert row["status"] == "failed", (name, part)
             assert row["detail"].startswith(f"{results / name}: has no '{part}"), row["detail"]
         write_json(results / name, whole)

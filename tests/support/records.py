@@ -15,12 +15,13 @@ from kimi_recursive.layout import SIDECAR_NAME, Layout
 from kimi_recursive.matrix.artefacts import model_of
 from kimi_recursive.matrix.expected import for_tasks, upstream
 from kimi_recursive.matrix.runs import (
+    all_trainings,
     evaluations,
-    repeated,
     settings_of,
+    surgeries,
     task_runs,
     trainings,
-    zero_init_name,
+    variant_evaluations,
 )
 from kimi_recursive.matrix.settings import GENERATION_KEYS, MODEL_KEYS, TRAINING_KEYS, Config
 from kimi_recursive.track_b.evaluate import PRECISIONS
@@ -52,33 +53,39 @@ def write_parquet(path: Path, table: dict) -> None:
     pl.DataFrame(table).write_parquet(path)
 
 
-def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
-    """Everything that the report reads of a matrix that is done."""
+def make_results(
+    results: Path, config: dict, num_documents: int = 12, shifts: dict[str, float] | None = None
+) -> Path:
+    """Everything that the report reads of a matrix that is done.
+
+    Args:
+        shifts: By variant, what is added to the loss of its recursive arm.
+    """
     rng, settings = np.random.default_rng(0), Config.from_mapping(config)
-    by_key = {run.key: run for run in trainings(settings)}
-    for run in evaluations(settings):
+    by_key = all_trainings(settings)
+    for run in [*evaluations(settings), *variant_evaluations(settings)]:
         arm = by_key[run.training].arm if run.training else None
-        last = last_step(arm) if run.seed is not None else 0
+        of_run = settings.variant(run.variant)
+        last = last_step(arm, of_run.recursive.max_inner_steps) if run.seed is not None else 0
         depths = [0, 1, 2, 4] if run.stage == "finetuned_recursive" else list(range(last + 1))
         after = LOSS[arm] if arm else 3.93
+        after += (shifts or {}).get(run.variant, 0.0) if arm == "recursive" else 0.0
         documents = make_documents(rng, depths, after, num_documents)
         (results / "eval").mkdir(parents=True, exist_ok=True)
         documents.write_parquet(results / f"eval/{run.name}_documents.parquet")
         scores = summarize_scores(documents)
         at_last = next(row for row in scores if row["step"] == last)
         groups = (MODEL_KEYS, GENERATION_KEYS, TRAINING_KEYS)
-        have = {} if run.seed is None else settings.recursive_part(*groups)
+        have = {} if run.seed is None else of_run.recursive_part(*groups)
         if arm:
-            have |= settings.phase_overrides(by_key[run.training].phase) | dict(
-                ARMS[arm].parameters
-            )
-        halting = {"mean_inner_steps": 1.25, "perplexity": 50.0, "num_chunks_by_step": [30, 10]}
-        halting["num_chunks_by_step"] = halting["num_chunks_by_step"][:last]
+            have |= of_run.phase_overrides(by_key[run.training].phase) | dict(ARMS[arm].parameters)
+        halting = {"mean_inner_steps": 1.25, "perplexity": 50.0}
+        halting["num_chunks_by_step"] = [30, 10, 0, 0][:last]
         write_json(results / f"eval/{run.name}_results.json", {
             "stage": run.stage, "split": "test", "inner_steps": last,
             "perplexity": {**at_last, "num_tokens": 100 * num_documents,
                            "num_documents": num_documents, "by_step": scores},
-            "mean_inner_steps": float(last), "num_rounds_by_step": [0, 20][:last],
+            "mean_inner_steps": float(last), "num_rounds_by_step": [0, 20, 0, 0][:last],
             "halting": halting if last else None, "forward_flops_per_token": 1e7,
             "throughput": {"evaluated_tokens_per_second": 4000.0,
                            "generated_tokens_per_second": 60.0},
@@ -88,11 +95,10 @@ def make_results(results: Path, config: dict, num_documents: int = 12) -> Path:
             "upstream": json.loads(json.dumps(upstream(settings))), "versions": VERSIONS,
             "created": "2026-11-20T08:26:17+00:00",
         })  # fmt: skip
-    for run in [*trainings(settings), repeated(settings)]:
-        if run:
-            make_training(results / f"runs/{run.key}", config, run, rng)
-    for seed in config["seeds"]:
-        write_json(results / f"compare/{zero_init_name(settings, seed)}.json", {
+    for run in by_key.values():
+        make_training(results / f"runs/{run.key}", config, run, rng)
+    for cells in surgeries(settings):
+        write_json(results / f"compare/{cells.proof}.json", {
             "passed": True, "perplexity_difference_percent": 0.0, "max_logit_difference": 0.0,
             "generations_identical": True, "inner_steps": 2,
             "checks": [{"name": "document_loss_difference", "value": 0.0, "limit": "<= 0",
@@ -135,7 +141,7 @@ def make_tasks(results: Path, config: dict, num: int = 40) -> Path:
                 "num_samples": num, "higher_is_better": metric == "acc",
                 "statistic": statistics[metric],
             })  # fmt: skip
-        sidecar = model_of(run.evaluation, layout) / SIDECAR_NAME
+        sidecar = model_of(settings, run.evaluation, layout) / SIDECAR_NAME
         write_json(files.results, {
             "stage": run.evaluation.stage, "step": run.step, "scores": scores,
             "sidecar_sha256": file_digest(sidecar) if sidecar.is_file() else None,
@@ -149,9 +155,9 @@ def make_tasks(results: Path, config: dict, num: int = 40) -> Path:
     return results
 
 
-def last_step(arm: str | None) -> int:
+def last_step(arm: str | None, depth: int = 2) -> int:
     """The last inner step of an arm, or of untrained cells."""
-    return ARMS[arm].parameters.get("max_inner_steps", 2) if arm else 2
+    return ARMS[arm].parameters.get("max_inner_steps", depth) if arm else depth
 
 
 def make_documents(rng, steps: list[int], after: float, num: int) -> pl.DataFrame:
@@ -173,10 +179,9 @@ def make_documents(rng, steps: list[int], after: float, num: int) -> pl.DataFram
 
 def make_training(folder: Path, config: dict, run, rng) -> None:
     settings = Config.from_mapping(config)
-    trained = settings_of(settings, run)
+    trained, of_run = settings_of(settings, run), settings.variant(run.variant)
     steps = trained.num_steps
-    have = settings.recursive_part(MODEL_KEYS, TRAINING_KEYS)
-    have |= settings.phase_overrides(run.phase) | dict(ARMS[run.arm].parameters)
+    have = of_run.trained_with(run.phase) | dict(ARMS[run.arm].parameters)
     write_json(folder / "train_summary.json", {
         "arm": run.arm, "phase": run.phase, "seed": run.seed, "num_steps": steps,
         "training_flops": 2.7e12, "training_tokens": 1024 * steps,

@@ -34,6 +34,7 @@ EDITS = {
     "save_interval": ("training.a.save_interval", 5),
     "resources": ("resources.gpus_per_run", 2),
     "phases": ("phases", ["a"]),
+    "variants": ("variants", {"deep": {"recursive": {"max_inner_steps": 3}}}),
 }
 
 
