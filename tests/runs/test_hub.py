@@ -183,14 +183,14 @@ def test_the_card_takes_evaluations_by_hand(lab, experiment, tmp_path, monkeypat
 @pytest.mark.workflow
 def test_the_card_of_a_workflow_run_shows_every_verdict(project, control, tmp_path, monkeypatch):
     results = project.folder / "results"
-    run, name = ("single_pass_b_s0", "finetuned_single_pass_b") if control else (
-        "recursive_b_s0", "finetuned_recursive_b")  # fmt: skip
+    run, name = ("single_pass_a_s0", "finetuned_single_pass") if control else (
+        "recursive_a_s0", "finetuned_recursive")  # fmt: skip
     monkeypatch.chdir(project.folder)
     assert dry_run(monkeypatch, f"results/runs/{run}/work", tmp_path / "out") == 0
     card = ModelCard.load(tmp_path / "out/README.md")
     verdicts = json.loads((results / "verdicts.json").read_text())
     ours = [v for v in verdicts if name in (v["arm"], v["reference"])]
-    assert len(ours) == (1 if control else 5)
+    assert len(ours) == (1 if control else 4)
     for v in ours:
         mean, low, high = v["perplexity_percent"]
         assert (

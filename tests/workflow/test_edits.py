@@ -106,7 +106,7 @@ def test_summarize_takes_what_is_there_without_training(copy):
     assert copy.planned("summarize") == ["summarize"]
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 6
+    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 8
     copy.path("results/eval/after_surgery_results.json").write_text('{"stage": ')
     assert copy.snakemake("summarize").returncode == 0
     text = copy.path("results/summary.txt").read_text()
@@ -137,7 +137,7 @@ def test_results_of_another_base_are_not_shown_as_those_of_this_config(copy):
     assert "were made with a different base.seed." in refused.stderr
     copy.write({**changed, "results_dir": "other"})
     assert copy.snakemake("summarize").returncode == 0, "a folder of its own"
-    assert "0 of 8 expected" in copy.path("other/summary.txt").read_text()
+    assert "0 of 10 expected" in copy.path("other/summary.txt").read_text()
 
 
 def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
@@ -146,7 +146,7 @@ def test_results_of_other_settings_are_not_shown_as_those_of_this_config(copy):
     copy.write(changed)
     assert copy.snakemake("summarize").returncode == 0
     rows = list(csv.DictReader(copy.path("results/summary.csv").open()))
-    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 6
+    assert [r["status"] for r in rows] == ["ok", "ok"] + ["missing"] * 6 + ["ok", "ok"]
     assert rows[2]["detail"] == "Results exist, but were made with a different training.a.lr."
     assert not rows[2]["perplexity"]
     assert json.loads(copy.path("results/verdicts.json").read_text()) == []

@@ -29,7 +29,7 @@ def test_report_takes_what_is_there_without_training(copy):
     assert "report" in copy.planned("all")
     shutil.rmtree(copy.path("results"))
     assert copy.snakemake("report").returncode == 0
-    assert "0 of 8 expected evaluations are there" in copy.path("results/report.html").read_text()
+    assert "0 of 10 expected evaluations are there" in copy.path("results/report.html").read_text()
 
 
 def test_snakemakes_own_report_has_captions_categories_and_labels(project, tmp_path):
