@@ -210,7 +210,8 @@ def _inner_step_drawing(counts: Sequence[Mapping[str, Any]]) -> Drawing | None:
     if not counts:
         return None
     caption = (
-        "Left: after how many inner steps the boundary head would stop, of all scored chunks. "
+        "Left: after how many inner steps the boundary head would stop, of all scored chunks, or "
+        "how many a token took where each stops on its own. "
         "Right: how many inner steps a round of generation ran."
     )
     text = "Bar charts of inner steps by stage; the table beside it has the numbers."

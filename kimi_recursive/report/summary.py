@@ -135,6 +135,7 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
     if evaluation.seed is not None:
         keys = ("max_inner_steps", "d_state", "use_latent_token", "commit")
         row |= {k: recursive[k] for k in keys}
+        row["halting"] = recursive.get("halting", "threshold")  # records of before have none
         row["layers_to_refine"] = json.dumps(recursive["layers_to_refine"])
     if trained:
         last = trained[-1]
