@@ -148,8 +148,7 @@ class HaltingHead(nn.Module):
         nn.init.constant_(self.commit.bias, INITIAL_HALTING_BIAS)
 
     def forward(self, h_top_BWD: Tensor, memory_BWG: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Args: top hidden state [B, W, D]; the memory of the step before [B, W, G] float32, or None
-            at the first step.
+        """Args: top hidden state [B, W, D]; memory of the step before [B, W, G], or None at first.
 
         Returns: the logit [B, W] of the probability of stopping at this step when no earlier one
             did, and the next memory, both float32.

@@ -14,6 +14,7 @@ from kimi_recursive.report.composition import QUESTION, composition_lines
 from kimi_recursive.report.matrix_tables import (
     cost_table,
     efficiency_table,
+    halting_table,
     problem_table,
     step_table,
 )
@@ -68,7 +69,7 @@ def summary_text(
 ) -> str:
     """`summary.txt`: the questions of the matrix, answered in lines of at most 100 characters."""
     done = f"{len(matrix.done)} of {len(matrix.rows)}"
-    note = [TASK_NOTE] if config.corpus.task else []
+    note = [TASK_NOTE] if config.corpus.task and config.recursive.halting == "threshold" else []
     sections = [
         [
             f"Kimi Recursive, {layout.folder}: {done} expected evaluations are there",
@@ -77,7 +78,11 @@ def summary_text(
         *([[QUESTION, *composition_lines(layout)]] if config.composition else []),
         ["Does zero-init preserve the base?", *zero_init_lines(matrix.proofs)],
         ["Does recursion help?", *note, comparison_table(matrix.comparisons).to_text()],
-        ["Is it efficient?", efficiency_table(matrix).to_text()],
+        [
+            "Is it efficient?",
+            efficiency_table(matrix).to_text(),
+            *([stopping.to_text()] if (stopping := halting_table(matrix)).rows else []),
+        ],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
         ["Do the runs meet their criteria?", success_table(matrix, layout).to_text()],
         [cost_table(matrix).to_text()],

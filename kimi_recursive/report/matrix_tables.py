@@ -70,6 +70,26 @@ def efficiency_table(matrix: Matrix) -> Table:
     return Table("Inner steps and cost of the recursive arms", columns, rows, notes)
 
 
+def halting_table(matrix: Matrix) -> Table:
+    """Of pairs whose tokens stop on their own: exact answers and inner steps, by group."""
+    rows = []
+    for row in matrix.done:
+        for group in row["pairs"] or ():
+            if "mean_inner_steps" in group and group["step"] == row["inner_steps"]:
+                low, high = group["exact_match_interval"]
+                rows.append([
+                    row["name"], group["group"] or "", f"{group['num_pairs']:,}",
+                    f"{100 * group['exact_match']:.1f} %", f"[{100 * low:.1f}, {100 * high:.1f}] %",
+                    f"{group['mean_inner_steps']:.2f}",
+                ])  # fmt: skip
+    columns = [
+        Column("evaluation", NAME), Column("group"), Column("pairs", NUMBER),
+        Column("exact answers", NUMBER), Column("95 % interval", NUMBER),
+        Column("inner steps of a token", NUMBER),
+    ]  # fmt: skip
+    return Table("Pairs whose tokens stop on their own", columns, rows)
+
+
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 

@@ -107,6 +107,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "verdicts": comparison_table(matrix.comparisons),
         "verdict_figure": _verdict_drawing(matrix),
         "efficiency": efficiency,
+        "stopping": matrix_tables.halting_table(matrix),
         "success": success,
         "stages": matrix_tables.stage_table(matrix, results),
         "cost": matrix_tables.cost_table(matrix),

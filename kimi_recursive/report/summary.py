@@ -62,8 +62,8 @@ class Matrix:
     """What exists of the matrix.
 
     Attributes:
-        rows: Of `summary.csv`, one for each expected evaluation; where it is `ok`, with `by_step`
-            and how many chunks and rounds took 1, 2, ... inner steps.
+        rows: Of `summary.csv`, one for each expected evaluation; where it is `ok`, with `by_step`,
+            `pairs`, and how many chunks and rounds took 1, 2, ... inner steps.
         proofs: By seed the zero-init proof, or None and what is wrong with the file.
         comparisons: Of `compare_arms`.
         repeat: `compare_repeat`'s result, or None and what is wrong with the file; None when no
@@ -157,6 +157,7 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
         **{f"halting_{k}": v for k, v in (found["halting"] or {}).items()},
         **found["throughput"],
         "by_step": scores["by_step"],
+        "pairs": found.get("pairs"),
         "num_rounds_by_step": found.get("num_rounds_by_step"),
     }
 

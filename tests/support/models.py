@@ -99,6 +99,9 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
     weights += [] if wrapper.feedback is None else [wrapper.feedback.gate.weight]
     for weight in weights:
         weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * std)
+    if wrapper.halting is not None:  # then positions stop at different steps, and surely
+        weight = wrapper.halting.commit.weight
+        weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 10)
     return wrapper
 
 
