@@ -101,7 +101,7 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
         weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * std)
     if wrapper.halting is not None:  # then positions stop at different steps, and surely
         weight = wrapper.halting.commit.weight
-        weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 10)
+        weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 4)
     return wrapper
 
 
