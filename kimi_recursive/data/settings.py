@@ -21,7 +21,6 @@ class TaskSettings:
         num_pairs: Questions of `train` (`pointers`; `facts` has one for each seen person).
         num_test: Questions of `test` for each number of hops, seen and unseen alike.
         seed: Decides facts, names and splits.
-        ask: How a question of `facts` says how many it needs: `chain` or `number`.
     """
 
     kind: str
@@ -31,7 +30,6 @@ class TaskSettings:
     num_pairs: int
     num_test: int
     seed: int
-    ask: str = "chain"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TaskSettings:

@@ -4,9 +4,7 @@
 each person, and of the *seen* half also questions such as "Who taught who taught Ada", answered
 step by step: first Ada's teacher, then the teacher's. The other splits want the last answer at
 once. `train` asks about seen people; those of `validation` and the *unseen* ones of `test` are in
-no question of more than one fact. With `ask: number` a question is "Teacher 2 of Ada", and an
-eighth of the answers of `pretrain` say the number first: a base that never has to say it forgets it
-by its last layer.
+no question of more than one fact.
 
 `pointers`, in context: the prompt tells who passes the ball to whom, and asks who has it after so
 many passes.
@@ -26,7 +24,6 @@ from kimi_recursive.data.settings import PRETRAIN, TaskSettings
 from kimi_recursive.files import publishing
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
-PLAIN_PER_ECHO = 7
 SYLLABLES = [c + v for c in CONSONANTS for v in VOWELS]
 
 
@@ -116,17 +113,8 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
             f"{min(len(seen), len(unseen))} people of a group; raise num_entities"
         )
 
-    def question(h: int) -> str:
-        if task.ask == "number":
-            return f"Teacher {h} of "
-        return "Who taught " + "who taught " * (h - 1)
-
     def ask(
-        who: Sequence[int],
-        entities: str,
-        hops: Sequence[int],
-        in_steps: bool = False,
-        echo: bool = False,
+        who: Sequence[int], entities: str, hops: Sequence[int], in_steps: bool = False
     ) -> list[dict[str, str]]:
         def answer(x: int, h: int) -> str:
             steps = range(1 if in_steps else h, h + 1)
@@ -134,8 +122,8 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
 
         return [
             {
-                "prompt": question(h) + people[x],
-                "completion": f" {h}" * echo + answer(x, h),
+                "prompt": "Who taught " + "who taught " * (h - 1) + people[x],
+                "completion": answer(x, h),
                 "group": str(Group(entities, h)),
             }
             for h in hops
@@ -143,14 +131,8 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
         ]
 
     every = range(1, task.max_hops + 1)
-
-    def pretrain(echo: bool) -> list[dict[str, str]]:
-        one, more = (list(order), "seen", [1]), (list(seen), "seen", every[1:])
-        return ask(*one, True, echo) + ask(*more, True, echo)
-
-    echoed = pretrain(True) if task.ask == "number" else []
     return {
-        PRETRAIN: pretrain(False) * (PLAIN_PER_ECHO if echoed else 1) + echoed,
+        PRETRAIN: ask(list(order), "seen", [1]) + ask(list(seen), "seen", every[1:], True),
         "train": ask(list(seen), "seen", task.train_hops),
         "validation": ask(list(validation), "unseen", task.train_hops),
         "test": ask(list(seen[: task.num_test]), "seen", every)

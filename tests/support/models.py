@@ -100,8 +100,10 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
     for weight in weights:
         weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * std)
     if wrapper.halting is not None:  # then positions stop at different steps, and surely
-        weight = wrapper.halting.commit.weight
-        weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 4)
+        head = wrapper.halting
+        head.memory.weight_ih.mul_(4)
+        noise = torch.randn(head.commit.weight.shape, generator=generator)
+        head.commit.weight.add_((noise - noise.mean()).to(head.commit.weight) * 4)
     return wrapper
 
 

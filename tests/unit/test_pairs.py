@@ -247,20 +247,6 @@ def test_facts_ask_seen_and_unseen_people(tmp_path):
     assert "raise num_entities" in error_of(make_task, small, tmp_path / "small")
 
 
-def test_a_number_may_say_how_many_facts_a_question_needs(tmp_path):
-    """The same questions in other words; the base also reads them with the number said first."""
-    for ask in ("chain", "number"):
-        make_task(TaskSettings("facts", 64, [2, 3], 3, 1, 8, 0, ask), tmp_path / ask)
-    for split, path in task_files(tmp_path / "chain").items():
-        records, echoed = read(path), []
-        for record in records:
-            hops = record["prompt"].lower().count("taught")
-            record["prompt"] = f"Teacher {hops} of {record['prompt'].split()[-1]}"
-            echoed.append(record | {"completion": f" {hops}{record['completion']}"})
-        expected = records * 7 + echoed if split == "pretrain" else records
-        assert read(task_files(tmp_path / "number")[split]) == expected
-
-
 def test_pointers_can_be_answered_from_the_prompt(tmp_path):
     make_task(TaskSettings("pointers", 5, [1, 2], 3, 7, 4, 0), tmp_path / "task")
     for record in read(tmp_path / "task/test.jsonl"):
