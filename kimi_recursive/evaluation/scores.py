@@ -214,7 +214,8 @@ def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, Any] | N
     last = refined.select(pl.col("step").max()).item()
     if refined["num_running"].count():
         at_last = refined.filter(pl.col("step") == last)
-        num_tokens, loss_sum = at_last["num_tokens"].sum(), at_last["loss_sum"].sum()
+        num_tokens = int(at_last["num_tokens"].sum())
+        loss_sum = float(at_last["loss_sum"].sum())
         sums = refined.group_by("step").agg(pl.col("num_running").sum()).sort("step")
         running = [*sums["num_running"], 0]
         return {

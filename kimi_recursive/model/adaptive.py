@@ -82,7 +82,8 @@ def decode(
     num_steps = loop.resolve_steps(num_steps)
     passes, lookahead = loop.passes(), Lookahead(num_steps)
     for row in range(len(output.prompts)):
-        rows, waiting = start(loop, output, [row], num_steps), [None] * num_steps
+        rows = start(loop, output, [row], num_steps)
+        waiting: list[Inputs | None] = [None] * num_steps
         while not output.ended[row]:
             waiting = _round(loop, passes, lookahead, rows, waiting, output, sampling, stats)
             lookahead.num_steps = stats.mean_inner_steps
