@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -58,10 +58,11 @@ def score_windows(
     Returns:
         One row per window, chunk and inner step: document (int), start, chunk, step, num_tokens,
         loss_sum (nats), num_correct, p_commit (null at step 0 and when the loop is not active),
+        num_running (tokens that no earlier step had stopped at; null where none stops on its own),
         seconds (this row's share of its batch).
     """
     columns = ("document", "start", "chunk", "step", "num_tokens", "loss_sum", "num_correct",
-               "p_commit", "seconds")  # fmt: skip
+               "p_commit", "num_running", "seconds")  # fmt: skip
     rows: dict[str, list] = {name: [] for name in columns}
     bar = tqdm(
         total=len(windows), desc="evaluate", unit="window", disable=None if progress else True
@@ -74,14 +75,18 @@ def score_windows(
             width = chunk.input_ids.shape[1]
             gold = targets[:, offset : offset + width]
             offset += width
+            running = [width] * len(batch)
             for state in wrapper.steps(chunk, num_steps):
                 ce = F.cross_entropy(
-                    state.logits.float().transpose(1, 2), gold, reduction="none"
+                    state.output.float().transpose(1, 2), gold, reduction="none"
                 ).double()
-                correct = (state.logits.argmax(-1) == gold).sum(1)
+                correct = (state.output.argmax(-1) == gold).sum(1)
                 p_commit: list[float | None] = [None] * len(batch)
-                if state.step:
-                    assert wrapper.boundary is not None, "a step refines"
+                num_running: list[int | None] = [None] * len(batch)
+                if state.halting is not None:
+                    num_running = list(running)
+                    running = (~state.halting.stopped).sum(1).tolist()
+                elif state.step and wrapper.boundary is not None:
                     p_commit = wrapper.boundary(state.h_top)[0].tolist()
                 rows["document"] += [w.document for w in batch]
                 rows["start"] += [w.start for w in batch]
@@ -91,11 +96,12 @@ def score_windows(
                 rows["loss_sum"] += ce.sum(1).tolist()
                 rows["num_correct"] += correct.tolist()
                 rows["p_commit"] += p_commit
+                rows["num_running"] += num_running
                 before, clock = clock, time.perf_counter()
                 rows["seconds"] += [(clock - before) / len(batch)] * len(batch)
         bar.update(len(batch))
     bar.close()
-    return pl.DataFrame(rows, schema_overrides={"p_commit": pl.Float64})
+    return pl.DataFrame(rows, schema_overrides={"p_commit": pl.Float64, "num_running": pl.Int64})
 
 
 def losses_by_step(
@@ -113,19 +119,26 @@ def losses_by_step(
 
 def document_scores(scores: pl.DataFrame, split: TokenSplit) -> pl.DataFrame:
     """One row per document and inner step: document_id, step, num_tokens, loss_sum, num_correct,
-    and of a split with pairs group."""
+    of a split with pairs group, and where tokens stop on their own inner_steps: what they have
+    taken so far, summed."""
     ids = pl.DataFrame(
         {"document": range(len(split.document_ids)), "document_id": split.document_ids}
     )
-    group = [] if split.groups is None else ["group"]
+    more = [] if split.groups is None else ["group"]
+    if scores["num_running"].count():
+        more.append("inner_steps")
     if split.groups is not None:
         ids = ids.with_columns(group=pl.Series(split.groups, dtype=pl.String))
     return (
         scores.group_by("document", "step")
-        .agg(pl.col("num_tokens", "loss_sum", "num_correct").sum())
+        .agg(
+            pl.col("num_tokens", "loss_sum", "num_correct").sum(),
+            inner_steps=pl.col("num_running").sum(),
+        )
         .sort("document", "step")
+        .with_columns(pl.col("inner_steps").cum_sum().over("document"))
         .join(ids, on="document", how="left", maintain_order="left")
-        .select("document_id", "step", "num_tokens", "loss_sum", "num_correct", *group)
+        .select("document_id", "step", "num_tokens", "loss_sum", "num_correct", *more)
     )
 
 
@@ -147,10 +160,14 @@ def summarize_scores(documents: pl.DataFrame) -> list[dict[str, Any]]:
 
 def exact_match_by_group(documents: pl.DataFrame, split: TokenSplit) -> list[dict[str, Any]] | None:
     """Of the pairs among the documents, per group and inner step: num_pairs, exact_match (the share
-    whose completion greedy generation gives) with the bounds of its 95 % interval, and loss (nats
-    per completion token). None where no document is a pair."""
+    whose completion greedy generation gives) with the bounds of its 95 % interval, loss (nats per
+    completion token), and where tokens stop on their own mean_inner_steps, of a completion token.
+    None where no document is a pair."""
     if split.num_prompt is None:
         return None
+    steps = {}
+    if "inner_steps" in documents.columns:
+        steps = {"mean_inner_steps": pl.col("inner_steps").sum() / pl.col("num_tokens").sum()}
     is_pair = pl.Series(split.document_ids).filter(split.num_prompt > 1)
     table = (
         documents.filter(pl.col("document_id").is_in(is_pair.implode()))
@@ -159,6 +176,7 @@ def exact_match_by_group(documents: pl.DataFrame, split: TokenSplit) -> list[dic
             num_pairs=pl.len(),
             num_exact=(pl.col("num_correct") == pl.col("num_tokens")).sum(),
             loss=pl.col("loss_sum").sum() / pl.col("num_tokens").sum(),
+            **steps,
         )
         .sort("group", "step", nulls_last=True)
     )
@@ -170,8 +188,9 @@ def exact_match_by_group(documents: pl.DataFrame, split: TokenSplit) -> list[dic
             "exact_match": exact / pairs,
             "exact_match_interval": list(wilson_interval(exact, pairs)),
             "loss": loss,
+            **dict(zip(steps, taken, strict=True)),
         }
-        for group, step, pairs, exact, loss in table.iter_rows()
+        for group, step, pairs, exact, loss, *taken in table.iter_rows()
     ]
 
 
@@ -182,15 +201,28 @@ def largest_difference(one: pl.Series, other: pl.Series) -> float:
 
 def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, Any] | None:
     """What stopping early would give: each chunk at its first step with p_commit >= `threshold`, or
-    at its last step. None when the loop is not active.
+    at its last step. None when the loop is not active. Where tokens stop on their own, what that
+    gives, for tokens in place of chunks.
 
     Returns: `mean_inner_steps` over chunks, the `perplexity` of all tokens at those steps, and
-        `num_chunks_by_step`, how many chunks stop after 1, 2, ... K inner steps.
+        `num_chunks_by_step`, how many chunks stop after 1, 2, ... K inner steps; of tokens
+        `num_tokens_by_step`.
     """
     refined = scores.filter(pl.col("step") > 0)
     if refined.is_empty():
         return None
     last = refined.select(pl.col("step").max()).item()
+    if refined["num_running"].count():
+        at_last = refined.filter(pl.col("step") == last)
+        num_tokens = int(at_last["num_tokens"].sum())
+        loss_sum = float(at_last["loss_sum"].sum())
+        sums = refined.group_by("step").agg(pl.col("num_running").sum()).sort("step")
+        running = [*sums["num_running"], 0]
+        return {
+            "mean_inner_steps": sum(running) / num_tokens,
+            "perplexity": math.exp(loss_sum / num_tokens),
+            "num_tokens_by_step": [a - b for a, b in pairwise(running)],
+        }
     stop = pl.when(pl.col("p_commit") >= threshold).then(pl.col("step")).otherwise(last).min()
     stopped = refined.filter(pl.col("step") == stop.over("document", "start", "chunk"))
     loss_sum, num_tokens, inner_steps = stopped.select(

@@ -28,7 +28,7 @@ from kimi_recursive.training.settings import BaseSettings, PhaseSettings
 
 # Which part of `recursive` decides what; a rule depends only on the part that it reads.
 MODEL_KEYS = (
-    "chunk_width", "max_inner_steps", "layers_to_refine", "use_latent_token",
+    "chunk_width", "max_inner_steps", "halting", "layers_to_refine", "use_latent_token",
     "use_token_feedback", "feedback_top_k", "d_state", "gate_hidden", "max_chunk_len",
 )  # fmt: skip
 GENERATION_KEYS = ("commit", "commit_threshold", "min_commit_threshold")

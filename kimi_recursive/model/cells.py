@@ -1,4 +1,4 @@
-"""The trainable parts of the loop: `RefineCell`, `LatentToken`, `TokenFeedback`, `BoundaryHead`.
+"""The trainable parts of the loop: `RefineCell`, `LatentToken`, `TokenFeedback`, the heads.
 
 Shapes: B batch, W chunk width, D hidden size, S state size, V vocabulary. The updates of cell and
 latent path are scaled by the root mean square of the stream. In each product exactly one factor
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INITIAL_COMMIT_BIAS = -3.0  # at or above 0 the depth collapses (arXiv 2604.21999)
+INITIAL_HALTING_BIAS = -1.0  # no step starts rare: of three, 0.27, 0.20 and 0.53
 
 
 def rms(x: Tensor) -> Tensor:
@@ -130,3 +131,29 @@ class BoundaryHead(nn.Module):
         """As `forward`, with the logit of p_commit, which the halt loss needs."""
         x = F.silu(self.hidden(self.norm(h_top_BWD[:, -1].float())))
         return self.commit(x).squeeze(-1), self.length(x).log_softmax(-1)
+
+
+class HaltingHead(nn.Module):
+    """Decides at every position whether to stop at this inner step. Never in the logits.
+
+    It has a memory over the inner steps: the top hidden state alone does not say which step it is.
+    """
+
+    def __init__(self, d_model: int, gate_hidden: int):
+        super().__init__()
+        self.gate_hidden = gate_hidden
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.memory = nn.GRUCell(d_model, gate_hidden)
+        self.commit = nn.Linear(gate_hidden, 1)
+        nn.init.constant_(self.commit.bias, INITIAL_HALTING_BIAS)
+
+    def forward(self, h_top_BWD: Tensor, memory_BWG: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Args: top hidden state [B, W, D]; memory of the step before [B, W, G], or None at first.
+
+        Returns: the logit [B, W] of the probability of stopping at this step when no earlier one
+            did, and the next memory, both float32.
+        """
+        n = self.norm(h_top_BWD.float())
+        before = None if memory_BWG is None else memory_BWG.flatten(0, -2)
+        memory = self.memory(n.flatten(0, -2), before).view(*n.shape[:-1], self.gate_hidden)
+        return self.commit(memory).squeeze(-1), memory

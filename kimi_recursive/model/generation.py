@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer, StopStringCriteria
 
-from kimi_recursive.model import learned, verified
+from kimi_recursive.model import adaptive, learned, verified
 from kimi_recursive.model.loop import ChunkLoop, check_context
 from kimi_recursive.model.output import GenerationOptions, GenerationStats, Output, Sampling
 
@@ -88,7 +88,8 @@ def generate_chunks(
 
     Raises:
         ValueError: an empty prompt, more tokens than the base has positions, an option out of its
-            range, several rows with a streamer, sampling or a number of steps with `learned`.
+            range, several rows with a streamer, sampling or a number of steps with `learned`, or
+            `learned` where every token stops on its own.
     """
     chosen = GenerationOptions(max_new_tokens=max_new_tokens, **options).with_defaults(
         loop.config, loop.base.generation_config
@@ -102,6 +103,8 @@ def generate_chunks(
         prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
     if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
         raise ValueError(f"attention_mask: leaves nothing of row {empty[0]}")
+    if chosen.commit == "learned" and loop.boundary is None:
+        raise ValueError("commit='learned' needs a model with halting 'threshold'")
     longest = max(map(len, prompts)) + max_new_tokens
     check_context(loop.base, longest, "prompt and max_new_tokens")
 
@@ -116,7 +119,9 @@ def generate_chunks(
         streamer.put(input_ids.cpu())
     if chosen.commit == "verified":
         sampling = Sampling(input_ids.device, chosen) if chosen.do_sample else None
-        for _ in verified.decode(loop, output, chosen.num_steps, sampling, stats):
+        stops = loop.halts and chosen.num_steps != 0
+        decode = adaptive.decode if stops else verified.decode
+        for _ in decode(loop, output, chosen.num_steps, sampling, stats):
             pass
     else:
         learned.decode(loop, output, stats)

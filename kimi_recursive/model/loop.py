@@ -24,8 +24,15 @@ from transformers.cache_utils import Cache
 
 from kimi_recursive.kimi.short_passes import MAX_TOKENS, ShortPasses
 from kimi_recursive.model.cache import fork
-from kimi_recursive.model.cells import BoundaryHead, LatentToken, RefineCell, TokenFeedback
+from kimi_recursive.model.cells import (
+    BoundaryHead,
+    HaltingHead,
+    LatentToken,
+    RefineCell,
+    TokenFeedback,
+)
 from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.model.halting import Halting, next_halting
 from kimi_recursive.model.placement import Refetching, execution_device, is_offloaded
 
 if TYPE_CHECKING:
@@ -93,6 +100,7 @@ class ChunkState:
         h_top: Output of the last decoder layer at this step [B, W, D].
         logits: Next-token logits at this step [B, W, V].
         states: Cell states by layer index, each [B, W, S].
+        halting: Which positions have stopped; None at step 0, and where none stops early.
     """
 
     prefix: Cache
@@ -103,6 +111,13 @@ class ChunkState:
     h_top: Tensor
     logits: Tensor
     states: dict[int, Tensor] = field(default_factory=dict)
+    halting: Halting | None = None
+
+    @property
+    def output(self) -> Tensor:
+        """What the model says after at most `step` inner steps [B, W, V]: where a position has
+        stopped, its logits of then. Later steps read `logits`, which go on."""
+        return self.logits if self.halting is None else self.halting.output
 
 
 Run = Callable[..., tuple[Tensor, Tensor]]  # as `ChunkLoop.run_base`
@@ -136,7 +151,8 @@ class ChunkLoop(nn.Module):
         latent: `LatentToken`, or None when disabled or `use_latent_token` is False.
         feedback: `TokenFeedback`, or None when disabled or `use_token_feedback` is False. A single
             pass has no step before, and does not use it.
-        boundary: `BoundaryHead`, or None when disabled.
+        boundary: `BoundaryHead`, or None when disabled or `halting` is `expected`.
+        halting: `HaltingHead`, which is there when `boundary` is not.
         adapter: The trained changes inside the base (`kimi_recursive.model.adapter`), or None.
         phase, revision: The phase that trained the cells, and the revision of a base from the Hub,
             as the sidecar says that was loaded last; else None.
@@ -164,6 +180,7 @@ class ChunkLoop(nn.Module):
         self.latent: LatentToken | None = None
         self.feedback: TokenFeedback | None = None
         self.boundary: BoundaryHead | None = None
+        self.halting: HaltingHead | None = None
         self.adapter: Adapter | None = None
         self.phase: str | None = None
         self.revision: str | None = None
@@ -180,14 +197,16 @@ class ChunkLoop(nn.Module):
             self.latent = LatentToken(d_model)
         if config.use_token_feedback:
             self.feedback = TokenFeedback(d_model, config.feedback_top_k)
-        self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
+        if config.halting == "expected":
+            self.halting = HaltingHead(d_model, config.gate_hidden)
+        else:
+            self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
         # A device_map may have spread the layers. Each refinement cell goes to the device of its
         # layer, the other cells to the device of the embeddings.
         for index, cell in self._cell_of.items():
             cell.to(execution_device(self.layers[index]))
-        for module in (self.latent, self.feedback, self.boundary):
-            if module is not None:
-                module.to(self.device)
+        for module in self.cells()[1:]:
+            module.to(self.device)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -207,7 +226,7 @@ class ChunkLoop(nn.Module):
 
     def cells(self) -> list[nn.Module]:
         """The components around the base; empty when recursion is disabled."""
-        parts = (self.refine_cells, self.latent, self.feedback, self.boundary)
+        parts = (self.refine_cells, self.latent, self.feedback, self.boundary, self.halting)
         return [m for m in parts if m is not None]
 
     def cells_state_dict(self) -> dict[str, Tensor]:
@@ -329,9 +348,11 @@ class ChunkLoop(nn.Module):
         embeds = self.next_inputs(ids, chunk.h_top, chunk.logits)
         states = self.next_states(chunk.states)
         h_top, logits = self.run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
+        halting = self.next_halting(chunk.halting, h_top, logits)
         return ChunkState(
-            chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states
-        )
+            chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states,
+            halting,
+        )  # fmt: skip
 
     @property
     def reads_logits(self) -> bool:
@@ -362,6 +383,17 @@ class ChunkLoop(nn.Module):
     def next_states(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
         """The cell states that the next step starts from: a copy that it may update."""
         return {} if self.config.single_pass else dict(states)
+
+    @property
+    def halts(self) -> bool:
+        """Whether each position stops on its own."""
+        return self.halting is not None and self.config.max_inner_steps > 1
+
+    def next_halting(self, before: Halting | None, h_top: Tensor, logits: Tensor) -> Halting | None:
+        """As `halting.next_halting`; None where no position stops on its own."""
+        if self.halting is None or not self.halts:
+            return None
+        return next_halting(self.halting, self.config.commit_threshold, before, h_top, logits)
 
     def steps(self, chunk: ChunkState, num_steps: int | None = None) -> Iterator[ChunkState]:
         """The chunk at steps 0..`num_steps`, K by default; only step 0 when not active."""

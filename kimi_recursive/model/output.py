@@ -36,8 +36,8 @@ class GenerationOptions:
             then equals token-by-token decoding of the refined model on the same grid, up to
             rounding where two tokens are equally probable. With `learned` the boundary head
             decides.
-        num_steps: Inner steps of `verified`, K by default; 0 generates with the base alone, through
-            the same passes.
+        num_steps: Inner steps of `verified`, K by default, and the most of them where every token
+            stops on its own; 0 generates with the base alone, through the same passes.
         do_sample: Sample from the refined model instead of taking its most probable token; needs
             `verified`. Drafts are accepted by the rule of speculative sampling (Leviathan et al.,
             arXiv 2211.17192), which keeps the refined model's distribution.

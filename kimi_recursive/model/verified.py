@@ -13,7 +13,7 @@ size, V vocabulary. Rows are right-aligned in the caches, as left-padded prompts
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ class Lookahead:
     EDGES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     PRIOR = 0.9  # counts as one draft in each bin
 
-    def __init__(self, num_steps: int):
+    def __init__(self, num_steps: float):
         self.num_steps = num_steps
         self.num_accepted = [self.PRIOR] * (len(self.EDGES) + 1)
         self.num_tried = [1.0] * len(self.num_accepted)
@@ -153,7 +153,7 @@ def decode(
     base = loop.passes()
     run = base.run
     lookahead = Lookahead(num_steps or loop.config.max_inner_steps)
-    rows = _start(loop, output, num_steps or 1)
+    rows = start(loop, output, range(len(output.prompts)), num_steps or 1)
     while True:
         # No row reads beyond its end, where the base may have no position. What a row reads beyond
         # its chunk is not used.
@@ -161,12 +161,12 @@ def decode(
         limit = min(base.max_tokens, int(room.max()), *map(output.remaining, rows.index))
         with stats.timing("draft"):
             keep_logits = loop.reads_logits and num_steps > 0
-            drafted, step_0, proposals, draft = _draft(
+            drafted, step_0, proposals, drafting = draft(
                 run, rows, limit, lookahead, sampling, keep_logits
             )
         with stats.timing("refine"):
             logits, passes = _refine(loop, run, rows, num_steps, drafted, *step_0)
-            tokens, agreed = _verify(drafted, proposals, logits, sampling)
+            tokens, agreed = verify(drafted, proposals, logits, sampling)
         lookahead.learn(agreed.tolist())
         num_new = torch.minimum((agreed + 1).clamp(max=drafted.shape[1]), room).tolist()
         num_new = [
@@ -178,24 +178,26 @@ def decode(
         if not (left := [i for i, row in enumerate(rows.index) if not output.ended[row]]):
             return
         with stats.timing("refine"):
-            _advance(rows, [draft, *passes], tokens, num_new, loop.config.chunk_width)
+            _advance(rows, [drafting, *passes], tokens, num_new, loop.config.chunk_width)
             rows.keep(left)
         yield rows
 
 
-def _start(loop: ChunkLoop, output: Output, num_caches: int) -> Rows:
-    prompts = output.prompts
+def start(loop: ChunkLoop, output: Output, index: Iterable[int], num_caches: int) -> Rows:
+    """These rows of the output after their prompts, each cache as the base has read them."""
+    index = list(index)
+    prompts = [output.prompts[row] for row in index]
     length = torch.tensor([len(ids) - 1 for ids in prompts], device=prompts[0].device)
     longest = int(length.max())
     ids = torch.stack([F.pad(ids, (longest + 1 - len(ids), 0)) for ids in prompts])
     cache = loop.new_cache()
-    rows = Rows(list(range(len(ids))), cache, [], length, torch.zeros_like(length), ids[:, -1:])
+    rows = Rows(index, cache, [], length, torch.zeros_like(length), ids[:, -1:])
     rows.base = loop.encode(ids[:, :-1], cache, rows.mask(0))
     rows.refined = [rows.base] * num_caches
     return rows
 
 
-def _draft(
+def draft(
     run: Run,
     rows: Rows,
     limit: int,
@@ -262,7 +264,7 @@ def _refine(
     """
     mask, inputs = rows.mask(drafted.shape[1]), torch.cat([rows.last, drafted[:, :-1]], dim=1)
     if not num_steps:
-        _, logits, one = _pass(run, rows.refined[0], mask, input_ids=inputs)
+        _, logits, one = one_pass(run, rows.refined[0], mask, input_ids=inputs)
         return logits, [one]
     states: dict[int, Tensor] = {}
     passes: list[Pass] = []
@@ -270,13 +272,13 @@ def _refine(
         embeds = loop.next_inputs(inputs, h_top, logits)
         states = loop.next_states(states)
         wanted = 0 if step == num_steps or loop.reads_logits else 1  # of logits: 0 is all
-        h_top, logits, one = _pass(run, origin, mask, states, wanted, inputs_embeds=embeds)
+        h_top, logits, one = one_pass(run, origin, mask, states, wanted, inputs_embeds=embeds)
         passes.append(one)
     assert logits is not None, "a round has an inner step"
     return logits, passes
 
 
-def _pass(
+def one_pass(
     run: Run,
     origin: Cache,
     mask: Tensor | None,
@@ -302,7 +304,7 @@ def _pass(
     return h_top, logits, Pass(cache, again)
 
 
-def _verify(
+def verify(
     drafted: Tensor, proposals: Tensor | None, logits: Tensor, sampling: Sampling | None
 ) -> tuple[Tensor, Tensor]:
     """Compare the drafts with the refined model.

@@ -95,7 +95,7 @@ class ChunkRefineWrapper(ChunkLoop):
                 f"{self.config.chunk_width}; model(input_ids) scores a longer text"
             )
         chunk = next(self.chunks(input_ids, attention_mask, chunk_start))
-        return torch.stack([state.logits for state in self.steps(chunk, num_steps)])
+        return torch.stack([state.output for state in self.steps(chunk, num_steps)])
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class ChunkRefineWrapper(ChunkLoop):
             return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         logits = torch.cat(
             [
-                self.last_step(chunk, num_steps).logits
+                self.last_step(chunk, num_steps).output
                 for chunk in self.chunks(input_ids, attention_mask, chunk_start)
             ],
             dim=1,

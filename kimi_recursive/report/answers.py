@@ -15,6 +15,7 @@ from kimi_recursive.report.composition import QUESTION, composition_lines
 from kimi_recursive.report.matrix_tables import (
     cost_table,
     efficiency_table,
+    halting_table,
     problem_table,
     step_table,
 )
@@ -83,7 +84,7 @@ def summary_text(
 ) -> str:
     """`summary.txt`: the questions of the matrix, answered in lines of at most 100 characters."""
     done = f"{len(matrix.done)} of {len(matrix.rows)}"
-    note = [TASK_NOTE] if config.corpus.task else []
+    note = [TASK_NOTE] if config.corpus.task and config.recursive.halting == "threshold" else []
     sections = [
         [
             f"Kimi Recursive, {layout.folder}: {done} expected evaluations are there",
@@ -98,7 +99,11 @@ def summary_text(
         ],
         *([[VARIANTS, variant_table(matrix.variants).to_text()]] if matrix.variants else []),
         *_task_sections(tasks, config),
-        ["Is it efficient?", efficiency_table(matrix).to_text()],
+        [
+            "Is it efficient?",
+            efficiency_table(matrix).to_text(),
+            *([stopping.to_text()] if (stopping := halting_table(matrix)).rows else []),
+        ],
         ["Is it reproducible?", *repeat_lines(matrix.repeat)],
         ["Do the runs meet their criteria?", success_table(matrix, layout).to_text()],
         [cost_table(matrix).to_text()],

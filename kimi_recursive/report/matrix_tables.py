@@ -38,15 +38,20 @@ def efficiency_table(matrix: Matrix) -> Table:
     rows = []
     for stage, found in arms.items():
         stopped, most = _mean(found, "halting_mean_inner_steps"), found[0]["inner_steps"]
-        judged = "within" if low <= stopped <= high else "outside"
-        fixed = ", fixed by the config" if found[0]["commit"] == "verified" else ""
+        counts, generated = stopped, _mean(found, "mean_inner_steps")
+        how = ", fixed by the config" if found[0]["commit"] == "verified" else ""
+        if found[0].get("halting") == "expected":
+            how = ""
+            if generated:
+                counts, how = generated, ", judged"
+        judged = "within" if low <= counts <= high else "outside"
         base, flops = matrix.baseline, _mean(found, "forward_flops_per_token")
         rows.append([
             stage,
             f"{stopped:.2f}",
             f"cannot miss it, as K is {most}" if most <= high else judged,
             perplexity(_mean(found, "halting_perplexity")),
-            f"{_mean(found, 'mean_inner_steps'):.2f}{fixed}",
+            f"{generated:.2f}{how}",
             f"{flops / base['forward_flops_per_token']:.2f}x" if base else None,
         ])  # fmt: skip
     columns = [
@@ -58,7 +63,32 @@ def efficiency_table(matrix: Matrix) -> Table:
         "Stopped early: each chunk where the boundary head says so, at the latest after K inner "
         "steps. FLOPs: of all K, as a multiple of the baseline's."
     ]
+    if any(found[0].get("halting") == "expected" for found in arms.values()):
+        notes.append(
+            "With halting 'expected' each token stops on its own, in generation too: the steps of "
+            "generation are judged, those that a round of drafts ran."
+        )
     return Table("Inner steps and cost of the recursive arms", columns, rows, notes)
+
+
+def halting_table(matrix: Matrix) -> Table:
+    """Of pairs whose tokens stop on their own: exact answers and inner steps, by group."""
+    rows = []
+    for row in matrix.done:
+        for group in row["pairs"] or ():
+            if "mean_inner_steps" in group and group["step"] == row["inner_steps"]:
+                low, high = group["exact_match_interval"]
+                rows.append([
+                    row["name"], group["group"] or "", f"{group['num_pairs']:,}",
+                    f"{100 * group['exact_match']:.1f} %", f"[{100 * low:.1f}, {100 * high:.1f}] %",
+                    f"{group['mean_inner_steps']:.2f}",
+                ])  # fmt: skip
+    columns = [
+        Column("evaluation", NAME), Column("group"), Column("pairs", NUMBER),
+        Column("exact answers", NUMBER), Column("95 % interval", NUMBER),
+        Column("inner steps of a token", NUMBER),
+    ]  # fmt: skip
+    return Table("Pairs whose tokens stop on their own", columns, rows)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -171,8 +201,8 @@ def _scored(matrix: Matrix) -> str:
 
 
 def inner_step_counts(matrix: Matrix) -> tuple[list[dict[str, Any]], list[str]]:
-    """How many chunks and rounds took 1, 2, ... inner steps, of each recursive stage of the config
-    itself over its seeds.
+    """How many chunks (tokens, where each stops on its own) and rounds took 1, 2, ... inner steps,
+    of each recursive stage of the config itself over its seeds.
 
     Returns: `stage`, `chunks` and `rounds` of each stage; and the names of evaluations that were
         made before counts were recorded.
@@ -183,6 +213,7 @@ def inner_step_counts(matrix: Matrix) -> tuple[list[dict[str, Any]], list[str]]:
         if row.get("arm") != "recursive":
             continue
         chunks, rounds = row.get("halting_num_chunks_by_step"), row["num_rounds_by_step"]
+        chunks = row.get("halting_num_tokens_by_step", chunks)
         if chunks is None or rounds is None:
             without.append(row["name"])
             continue

@@ -113,6 +113,7 @@ def read_page(config: Mapping[str, Any], results: Path) -> dict[str, Any]:
         "verdict_figure": _verdict_drawing(matrix),
         "variants": variant_table(matrix.variants) if matrix.variants else None,
         "efficiency": efficiency,
+        "stopping": matrix_tables.halting_table(matrix),
         "success": success,
         "stages": matrix_tables.stage_table(matrix, results),
         "cost": matrix_tables.cost_table(matrix),
@@ -217,7 +218,8 @@ def _inner_step_drawing(counts: Sequence[Mapping[str, Any]]) -> Drawing | None:
     if not counts:
         return None
     caption = (
-        "Left: after how many inner steps the boundary head would stop, of all scored chunks. "
+        "Left: after how many inner steps the boundary head would stop, of all scored chunks, or "
+        "how many a token took where each stops on its own. "
         "Right: how many inner steps a round of generation ran."
     )
     text = "Bar charts of inner steps by stage; the table beside it has the numbers."

@@ -59,8 +59,11 @@ def _recursion(comparisons: Sequence[Comparison]) -> str:
 def _efficiency(table: Table) -> str:
     if not table.rows:
         return "Not known: no trained recursive arm is there."
-    stage, stopped, judged, _, _, flops = table.rows[-1]
+    stage, stopped, judged, _, generated, flops = table.rows[-1]
     cost = f"; with all of them, a token costs {flops} the baseline's FLOPs" if flops else ""
+    number, _, how = generated.partition(", ")
+    if how == "judged":
+        return f"{stage} generates with {number} inner steps (target 1 to 2: {judged}){cost}."
     return (
         f"The boundary head would stop {stage} after {stopped} inner steps (target 1 to 2: "
         f"{judged}){cost}."

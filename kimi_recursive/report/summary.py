@@ -67,7 +67,8 @@ class Matrix:
 
     Attributes:
         rows: Of `summary.csv`, one for each expected evaluation; where it is `ok`, with `by_step`,
-            the best validation loss, and how many chunks and rounds took 1, 2, ... inner steps.
+            `pairs`, the best validation loss, and how many chunks and rounds took 1, 2, ... inner
+            steps.
         proofs: By untrained cells the zero-init proof, or None and what is wrong with the file.
         comparisons: Of `compare_arms`.
         repeat: `compare_repeat`'s result, or None and what is wrong with the file; None when no
@@ -154,6 +155,7 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
     if evaluation.seed is not None:
         keys = ("max_inner_steps", "d_state", "use_latent_token", "commit")
         row |= {k: recursive[k] for k in keys}
+        row["halting"] = recursive.get("halting", "threshold")  # records of before have none
         row["layers_to_refine"] = json.dumps(recursive["layers_to_refine"])
     if trained:
         last = trained[-1]
@@ -176,6 +178,7 @@ def _row(config: Config, layout: Layout, evaluation: Evaluation) -> dict[str, An
         **{f"halting_{k}": v for k, v in (found["halting"] or {}).items()},
         **found["throughput"],
         "by_step": scores["by_step"],
+        "pairs": found.get("pairs"),
         "num_rounds_by_step": found.get("num_rounds_by_step"),
     }
 

@@ -28,7 +28,7 @@ def parameter_groups(
     groups: Groups = {"sidecar": {}, "heads": {}} if wrapper.active else {}
     if wrapper.reads_logits:  # A single pass leaves the feedback as it is.
         groups["feedback"] = {}
-    home = {"base": None, "boundary": "heads", "feedback": "feedback"}
+    home = {"base": None, "boundary": "heads", "halting": "heads", "feedback": "feedback"}
     for name, parameter in wrapper.named_parameters():
         group = home.get(name.partition(".")[0], "sidecar")
         if group in groups:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kimi_recursive.model.halting import Halting
 from kimi_recursive.model.loop import ChunkState
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
@@ -233,13 +234,16 @@ def chunk_losses(
     * ponder: expected number of inner steps when each step t < K stops with p_commit_t; in 1..K.
     * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
 
+    Where positions stop on their own (`halting: expected`), final is the cross-entropy that is
+    expected when each target stops at step t with the head's probability, and at K with what is
+    left. It supervises every step: masked is that of step 0 alone, and halt and len are 0.
+
     With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
     base trains. With K = 0 the loss is the base's own, and the others are 0. With `recompute` the
     activations of an inner step live only while it runs: its backward runs it again, and gives the
     same gradients.
     """
     config, boundary = wrapper.config, wrapper.boundary
-    assert boundary is not None, "recursion is enabled"
     num_steps = config.max_inner_steps
     if not num_steps:
         (ce,) = _in_slices(chunk.logits, draft.targets, None)
@@ -247,8 +251,8 @@ def chunk_losses(
         return {"final": _counted_mean(ce, draft), **others}
     keep_from = None if config.backprop_steps is None else num_steps - config.backprop_steps + 1
     inputs, counted, run = draft.inputs, draft.counted, _again if recompute else _once
-    masked, stability, chunk_ce, commit_logits = [], [], [], []
-    ce = log_length = chunk.logits.new_empty(0)  # of the last of the K >= 1 steps
+    masked, stability, chunk_ce, commit_logits, stopped = [], [], [], [], []
+    ce = chunk.logits.new_empty(0)  # of the last of the K >= 1 steps
     if trains_step_0:
         if chunk.logits.numel() > SLICE:
             (ce,) = _in_slices(chunk.logits, draft.targets, None)
@@ -260,19 +264,29 @@ def chunk_losses(
         if t == keep_from:
             chunk = _detached(chunk)
         chunk, (ce, *change) = run(_refine, wrapper, chunk, inputs, draft.targets)
-        chunk_ce.append(_row_means(ce.detach(), counted))
         if change:
             committed = draft.among(~draft.editable)
             stability.append(_mean(change[0], committed, draft.num_committed))
-        commit_logit, log_length = boundary.scores(chunk.h_top.detach())
+        if chunk.halting is not None:
+            stopped.append((chunk.halting, ce))
+            continue
+        chunk_ce.append(_row_means(ce.detach(), counted))
         if t < num_steps:
+            assert boundary is not None, "no position stops on its own"
             masked.append(_mean(ce, draft.among(draft.editable), draft.num_editable))
-            commit_logits.append(commit_logit)
+            commit_logits.append(boundary.scores(chunk.h_top.detach())[0])
             if config.commit == "learned":
                 inputs = edit(inputs, chunk.logits.argmax(-1), draft.editable)
-    correct = draft.among(chunk.logits.argmax(-1) == draft.targets)
-    run = correct.long().cumprod(1).sum(1).clamp(max=config.max_chunk_len)
-    zero = ce.new_zeros(())
+    halt = length = zero = ce.new_zeros(())
+    ponder = zero + 1
+    if stopped:
+        ce, num_taken = _expected(stopped)
+        ponder = _counted_mean(num_taken, draft)
+    elif boundary is not None:
+        _, log_length = boundary.scores(chunk.h_top.detach())
+        correct = draft.among(chunk.logits.argmax(-1) == draft.targets)
+        run = correct.long().cumprod(1).sum(1).clamp(max=config.max_chunk_len)
+        length = F.nll_loss(log_length, run)
     if commit_logits:
         logits = torch.stack(commit_logits)  # [K-1, B]
         losses_by_step = torch.stack(chunk_ce)  # [K, B]
@@ -280,16 +294,26 @@ def chunk_losses(
         halt = F.binary_cross_entropy_with_logits(logits, done)
         still_running = torch.sigmoid(-logits).cumprod(0)  # after each of the steps 1..K-1
         ponder = (1 + still_running.sum(0)).mean()
-    else:
-        halt, ponder = zero, zero + 1
     return {
         "final": _counted_mean(ce, draft),
         "masked": torch.stack(masked).mean() if masked else zero,
         "halt": halt,
-        "len": F.nll_loss(log_length, run),
+        "len": length,
         "ponder": ponder,
         "stability": torch.stack(stability).mean() if stability else zero,
     }
+
+
+def _expected(steps: list[tuple[Halting, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of steps 1..K with their cross-entropies [B, W]: the expected cross-entropy, and the expected
+    number of inner steps, each [B, W]; what has not stopped before does so at step K."""
+    expected = num_taken = torch.zeros_like(steps[0][1])
+    running = torch.ones_like(expected)
+    for halting, ce in steps[:-1]:
+        num_taken = num_taken + running
+        expected = expected + (running - halting.running) * ce
+        running = halting.running
+    return expected + running * steps[-1][1], num_taken + running
 
 
 def _counted_mean(values: Tensor, draft: Draft) -> Tensor:

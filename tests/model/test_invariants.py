@@ -16,10 +16,13 @@ DISABLED = RecursiveConfig(
 )
 
 
-@pytest.fixture(params=[False, True], ids=["", "feedback"])
+@pytest.fixture(
+    params=[{}, {"use_token_feedback": True}, {"halting": "expected"}],
+    ids=["", "feedback", "halting"],
+)
 def wrapper(request, base) -> ChunkRefineWrapper:
-    """An untrained loop around `base`, without and with token feedback."""
-    return make_wrapper(base, use_token_feedback=request.param)
+    """An untrained loop around `base`: plain, with token feedback, with tokens that stop."""
+    return make_wrapper(base, **request.param)
 
 
 def num_hooks(model: nn.Module) -> int:

@@ -102,8 +102,8 @@ def test_summary_numbers_by_hand():
 def test_halting_stops_at_the_first_step_above_the_threshold():
     chunks = [[0.1, 0.8, 0.1], [0.9, 0.1, 0.1], [0.1, 0.2, 0.3], [0.1, 0.2, 0.9]]
     rows = [
-        {"document": d, "start": 0, "chunk": 0, "step": t, "p_commit": p, "num_tokens": 10,
-         "loss_sum": 10.0 * t + d}
+        {"document": d, "start": 0, "chunk": 0, "step": t, "p_commit": p,
+         "num_running": None, "num_tokens": 10, "loss_sum": 10.0 * t + d}
         for d, commits in enumerate(chunks)
         for t, p in enumerate([None, *commits])
     ]  # fmt: skip

@@ -41,7 +41,7 @@ def pairs(prompts: torch.Tensor, completions: torch.Tensor, groups: list[str]) -
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"use_token_feedback": True}])
+@pytest.mark.parametrize("options", [{}, {"use_token_feedback": True}, {"halting": "expected"}])
 def test_a_completion_is_exact_where_greedy_generation_gives_it(options):
     wrapper = perturb(make_wrapper(make_base("kimi"), max_inner_steps=2, **options))
     prompts = random_ids(4, 5)
@@ -61,6 +61,10 @@ def test_a_completion_is_exact_where_greedy_generation_gives_it(options):
     same = (shallow[:, 5:] == answers).all(1)
     assert rows["a", 1]["exact_match"] == same[:2].float().mean()
     assert documents["num_tokens"].to_list() == [11] * 12
+    assert ("mean_inner_steps" in rows["a", 1]) == ("halting" in options)
+    if "halting" in options:
+        taken = [rows["a", step]["mean_inner_steps"] for step in (0, 1, 2)]
+        assert taken[:2] == [0, 1] and 1 < taken[2] < 2, "at most so many"
 
 
 def test_plain_text_among_pairs_is_scored_and_is_no_pair():

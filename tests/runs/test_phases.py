@@ -237,3 +237,21 @@ def test_the_gate_of_the_feedback_may_start_before_the_cells(tokens_dir, tmp_pat
     before, after = (load_file(tmp_path / folder / SIDECAR_NAME) for folder in ("surgery", model))
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert ("refine_cells" in moved) != feedback and ("feedback" in moved) == feedback
+
+
+def test_tokens_that_stop_on_their_own_are_trained_in_every_phase(tokens_dir, tmp_path):
+    make_base("kimi").save_pretrained(tmp_path / "base")
+    insert_cells(tmp_path / "base", {**SMALL, "halting": "expected"}, 0, tmp_path / "surgery")
+    changes, parent = {"num_steps": 2, "warmup_steps": 0}, tmp_path / "surgery"
+    for phase in "ab":
+        train(tmp_path / phase, phase, parent, tokens_dir, changes)
+        logs = pl.read_parquet(tmp_path / phase / "train_logs.parquet").drop_nulls("loss_final")
+        assert set(logs["loss_halt"]) == set(logs["loss_len"]) == {0.0}
+        assert (logs["loss_masked"].max() > 0) == (phase == "b"), "of step 0, which trains"
+        assert 1 < logs["loss_ponder"].min() < logs["loss_ponder"].max() < 3
+        model = tmp_path / phase / "work/checkpoints/step_000002/model"
+        before, after = (load_file(folder / SIDECAR_NAME) for folder in (parent, model))
+        assert not any(name.startswith("boundary") for name in after)
+        moved = {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])}
+        assert {"refine_cells", "halting"} <= moved
+        parent = tmp_path / phase / "sidecar"

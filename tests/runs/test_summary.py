@@ -10,7 +10,7 @@ from records import make_results, make_track_b, shipped_config
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.settings import Config
 from kimi_recursive.report.answers import summarize, summary_text
-from kimi_recursive.report.matrix_tables import efficiency_table
+from kimi_recursive.report.matrix_tables import efficiency_table, halting_table
 from kimi_recursive.report.success import success_table
 from kimi_recursive.report.summary import Matrix, read_matrix
 from kimi_recursive.report.tasks import Tasks
@@ -33,15 +33,41 @@ def test_efficiency_judges_the_number_that_the_config_does_not_fix(
     depth, stopped, commit, judged, generated
 ):
     """`verified` runs all K inner steps in every round, so their mean says nothing."""
+    found = efficiency_of(depth, stopped, commit=commit)
+    expected = ["finetuned_recursive", f"{stopped:.2f}", judged, "50.0000", generated, "4.50x"]
+    assert found.rows == [expected] and len(found.notes) == 1
+
+
+@pytest.mark.parametrize(("ran", "stopped", "judged", "generated"), [
+    (1.75, 2.5, "within", "1.75, judged"),
+    (2.25, 1.5, "outside", "2.25, judged"),
+    (0.0, 1.5, "within", "0.00"),  # without prompts
+])  # fmt: skip
+def test_where_tokens_stop_on_their_own_generation_is_judged(ran, stopped, judged, generated):
+    found = efficiency_of(4, stopped, halting="expected", mean_inner_steps=ran)
+    assert (found.rows[0][2], found.rows[0][4]) == (judged, generated) and len(found.notes) == 2
+
+
+def test_the_pairs_whose_tokens_stop_have_a_table():
+    group = {"group": "unseen, 3 hops", "num_pairs": 256, "exact_match": 0.5,
+             "exact_match_interval": [0.4, 0.6]}  # fmt: skip
+    counted = [{**group, "step": t, "mean_inner_steps": float(t)} for t in (1, 2)]
+    row = {"status": "ok", "name": "finetuned_recursive", "inner_steps": 2}
+    others = [row | {"pairs": [{**group, "step": 2}]}, row | {"pairs": None}]
+    matrix = Matrix([*others, row | {"pairs": counted}], {}, [], None)
+    assert halting_table(matrix).rows == [
+        ["finetuned_recursive", "unseen, 3 hops", "256", "50.0 %", "[40.0, 60.0] %", "2.00"]
+    ]
+
+
+def efficiency_of(depth: int, stopped: float, **row):
     base = {"status": "ok", "stage": "baseline", "forward_flops_per_token": 2e6}
     row = {
         "status": "ok", "stage": "finetuned_recursive", "arm": "recursive", "inner_steps": depth,
-        "mean_inner_steps": float(depth), "halting_mean_inner_steps": stopped, "commit": commit,
-        "halting_perplexity": 50.0, "forward_flops_per_token": 9e6,
+        "mean_inner_steps": float(depth), "halting_mean_inner_steps": stopped,
+        "commit": "verified", "halting_perplexity": 50.0, "forward_flops_per_token": 9e6, **row,
     }  # fmt: skip
-    found = efficiency_table(Matrix([base, row], {}, [], None)).rows
-    expected = ["finetuned_recursive", f"{stopped:.2f}", judged, "50.0000", generated, "4.50x"]
-    assert found == [expected]
+    return efficiency_table(Matrix([base, row], {}, [], None))
 
 
 def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):

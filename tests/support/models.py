@@ -99,6 +99,11 @@ def perturb(wrapper: ChunkRefineWrapper, std: float = 0.1, seed: int = 1) -> Chu
     weights += [] if wrapper.feedback is None else [wrapper.feedback.gate.weight]
     for weight in weights:
         weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * std)
+    if wrapper.halting is not None:  # then positions stop at different steps, and surely
+        head = wrapper.halting
+        head.memory.weight_ih.mul_(4)
+        noise = torch.randn(head.commit.weight.shape, generator=generator)
+        head.commit.weight.add_((noise - noise.mean()).to(head.commit.weight) * 4)
     return wrapper
 
 
