@@ -174,9 +174,9 @@ def _run(
     """Continue the prompts as one batch, with these options of the loop; None: the base alone."""
     import torch
 
-    from kimi_recursive.evaluation.scores import prompt_ids
+    from kimi_recursive.evaluation.samples import prompt_ids
+    from kimi_recursive.model.checks import check_context
     from kimi_recursive.model.generation import plain_generation
-    from kimi_recursive.model.loop import check_context
 
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows))

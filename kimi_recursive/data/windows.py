@@ -7,7 +7,9 @@ the grid of generation: the inputs that predict the completion start with the la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,16 @@ def validation_windows(
             f"{path}: no document has {context_length + 1} tokens (context_length {context_length})"
         )
     return whole[:num_windows]
+
+
+def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows of equal length and chunk grid together, in a fixed order, at most `batch_size` of
+    them."""
+
+    def shape(window: Window) -> tuple[int, int]:
+        return -len(window.inputs), window.chunk_start
+
+    for _, group in groupby(sorted(windows, key=shape), key=shape):
+        group = list(group)
+        for i in range(0, len(group), batch_size):
+            yield group[i : i + batch_size]

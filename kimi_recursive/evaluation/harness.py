@@ -18,9 +18,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from kimi_recursive.kimi.switch import uninstall_fast_kda
+from kimi_recursive.model.checks import check_context
 from kimi_recursive.model.config import COMMIT_MODES
 from kimi_recursive.model.loading import load_model_with_config, load_tokenizer, local_model
-from kimi_recursive.model.loop import check_context
 from kimi_recursive.model.output import GenerationOptions
 from kimi_recursive.model.placement import DeviceMap
 from kimi_recursive.model.sidecar import Sidecar, base_of

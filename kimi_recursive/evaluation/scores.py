@@ -1,12 +1,11 @@
-"""Evaluation by inner step: perplexity and token accuracy per document, generations, throughput."""
+"""Evaluation by inner step: perplexity and token accuracy per document, throughput."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -17,29 +16,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kimi_recursive.data.tokens import TokenSplit
-from kimi_recursive.data.windows import Window, document_windows
+from kimi_recursive.data.windows import Window, batches, document_windows
 from kimi_recursive.evaluation.bootstrap import wilson_interval
 from kimi_recursive.evaluation.flops import forward_flops_per_token
+from kimi_recursive.evaluation.samples import (
+    chain_of_thought_answers,
+    counts_by_step,
+    generate_samples,
+)
 from kimi_recursive.evaluation.settings import EvaluationSettings
-from kimi_recursive.model.generation import plain_generation
-from kimi_recursive.model.loop import check_context
+from kimi_recursive.model.checks import check_context
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
 
 Scored = tuple[dict[str, Any], pl.DataFrame]  # results, and scores by document
-
-
-def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Windows of equal length and chunk grid together, in a fixed order, at most `batch_size` of
-    them."""
-
-    def shape(window: Window) -> tuple[int, int]:
-        return -len(window.inputs), window.chunk_start
-
-    for _, group in groupby(sorted(windows, key=shape), key=shape):
-        group = list(group)
-        for i in range(0, len(group), batch_size):
-            yield group[i : i + batch_size]
 
 
 @torch.no_grad()
@@ -231,98 +221,8 @@ def halting_scores(scores: pl.DataFrame, threshold: float) -> dict[str, Any] | N
     return {
         "mean_inner_steps": inner_steps,
         "perplexity": math.exp(loss_sum / num_tokens),
-        "num_chunks_by_step": _counts(stopped["step"], last),
+        "num_chunks_by_step": counts_by_step(stopped["step"], last),
     }
-
-
-def _counts(inner_steps: Iterable[int], last: int) -> list[int]:
-    """How many are 1, 2, ... `last`."""
-    found = Counter(inner_steps)
-    return [found[step] for step in range(1, last + 1)]
-
-
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, behind the tokenizer's bos where it has one.
-
-    Raises:
-        ValueError: there is no token.
-    """
-    ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
-    ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-    if not ids:
-        raise ValueError(f"prompt {prompt!r}: has no token; this model needs at least one")
-    return ids
-
-
-def generate_samples(
-    wrapper: ChunkRefineWrapper, tokenizer, prompts: Sequence[str], max_new_tokens: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Greedy continuations, one prompt at a time.
-
-    The base generates with nothing but greedy decoding: a repetition penalty in its generation
-    config would make it another model than the one that is compared.
-
-    Returns: prompt, completion and token_ids of each; over all of them tokens per second (None
-        without prompts), inner steps per round of drafting and refining (0 for the base), and how
-        many rounds ran 1, 2, ... K of them (empty for the base).
-    """
-    samples, inner_steps, num_tokens = [], [], 0
-    started = time.perf_counter()
-    for prompt in prompts:
-        input_ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=wrapper.device)
-        mask = torch.ones_like(input_ids)
-        if wrapper.active:
-            output, stats = wrapper.generate_chunks(
-                input_ids, max_new_tokens=max_new_tokens, attention_mask=mask, return_stats=True
-            )
-            inner_steps += stats.inner_steps
-        else:
-            with plain_generation(wrapper.base):
-                output = wrapper.generate_chunks(
-                    input_ids, attention_mask=mask, max_new_tokens=max_new_tokens
-                )
-        new = output[0, input_ids.shape[1] :].tolist()
-        num_tokens += len(new)
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        samples.append({"prompt": prompt, "completion": text, "token_ids": new})
-    seconds = time.perf_counter() - started
-    return samples, {
-        "tokens_per_second": num_tokens / seconds if prompts else None,
-        "mean_inner_steps": sum(inner_steps) / max(1, len(inner_steps)),
-        "num_rounds_by_step": _counts(inner_steps, wrapper.resolve_steps(None)),
-    }
-
-
-@torch.no_grad()
-def chain_of_thought_answers(
-    wrapper: ChunkRefineWrapper, windows: Sequence[Window], batch_size: int, limit: int
-) -> pl.DataFrame:
-    """Where the base gives the completion of each pair when it may write first (chain of thought,
-    greedily).
-
-    Args:
-        limit: Tokens that it may write before.
-
-    Returns: document (int), and answer_offset: tokens before the completion, null where it does not
-        come.
-    """
-    found: dict[str, list[int | None]] = {"document": [], "answer_offset": []}
-    for batch in batches(windows, batch_size):
-        prompt, size = batch[0].chunk_start + 1, batch[0].num_targets
-        input_ids = torch.from_numpy(np.stack([w.inputs[:prompt] for w in batch]))
-        input_ids = input_ids.to(wrapper.device)
-        with wrapper.disabled(), plain_generation(wrapper.base):
-            output = wrapper.generate_chunks(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=limit + size,
-            )
-        for window, row in zip(batch, output[:, prompt:].cpu().numpy(), strict=True):
-            answer = window.targets[window.chunk_start :]
-            places = (at for at in range(limit + 1) if np.array_equal(row[at:][:size], answer))
-            found["document"].append(window.document)
-            found["answer_offset"].append(next(places, None))
-    return pl.DataFrame(found, schema={"document": pl.Int64, "answer_offset": pl.Int64})
 
 
 def _score(

@@ -12,14 +12,9 @@ import polars as pl
 import torch
 
 from kimi_recursive.data.tokens import TokenSplit, load_tokens
-from kimi_recursive.data.windows import Window, document_windows
-from kimi_recursive.evaluation.scores import (
-    Scored,
-    batches,
-    evaluate_model,
-    largest_difference,
-    prompt_ids,
-)
+from kimi_recursive.data.windows import Window, batches, document_windows
+from kimi_recursive.evaluation.samples import prompt_ids
+from kimi_recursive.evaluation.scores import Scored, evaluate_model, largest_difference
 from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, write_json
 from kimi_recursive.model.cells import RefineCell

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer, StopStringCriteria
 
 from kimi_recursive.model import adaptive, learned, verified
-from kimi_recursive.model.loop import ChunkLoop, check_context
+from kimi_recursive.model.checks import check_context
+from kimi_recursive.model.loop import ChunkLoop
 from kimi_recursive.model.output import GenerationOptions, GenerationStats, Output, Sampling
 
 OWN_OPTIONS = ("commit", "num_steps")  # of the loop alone; the base has nothing to do with them

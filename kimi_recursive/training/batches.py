@@ -18,7 +18,7 @@ from kimi_recursive.data.windows import (
     validation_windows,
 )
 from kimi_recursive.files import file_digest
-from kimi_recursive.model.loop import check_context
+from kimi_recursive.model.checks import check_context
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.processes import distributed
 from kimi_recursive.training.settings import BaseTraining, PhaseSettings

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from kimi_recursive import ChunkRefineWrapper, RecursiveConfig, data
 from kimi_recursive.data.tokens import TokenSplit, load_tokens
 from kimi_recursive.data.windows import document_windows
+from kimi_recursive.evaluation.samples import generate_samples
 from kimi_recursive.evaluation.scores import (
     Scored,
     document_scores,
     evaluate_model,
-    generate_samples,
     halting_scores,
     score_windows,
 )

@@ -10,7 +10,7 @@ from commands import call
 
 from kimi_recursive import load_model_with_config
 from kimi_recursive.cli.generate import agreement, side_by_side
-from kimi_recursive.evaluation.scores import prompt_ids
+from kimi_recursive.evaluation.samples import prompt_ids
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from kimi_recursive import RecursiveConfig
 from kimi_recursive.data.tokens import TokenSplit
 from kimi_recursive.data.windows import document_windows
 from kimi_recursive.evaluation.bootstrap import wilson_interval
+from kimi_recursive.evaluation.samples import chain_of_thought_answers
 from kimi_recursive.evaluation.scores import (
-    chain_of_thought_answers,
     document_scores,
     exact_match_by_group,
     score_windows,
