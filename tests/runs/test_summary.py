@@ -70,6 +70,31 @@ def efficiency_of(depth: int, stopped: float, **row):
     return efficiency_table(Matrix([base, row], {}, [], None))
 
 
+def test_a_phase_that_did_not_improve_on_its_start_has_no_verdict(tmp_path):
+    """Its evaluation is that of the phase before under a later name."""
+    config, layout = shipped_config(phases=["a", "b"]), Layout(tmp_path / "results")
+    make_results(layout.folder, config)
+
+    def compared() -> list[tuple[str, str]]:
+        matrix = read_matrix(Config.from_mapping(config), layout)
+        return [(pair.arm, pair.reference) for pair in matrix.comparisons]
+
+    loop, plain = "finetuned_recursive", "finetuned_vanilla_b"
+    before = compared()
+    assert (f"{loop}_b", loop) in before, "each phase against the one before"
+    assert (f"{loop}_b", plain) in before and (loop, plain) not in before
+    for key, stage in (("vanilla_b_s0", plain), ("recursive_b_s0", f"{loop}_b")):
+        path = layout.run(key).summary
+        path.write_text(json.dumps({**json.loads(path.read_text()), "best_step": 0}))
+        after = compared()
+        assert after == [pair for pair in before if stage not in pair]
+        before = after
+        matrix = read_matrix(Config.from_mapping(config), layout)
+        text = summary_text(matrix, Config.from_mapping(config), layout)
+        assert f"{stage}: the training was not long enough" in text.replace("\n", " ")
+    assert before and (loop, "baseline") in before
+
+
 def test_it_says_which_runs_meet_their_criteria(tmp_path, monkeypatch):
     config, layout = shipped_config(phases=["a", "b"]), Layout(tmp_path / "results")
     make_track_b(make_results(layout.folder, config), config)
