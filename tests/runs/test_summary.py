@@ -90,7 +90,7 @@ def test_a_phase_that_did_not_improve_on_its_start_has_no_verdict(tmp_path):
         assert after == [pair for pair in before if stage not in pair]
         before = after
         matrix = read_matrix(Config.from_mapping(config), layout)
-        text = summary_text(matrix, Config.from_mapping(config), layout)
+        text = summary_text(matrix, Tasks([], [], []), Config.from_mapping(config), layout)
         assert f"{stage}: the training was not long enough" in text.replace("\n", " ")
     assert before and (loop, "baseline") in before
 
