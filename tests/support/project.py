@@ -57,7 +57,7 @@ TINY = {
     "phases": ["a", "b"],
     "training": {
         "a": PHASE,
-        "b": {**PHASE, "num_steps": 3, "lora": {"rank": 2}},
+        "b": {**PHASE, "num_steps": 3, "lr_lora": 2.0e-3, "lora": {"rank": 2}},
         "c": PHASE,
     },
     "composition": None,

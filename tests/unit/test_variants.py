@@ -31,7 +31,7 @@ VARIANTS = {
         "training": {"a": {"lr_feedback": 0.03}},
     },
     "rate": {"training": {"b": {"lr": 1e-3}}},
-    "lora": {"training": {"b": {"lr_lora": 1e-3, "log_interval": 7}}},
+    "lora": {"training": {"b": {"lr_lora": 3e-3, "log_interval": 7}}},
     "early": {"training": {"a": {"lr": 1e-3}}},
 }
 
@@ -115,7 +115,7 @@ def test_a_variant_trains_what_reads_the_difference_and_shares_the_rest():
 
 
 def test_variants_share_with_one_another():
-    both = VARIANTS["deep"] | {"training": {"b": {"lr_lora": 1e-3}}}
+    both = VARIANTS["deep"] | {"training": {"b": {"lr_lora": 3e-3}}}
     config = with_variants({"deep": VARIANTS["deep"], "both": both, "lora": VARIANTS["lora"]})
     runs = all_trainings(config)
     assert runs["recursive_b_s0-both"].parent == "recursive_a_s0-deep"

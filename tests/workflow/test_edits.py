@@ -111,7 +111,7 @@ def test_summarize_takes_what_is_there_without_training(copy):
     assert copy.snakemake("summarize").returncode == 0
     text = copy.path("results/summary.txt").read_text()
     assert re.search(r"after_surgery +failed +results/eval/.*is not valid JSON", text)
-    assert "1 of 8 expected" in text and "Zero-init proof (seed 0): missing" in text
+    assert "1 of 10 expected" in text and "Zero-init proof (seed 0): missing" in text
     assert re.search(r"finetuned_recursive +missing", text)
     assert copy.planned("summarize") == [], "and a second time there is nothing new"
 

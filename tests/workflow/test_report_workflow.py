@@ -18,7 +18,7 @@ def test_report_takes_what_is_there_without_training(copy):
     assert copy.planned("report") == ["report"]
     assert copy.snakemake("report").returncode == 0
     page = copy.path("results/report.html").read_text()
-    assert "6 of 8 expected evaluations are there" in page
+    assert "8 of 10 expected evaluations are there" in page
     assert "finetuned_single_pass_results.json: is not valid JSON" in page
     assert '<td class="verdict' in page
     assert "results/logs/train_phase/recursive_b_s0.log: last" in page
@@ -54,7 +54,7 @@ def test_snakemakes_own_report_has_captions_categories_and_labels(project, tmp_p
     }  # fmt: skip
     assert set(shown) == marked
     assert all(item["caption"] and item["labels"] for item in found.values())
-    assert len([item for item in found.values() if item["name"] == "train_summary.json"]) == 7
+    assert len([item for item in found.values() if item["name"] == "train_summary.json"]) == 9
     labels = shown["finetuned_single_pass_flops_b_results.json"]["labels"]
     assert labels == {"stage": "single_pass_flops", "phase": "b", "seed": "0"}
     assert set(categories) == {"Answers", "Evaluations", "Figures", "Proofs", "Trainings"}
