@@ -6,6 +6,7 @@ import json
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,9 +95,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
         import_module("gguf")  # transformers reads the file through it
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        loaded, info = cast("Any", AutoModelForCausalLM).from_pretrained(
+            **where, dtype=torch.float32, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"{len(missing)} weights are missing, among them {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # the reader trusts the file: struct.error, OverflowError, KeyError
         raise ValueError(f"{file}: cannot be read as GGUF: {first_line(error)}") from error
     # The loaded model is marked as quantised, and such a one does not save.
     config = deepcopy(loaded.config)

@@ -87,6 +87,21 @@ def test_a_gguf_file_becomes_a_directory_with_the_same_weights(tmp_path, monkeyp
         fetch_base(tmp_path / "packaged", package="p")
 
 
+@pytest.mark.parametrize("damage", [
+    lambda content: content[: len(content) // 2],
+    lambda content: content[:16] + (1 << 20).to_bytes(8, "little") + content[24:],  # so many keys
+    lambda content: content.replace(b"attn_q", b"attn_x"),
+])  # fmt: skip
+def test_a_damaged_file_is_one_line_and_no_model(tmp_path, damage):
+    write_gguf(tmp_path / "tiny.gguf")
+    damaged = damage((tmp_path / "tiny.gguf").read_bytes())
+    (tmp_path / "tiny.gguf").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"tiny\.gguf: cannot be read as GGUF: .+") as caught:
+        fetch_base(tmp_path / "out/model", path=str(tmp_path), gguf_file="tiny.gguf")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out/model").exists()
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"base.path: .* holds no GGUF file a.gguf"):
         fetch_base(tmp_path / "out", path=str(tmp_path), gguf_file="a.gguf")
