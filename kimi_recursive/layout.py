@@ -155,6 +155,7 @@ class TrackBSummary(Folder):
     table = _at("summary.csv")
     text = _at("summary.txt")
     comparison = _at("comparison.csv")
+    pairs = _at("pairs.csv")
     runs = _at("runs")
     figure = _at("recall_by_step.png")
 

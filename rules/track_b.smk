@@ -149,6 +149,12 @@ rule summarize_track_b:
             category="Track-B",
             labels={"what": "students and references, as a table"},
         ),
+        pairs=report(
+            TRACK_B_SUMMARY.pairs,
+            caption="../workflow/report/track_b_pairs.rst",
+            category="Track-B",
+            labels={"what": "experiments that differ in one setting, as a table"},
+        ),
         runs=directory(TRACK_B_SUMMARY.runs),
         figure=report(
             TRACK_B_SUMMARY.figure,

@@ -26,7 +26,9 @@ from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.settings import NEUTRAL_KEYS
 
 OTHER_CONFIG = "Results exist, but were made with a different"
-SENTENCE_KEYS = ("num_sentences", "num_validation_queries", "num_test_queries", "seed")
+SENTENCE_KEYS = (
+    "num_sentences", "num_extra_sentences", "num_validation_queries", "num_test_queries", "seed",
+)  # fmt: skip
 
 
 # ---- what a rule depends on ----------------------------------------------------------------------

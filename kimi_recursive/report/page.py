@@ -42,6 +42,7 @@ from kimi_recursive.report.variants import variant_table
 from kimi_recursive.track_b.answers import heading, student_tables
 from kimi_recursive.track_b.collect import seed_logs
 from kimi_recursive.track_b.figure import draw_recall_by_step
+from kimi_recursive.track_b.pairs import compare_pairs, pair_table
 from kimi_recursive.track_b.publish import read_track_b
 from kimi_recursive.track_b.summary import SCORES, Result, score_methods
 
@@ -249,5 +250,6 @@ def _track_b(
         "heading": heading(track_b, results).splitlines(),
         "table": table,
         "stored": stored,
+        "pairs": pair_table(pairs) if (pairs := compare_pairs(students)) else None,
         "figure": drawing,
     }

@@ -1,4 +1,4 @@
-"""`summary.csv`, `summary.txt` and `comparison.csv` of Track-B, and its tables."""
+"""`summary.csv`, `summary.txt`, `comparison.csv` and `pairs.csv` of Track-B, and its tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kimi_recursive.layout import Layout
 from kimi_recursive.status import Status
 from kimi_recursive.tables import NAME, NUMBER, VERDICT, Column, Table
 from kimi_recursive.text import fit
+from kimi_recursive.track_b.pairs import PAIR_COLUMNS, Pair, compare_pairs, pair_table
 from kimi_recursive.track_b.summary import (
     BASELINE,
     COLUMNS,
@@ -30,22 +31,25 @@ def summarize(
     csv_path: str | Path,
     txt_path: str | Path,
     comparison_path: str | Path,
+    pairs_path: str | Path,
 ) -> None:
-    """Write the three summaries; they say which runs are missing or failed.
+    """Write the summaries; they say which runs are missing or failed.
 
     Args:
         csv_path: One row for each experiment.
         heading: First lines of `summary.txt`.
         comparison_path: One row for each method and precision, scored on the test queries.
+        pairs_path: One row for each two experiments that differ in one setting.
     """
-    scored = score_methods(results)
+    scored, pairs = score_methods(results), compare_pairs(results)
     rows = [summary_row(result) for result in results if result.experiment]
     for path, columns, records in (
         (csv_path, COLUMNS, rows),
         (comparison_path, COMPARED, scored),
+        (pairs_path, PAIR_COLUMNS, [pair.row for pair in pairs]),
     ):
         write_text(path, Table.of_records(columns, map(_rounded, records)).to_csv())
-    write_text(txt_path, summary_text(results, scored, heading))
+    write_text(txt_path, summary_text(results, scored, pairs, heading))
 
 
 def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
@@ -59,20 +63,24 @@ def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
         return f"Track-B: {error}"
     if absent := [key for key in TEACHER_KEYS if key not in teacher]:
         return f"Track-B: {path}: has no {absent[0]!r}"
+    extra = f" and {found} outside the database" if (found := teacher.get("num_extra")) else ""
     scale = (
         "quick: 10 steps each" if track_b["quick"] else f"{track_b['scale']:g} of the sheet's steps"
     )
     return (
-        f"Track-B: {teacher['num_train']} training sentences, "
+        f"Track-B: {teacher['num_train']} training sentences{extra}, "
         f"{teacher['num_validation']} validation and {teacher['num_test']} test queries\n"
         f"Teacher {Path(teacher['name']).name} ({teacher['dim']}-d); {scale}"
     )
 
 
 def summary_text(
-    results: Sequence[Result], scored: Sequence[Mapping[str, Any]], heading: str
+    results: Sequence[Result],
+    scored: Sequence[Mapping[str, Any]],
+    pairs: Sequence[Pair],
+    heading: str,
 ) -> str:
-    """The four sections of summary.txt, in lines of at most 100 characters.
+    """The sections of summary.txt, in lines of at most 100 characters.
 
     Args:
         scored: Rows of `score_methods`.
@@ -98,6 +106,7 @@ def summary_text(
         [_problem_table(results).to_text()],
         [full.to_text()],
         [stored.to_text()],
+        *([[pair_table(pairs).to_text()]] if pairs else []),
     ]
     return "\n\n".join(fit(filter(None, section)) for section in sections) + "\n"
 

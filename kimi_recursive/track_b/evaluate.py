@@ -6,7 +6,7 @@ A table has a row for each method, precision, split and query:
     precision   `float32`; `int8`, each vector up to its largest entry, ranked by cosine; `binary`,
                 signs, by Hamming distance; `binary_float_query`, signs, with an unquantized query
     split       `validation`, `test`, or `train`: training sentences used as queries
-    row         of the query in `vectors.npy`
+    row         of the query in the database
     recall@10, ndcg@10
 """
 
@@ -50,7 +50,7 @@ def score_all(method: str, encoded: Floats, truth: Truth) -> pl.DataFrame:
     """The table of one method.
 
     Args:
-        encoded: Vectors of all sentences [N, dim], of unit length.
+        encoded: Vectors of the database [N, dim], of unit length.
     """
     tables = []
     for precision in PRECISIONS:
@@ -93,11 +93,11 @@ def evaluate_references(
     methods = {
         f"{name}_{dim}": shorten
         for dim in dims
-        for name, shorten in references(vectors["train"], dim).items()
+        for name, shorten in references(vectors["pool"], dim).items()
     }
     tables = []
     for name, shorten in {**methods, TEACHER: lambda x: x}.items():
-        encoded = shorten(vectors["all"])
+        encoded = shorten(vectors["database"])
         encoded = encoded / np.linalg.norm(encoded, axis=1, keepdims=True)
         dim = pl.lit(encoded.shape[1]).alias("dim")
         tables.append(score_all(name, encoded, truth).with_columns(dim))

@@ -22,6 +22,7 @@ def summarize_track_b(
     table: str,
     text: str,
     comparison: str,
+    pairs: str,
     runs: str,
     figure: str,
 ) -> None:
@@ -29,11 +30,11 @@ def summarize_track_b(
 
     Args:
         track_b: Section `track_b` of the workflow config.
-        table, text, comparison, runs, figure: Paths to write.
+        table, text, comparison, pairs, runs, figure: Paths to write.
     """
     layout = Layout(results_dir)
     results = read_track_b(track_b, results_dir)
-    summarize(results, heading(track_b, results_dir), table, text, comparison)
+    summarize(results, heading(track_b, results_dir), table, text, comparison, pairs)
     with publishing(runs) as folder:
         for result in results:
             if result.experiment is not None:

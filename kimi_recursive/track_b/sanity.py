@@ -45,7 +45,7 @@ def check_sanity(
             print(f"warning: sanity check failed: {name}: {value}", file=sys.stderr)
 
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
-    everything, train = vectors["all"], vectors["train"]
+    everything, train = vectors["database"], vectors["pool"]
     check("vectors have unit length", lambda: _unit_length(everything))
     check("the teacher's own vectors score 1", lambda: _teacher_scores_one(everything, truth))
     check("random vectors score below 0.1", lambda: _random_scores_low(everything, truth))

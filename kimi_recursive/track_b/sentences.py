@@ -18,6 +18,7 @@ from kimi_recursive.data.corpus import SPLITS, read_documents
 from kimi_recursive.files import write_parquet
 
 MIN_WORDS = 4
+EXTRA = "extra"  # the split of sentences that are trained on, and are not in the database
 _PARAGRAPH = re.compile(r"\n\s*\n")
 # After . ! or ?, with or without a closing quote, and before a possible start of a sentence.
 _BREAK = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+(?=[\"'“‘(\[]*[A-Z0-9])")
@@ -49,14 +50,16 @@ def prepare_sentences(
     num_test_queries: int,
     seed: int,
     output_path: str | Path,
+    num_extra_sentences: int | None = 0,
 ) -> None:
     """Write the sentences of a corpus: columns `sentence`, `document_id`, `split`.
 
-    Training sentences come first, then the validation and the test queries. Sentences of fewer
-    than four words are left out, and so are repeats that differ at most in case.
+    Extra and training sentences come first, then the validation and the test queries. Sentences of
+    fewer than four words are left out, and so are repeats that differ at most in case.
 
     Args:
         num_sentences: Number of sentences, including the queries; None for all.
+        num_extra_sentences: Number of sentences beyond these, to train on alone; None for all.
         num_validation_queries, num_test_queries: Numbers of held-out queries.
 
     Raises:
@@ -74,17 +77,18 @@ def prepare_sentences(
     )
     num_queries = num_validation_queries + num_test_queries
     wanted = table.height if num_sentences is None else num_sentences
-    if table.height < max(wanted, num_queries + 2):
+    extra = max(table.height - wanted, 0) if num_extra_sentences is None else num_extra_sentences
+    if table.height < (needed := max(wanted, num_queries + 2) + extra):
         raise ValueError(
-            f"track_b: {max(wanted, num_queries + 2)} distinct sentences of at least {MIN_WORDS} "
-            f"words are needed ({num_queries} of them queries), but the corpus has {table.height}"
+            f"track_b: {needed} distinct sentences of at least {MIN_WORDS} words are needed "
+            f"({num_queries} of them queries), but the corpus has {table.height}"
         )
     order = pl.col("sentence").map_elements(lambda text: _order(text, seed), pl.String)
-    table = table.sort(order).head(wanted)
+    table = table.sort(order).head(wanted + extra)
     splits = ["validation"] * num_validation_queries + ["test"] * num_test_queries
-    splits += ["train"] * (wanted - num_queries)
+    splits += ["train"] * (wanted - num_queries) + [EXTRA] * extra
     table = table.with_columns(split=pl.Series(splits, dtype=pl.String))
-    parts = [table.filter(pl.col("split") == split) for split in SPLITS]
+    parts = [table.filter(pl.col("split") == split) for split in (EXTRA, *SPLITS)]
     write_parquet(output_path, pl.concat(parts).select("sentence", "document_id", "split"))
 
 

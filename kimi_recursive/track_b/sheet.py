@@ -27,6 +27,7 @@ from kimi_recursive.text import unknown_key_message
 MINILM_DIM = 384
 SCALED_KEYS = ("steps", "warmup", "save_every", "eval_every")
 QUICK = {"steps": 10, "warmup": 2, "save_every": 5, "eval_every": 5}
+NEUTRAL = ("save_every",)  # settings that change no number
 _CASTS = {"integer": int, "number": float, "string": str}
 
 
@@ -251,12 +252,14 @@ def _check_corpus(experiments: list[SheetRow], track_b: Mapping[str, Any]) -> It
     total = wanted or num_vectors
     queries = track_b["num_validation_queries"] + track_b["num_test_queries"]
     num_train = math.inf if total is None else total - queries
+    extra = track_b["num_extra_sentences"]
+    extra = math.inf if extra is None else extra
     if num_train < 2:
         yield f"track_b.num_sentences: must exceed the {queries} queries by 2 or more, got {total}"
         return
     for experiment in experiments:
         try:
-            check_against_teacher(experiment.settings, dim, num_train)
+            check_against_teacher(experiment.settings, dim, num_train + extra)
         except ValueError as error:
             yield f"{track_b['sheet']}: {experiment.name}: {error}"
 

@@ -39,7 +39,7 @@ class Result:
 
     Attributes:
         runs: Status of each seed's run; empty for a reference.
-        tables: `evaluation.parquet` of each seed that has one.
+        tables: `evaluation.parquet` of each seed that has one; of a reference under 0.
         problems: Why a table of a successful run cannot be read.
     """
 
@@ -47,7 +47,7 @@ class Result:
     dim: int
     experiment: SheetRow | None = None
     runs: dict[int, RunStatus] = field(default_factory=dict)
-    tables: list[pl.DataFrame] = field(default_factory=list)
+    tables: dict[int, pl.DataFrame] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -74,7 +74,9 @@ class Result:
         self, split: str, precision: str = "float32", metric: str = "recall@10"
     ) -> list[float]:
         """Mean over queries, for each seed."""
-        return [cast(float, _part(t, split, precision)[metric].mean()) for t in self.tables]
+        return [
+            cast(float, _part(t, split, precision)[metric].mean()) for t in self.tables.values()
+        ]
 
 
 def read_results(
@@ -85,11 +87,11 @@ def read_results(
     for e in experiments:
         folders = {seed: students_dir / key for seed, key in e.keys.items()}
         runs = {seed: read_status(f, e.settings["steps"]) for seed, f in folders.items()}
-        done = [f for seed, f in folders.items() if runs[seed].status == SUCCESS]
+        done = {seed: f for seed, f in folders.items() if runs[seed].status == SUCCESS}
         result = Result(e.name, e.settings["dim"], e, runs)
-        for f in done:
+        for seed, f in done.items():
             try:
-                result.tables.append(read_parquet(StudentFolder(f).scores, SCORES))
+                result.tables[seed] = read_parquet(StudentFolder(f).scores, SCORES)
             except ValueError as error:
                 result.problems.append(str(error))
         results.append(result)
@@ -98,7 +100,7 @@ def read_results(
     with suppress(ValueError):  # without references there is nothing to compare with
         references = read_parquet(references_path, (*SCORES, "dim"))
         for (name, dim), table in references.group_by("method", "dim", maintain_order=True):
-            results.append(Result(f"reference_{name}", dim, tables=[table]))
+            results.append(Result(f"reference_{name}", dim, tables={0: table}))
     return results
 
 
@@ -122,20 +124,30 @@ def score_methods(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "train_recall@10": mean(result.scores("train", precision)),
             }
             if baseline and (result is not baseline or precision != "float32"):
-                found = _difference(result, baseline, precision)
+                reference = baseline.tables[0]
+                tables = [(table, reference) for table in result.tables.values()]
+                found = recall_difference(tables, precision)
                 row |= {"difference_to_svd": -found.mean, "low": -found.high, "high": -found.low}
                 row["verdict"] = WORDS[found.verdict]
             rows.append(row)
     return rows
 
 
-def _difference(result: Result, baseline: Result, precision: str) -> Difference:
-    """Recall of SVD minus recall of a result on the test queries; negative is better."""
-    reference = _part(baseline.tables[0], "test", "float32")
-    own = [_part(table, "test", precision) for table in result.tables]
-    assert all(table["row"].equals(reference["row"]) for table in own)
-    differences = [(reference["recall@10"] - table["recall@10"]).to_numpy() for table in own]
-    return paired_bootstrap(np.stack(differences), np.ones(len(reference)))
+def recall_difference(
+    tables: Sequence[tuple[pl.DataFrame, pl.DataFrame]], precision: str = "float32"
+) -> Difference:
+    """Recall of a reference minus recall of a result on the test queries; negative is better.
+
+    Args:
+        tables: For each seed, the scores of the result and of its reference.
+        precision: Of the result; the reference is in float32.
+    """
+    differences = []
+    for result, reference in tables:
+        own, other = _part(result, "test", precision), _part(reference, "test", "float32")
+        assert own["row"].equals(other["row"])
+        differences.append((other["recall@10"] - own["recall@10"]).to_numpy())
+    return paired_bootstrap(np.stack(differences), np.ones(differences[0].size))
 
 
 def _part(table: pl.DataFrame, split: str, precision: str) -> pl.DataFrame:

@@ -1,4 +1,5 @@
-"""The teacher's vectors: unit length, a row for each sentence, training rows before the queries.
+"""The teacher's vectors: unit length, a row for each sentence: extra rows, which are not in the
+database, then training rows, then the queries.
 
 A sentence-transformers model makes them, or the user brings them. They lie in a folder:
 
@@ -32,6 +33,7 @@ from kimi_recursive.files import (
 )
 from kimi_recursive.model.digests import model_digest
 from kimi_recursive.track_b.neighbours import Floats
+from kimi_recursive.track_b.sentences import EXTRA
 from kimi_recursive.training.checkpoint import WorkDirectory
 
 MINILM = "all-MiniLM-L6-v2"
@@ -97,6 +99,7 @@ def import_vectors(
     num_test_queries: int,
     seed: int,
     output_dir: str | Path,
+    num_extra_sentences: int | None = 0,
 ) -> None:
     """Import the user's vectors without repeats, in an order shuffled by the seed.
 
@@ -105,6 +108,7 @@ def import_vectors(
             with one matrix [N, D] (parquet: a column of lists, named `embedding` where there are
             several).
         num_sentences: How many to take, including the queries; None for all.
+        num_extra_sentences: How many beyond these to train on alone; None for all.
 
     Raises:
         ValueError: the file is not one of these, has too few distinct vectors, or a vector has NaN,
@@ -119,17 +123,20 @@ def import_vectors(
     )
     num_queries = num_validation_queries + num_test_queries
     wanted = len(order) if num_sentences is None else num_sentences
-    if len(order) < max(wanted, num_queries + 2):
+    extra = max(len(order) - wanted, 0) if num_extra_sentences is None else num_extra_sentences
+    if len(order) < (needed := max(wanted, num_queries + 2) + extra):
         enough = len(order) >= num_queries + 2
         fix = "num_sentences: null takes all" if enough else "lower the numbers of queries"
+        fix = "num_extra_sentences: null takes what is left" if enough and extra else fix
         problems.append(
-            f"{max(wanted, num_queries + 2)} distinct vectors are needed ({num_queries} of "
+            f"{needed} distinct vectors are needed ({num_queries} of "
             f"them queries), but it has {len(order)} in {len(found)} rows (track_b: {fix})"
         )
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
-    order = np.concatenate([order[num_queries:wanted], order[:num_queries]])
-    splits = ["train"] * (wanted - num_queries)
+    extras = order[wanted : wanted + extra]
+    order = np.concatenate([extras, order[num_queries:wanted], order[:num_queries]])
+    splits = [EXTRA] * extra + ["train"] * (wanted - num_queries)
     splits += ["validation"] * num_validation_queries + ["test"] * num_test_queries
     table = pl.DataFrame({"row": order, "split": splits})
     vectors = _unit(found[order])
@@ -137,17 +144,19 @@ def import_vectors(
 
 
 def load_vectors(teacher_dir: str | Path) -> dict[str, Floats]:
-    """The vectors of each split, and all of them [N, D] under `all`: read-only views of the mapped
-    file, without a copy."""
+    """The vectors of each split; `database`: those of all splits but the extra ones [N, D];
+    `pool`: those to train on, extra and training ones. Read-only views of the mapped file, without
+    a copy."""
     vectors = np.asarray(np.load(Path(teacher_dir) / "vectors.npy", mmap_mode="r"))
     splits = pl.read_parquet(Path(teacher_dir) / "rows.parquet", columns=["split"])["split"]
-    found, start = {"all": vectors}, 0
-    for split in SPLITS:
+    found, start = {}, 0
+    for split in (EXTRA, *SPLITS):
         end = start + int((splits == split).sum())
         found[split] = vectors[start:end]
         start = end
     assert start == len(vectors)
-    return found
+    num_extra, num_train = len(found[EXTRA]), len(found["train"])
+    return {**found, "database": vectors[num_extra:], "pool": vectors[: num_extra + num_train]}
 
 
 def _locate(settings: Mapping[str, Any]) -> tuple[str, str]:
@@ -266,6 +275,8 @@ def _publish(
     with publishing(output_dir) as folder:
         np.save(folder / "vectors.npy", vectors)
         write_parquet(folder / "rows.parquet", table)
-        counts = {f"num_{split}": int((table["split"] == split).sum()) for split in SPLITS}
+        counts = {
+            f"num_{split}": int((table["split"] == split).sum()) for split in (EXTRA, *SPLITS)
+        }
         teacher = {**facts, "dim": vectors.shape[1], **counts, "versions": versions()}
         write_json(folder / "teacher.json", teacher)

@@ -32,7 +32,7 @@ from kimi_recursive.track_b.evaluate import score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL, score_vectors
 from kimi_recursive.track_b.neighbours import Floats
 from kimi_recursive.track_b.objectives import build_objective
-from kimi_recursive.track_b.sheet import check_against_teacher, is_quick
+from kimi_recursive.track_b.sheet import NEUTRAL, check_against_teacher, is_quick
 from kimi_recursive.track_b.status import write_logs
 from kimi_recursive.track_b.student import Student, build_student
 from kimi_recursive.track_b.teacher import load_vectors
@@ -45,7 +45,6 @@ from kimi_recursive.training.settings import LoopSettings
 STUDENT_NAME, QUEUE_NAME = "student.safetensors", "queue.safetensors"
 MIN_LR_RATIO = 0.01
 LOG_INTERVAL = 10
-NEUTRAL = ("save_every",)  # settings that change no number
 
 
 @stop_signals()
@@ -78,7 +77,7 @@ def train_student(
     """
     run_dir, name = Path(run_dir), name or Path(run_dir).name
     vectors, truth = load_vectors(teacher_dir), load_truth(neighbours_path)
-    train = vectors["train"]
+    train = vectors["pool"]
     check_against_teacher(settings, train.shape[1], len(train))
     fingerprint = {
         "settings": {k: v for k, v in settings.items() if k not in NEUTRAL},
@@ -113,7 +112,7 @@ def train_student(
         task, result = _fit(start, work, tracker, name)
         student = task.student
         student.save(files.best)
-        scores = score_all("student", student.encode(vectors["all"]), truth)
+        scores = score_all("student", student.encode(vectors["database"]), truth)
         write_parquet(files.scores, scores)
         write_logs(run_dir, result.logs)
         last = result.logs.row(-1, named=True)
@@ -199,7 +198,7 @@ class StudentTask(Task):
         self.settings = dict(settings)
         if self.size_path.is_file():
             self.settings["batch_size"] = json.loads(self.size_path.read_text())
-        train = vectors["train"]
+        train = vectors["pool"]
         self.student = build_student(settings, train, seed)
         self.objective = build_objective(self.student, train, truth, self.settings, seed)
         self.objective.to(device)
@@ -231,7 +230,7 @@ class StudentTask(Task):
         return self.objective(None, step)
 
     def validate(self, step: int, tracker: ExperimentTracker) -> dict[str, float]:
-        encoded = self.student.encode(self.vectors["all"])
+        encoded = self.student.encode(self.vectors["database"])
         rows = self.truth.queries["validation"]
         recall, ndcg = score_vectors(
             encoded[rows], encoded, rows, self.truth.relevant["validation"]

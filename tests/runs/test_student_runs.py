@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from track_b import V1, V2, settings_of
+from track_b import TEACHER, V1, V2, settings_of
 
 from kimi_recursive.processes.signals import Interrupted
 from kimi_recursive.track_b.evaluate import score_all
@@ -17,7 +17,7 @@ from kimi_recursive.track_b.metrics import NDCG, RECALL
 from kimi_recursive.track_b.objectives import InfoNCE, Listwise
 from kimi_recursive.track_b.status import read_status
 from kimi_recursive.track_b.student import Student
-from kimi_recursive.track_b.teacher import load_vectors
+from kimi_recursive.track_b.teacher import import_vectors, load_vectors
 from kimi_recursive.track_b.train import train_student
 from kimi_recursive.track_b.truth import find_neighbours, load_truth
 from kimi_recursive.training.checkpoint import complete_checkpoints
@@ -69,7 +69,7 @@ def test_a_run_learns_and_leaves_the_files_of_the_guide(teacher, tmp_path, value
     names = {p.name for p in (tmp_path / "run/checkpoints").iterdir()}
     assert names == {f"student_{x}.safetensors" for x in ("best", "step_20", "step_40")}
     best = Student.load(tmp_path / "run/checkpoints/student_best.safetensors")
-    everything = np.array(load_vectors(teacher / "teacher")["all"])
+    everything = np.array(load_vectors(teacher / "teacher")["database"])
     scores = score_all("student", best.encode(everything), load_truth(teacher / "neighbours.npz"))
     assert scores.equals(pl.read_parquet(tmp_path / "run/evaluation.parquet"))
     own = scores.filter(split="validation", precision="float32")["recall@10"].mean()
@@ -213,6 +213,29 @@ def test_neighbours_found_for_others_too_do_not_train_again(teacher, tmp_path, c
     assert "was trained before" in capsys.readouterr().err
     run(tmp_path, tmp_path, V1, threshold=0.5)
     assert "starting afresh, neighbours, settings.threshold changed" in capsys.readouterr().err
+
+
+def test_extra_vectors_teach_and_are_not_found(teacher, tmp_path):
+    """Neighbours of the pool and of the database, each in rows of its own."""
+    (tmp_path / "e").mkdir()
+    settings = {**TEACHER, "path": str(teacher / "vectors.npy")}
+    import_vectors(settings, 200, 50, 50, 0, tmp_path / "e/teacher", num_extra_sentences=None)
+    find_neighbours(tmp_path / "e/teacher", [settings_of(V2)], tmp_path / "e/neighbours.npz")
+    vectors = load_vectors(tmp_path / "e/teacher")
+    truth = load_truth(tmp_path / "e/neighbours.npz")
+    assert len(truth.train) == len(vectors["pool"]) == 300 and len(vectors["database"]) == 200
+    similar = vectors["pool"] @ vectors["pool"].T
+    np.fill_diagonal(similar, -1)
+    assert np.array_equal(truth.train, np.argsort(-similar, 1)[:, :5])
+    similar = vectors["database"] @ vectors["database"].T
+    np.fill_diagonal(similar, -1)
+    for split in ("validation", "test"):
+        rows = truth.queries[split]
+        assert np.array_equal(vectors["database"][rows], vectors[split])
+        assert np.array_equal(truth.relevant[split], np.argsort(-similar[rows], 1)[:, :10])
+    run(tmp_path / "e", tmp_path, V2)
+    table = pl.read_parquet(tmp_path / "run/evaluation.parquet")
+    assert table["row"].max() == 199
 
 
 @pytest.mark.parametrize("values", [V1, V2])

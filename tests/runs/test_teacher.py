@@ -70,6 +70,20 @@ def test_they_are_drawn_by_a_hash_so_that_fewer_are_the_first_of_more(corpus, tm
     assert not other["sentence"].equals(everything["sentence"])
 
 
+def test_extra_sentences_are_trained_on_and_leave_database_and_queries_as_they_are(
+    corpus, tmp_path
+):
+    paths = [tmp_path / f"{name}.parquet" for name in ("plain", "some", "rest")]
+    for path, extra in zip(paths, (0, 9, None), strict=True):
+        prepare_sentences(corpus, 30, 5, 6, 0, path, num_extra_sentences=extra)
+    plain, some, rest = map(pl.read_parquet, paths)
+    assert some["split"].to_list() == ["extra"] * 9 + plain["split"].to_list()
+    assert some[9:].equals(plain) and rest.height == 61 and rest[31:].equals(plain)
+    assert some["sentence"].n_unique() == 39 and set(some["sentence"]) <= set(rest["sentence"])
+    message = error_of(prepare_sentences, corpus, 30, 5, 6, 0, paths[0], num_extra_sentences=32)
+    assert "62 distinct sentences" in message and "the corpus has 61" in message
+
+
 def test_too_few_sentences(corpus, tmp_path):
     message = error_of(prepare_sentences, corpus, 62, 5, 6, 0, tmp_path / "x.parquet")
     assert "62 distinct sentences" in message and "the corpus has 61" in message
@@ -102,27 +116,28 @@ def test_vectors_of_the_user_are_shuffled_normalised_and_each_taken_once(tmp_pat
     found = load_vectors(tmp_path / "teacher")
     rows = pl.read_parquet(tmp_path / "teacher/rows.parquet")
     assert {name: len(part) for name, part in found.items()} == {
-        "all": 49, "train": 28, "validation": 10, "test": 11,
+        "extra": 0, "train": 28, "validation": 10, "test": 11, "database": 49, "pool": 28,
     }  # fmt: skip
     assert sorted(rows["row"]) == [i for i in range(50) if i != 7]
     expected = vectors[rows["row"].to_numpy()]
     expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
-    assert np.abs(found["all"] - expected).max() < 1e-6
+    assert np.abs(found["database"] - expected).max() < 1e-6
     import_vectors(settings, 30, 10, 11, 0, tmp_path / "fewer")
     fewer = load_vectors(tmp_path / "fewer")
-    assert len(fewer["all"]) == 30 and np.array_equal(fewer["test"], found["test"])
+    assert len(fewer["database"]) == 30 and np.array_equal(fewer["test"], found["test"])
     facts = json.loads((tmp_path / "teacher/teacher.json").read_text())
     assert (facts["dim"], facts["num_train"], facts["kind"]) == (6, 28, "vectors")
 
 
 def test_loaded_vectors_are_the_mapped_file_and_no_copy(tmp_path):
     settings = write(tmp_path / "v.npy", clustered_vectors(50, 6))
-    import_vectors(settings, None, 10, 11, 0, tmp_path / "teacher")
+    import_vectors(settings, 40, 10, 11, 0, tmp_path / "teacher", num_extra_sentences=None)
     found = load_vectors(tmp_path / "teacher")
-    assert isinstance(found["all"].base, np.memmap) and not found["all"].flags.writeable
+    whole = found["database"].base
+    assert isinstance(whole.base, np.memmap) and not found["database"].flags.writeable
     for part in found.values():
         assert type(part) is np.ndarray and part.flags.c_contiguous
-        assert np.shares_memory(part, found["all"])
+        assert np.shares_memory(part, whole)
 
 
 def test_vectors_that_are_refused(tmp_path):
@@ -181,7 +196,7 @@ def three_sentences(tmp_path):
 
 def test_the_real_teacher_from_its_package_and_from_a_directory(three_sentences, tmp_path):
     encode_sentences(MINILM, three_sentences, tmp_path / "teacher", tmp_path / "work")
-    found = load_vectors(tmp_path / "teacher")["all"]
+    found = load_vectors(tmp_path / "teacher")["database"]
     assert found.shape == (3, 384) and np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
     assert found[0] @ found[1] > 0.5 > found[0] @ found[2], "a paraphrase is near, the rest far"
     facts = json.loads((tmp_path / "teacher/teacher.json").read_text())
@@ -189,10 +204,10 @@ def test_the_real_teacher_from_its_package_and_from_a_directory(three_sentences,
     folder, _ = teacher._locate(MINILM)
     local = {**MINILM, "kind": "pretrained", "path": folder}
     encode_sentences(local, three_sentences, tmp_path / "local", tmp_path / "work2")
-    assert np.array_equal(load_vectors(tmp_path / "local")["all"], found)
+    assert np.array_equal(load_vectors(tmp_path / "local")["database"], found)
     short = {**local, "max_length": 3}
     encode_sentences(short, three_sentences, tmp_path / "short", tmp_path / "work2")
-    assert not np.allclose(load_vectors(tmp_path / "short")["all"], found)
+    assert not np.allclose(load_vectors(tmp_path / "short")["database"], found)
 
 
 def test_a_teacher_that_is_not_the_pinned_one(three_sentences, tmp_path, monkeypatch):
@@ -242,7 +257,7 @@ def test_encoding_resumes_after_the_last_whole_block(tmp_path, monkeypatch):
     assert encoded == texts[6:], "two blocks were whole"
     expected = np.array([[i + 1.0, 1.0] for i in range(10)])
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert np.abs(load_vectors(tmp_path / "teacher")["all"] - expected).max() < 1e-6
+    assert np.abs(load_vectors(tmp_path / "teacher")["database"] - expected).max() < 1e-6
     encoded.clear()
     left[0] = 2
     with pytest.raises(KeyboardInterrupt):
@@ -251,3 +266,20 @@ def test_encoding_resumes_after_the_last_whole_block(tmp_path, monkeypatch):
     left[0] = 99
     encode_sentences({**MINILM, "digest": "b"}, *arguments)
     assert encoded == texts, "another teacher starts afresh"
+
+
+def test_extra_vectors_are_in_the_pool_and_not_in_the_database(tmp_path):
+    np.save(tmp_path / "v.npy", clustered_vectors(60))
+    settings = {**TEACHER, "path": str(tmp_path / "v.npy")}
+    import_vectors(settings, 40, 5, 6, 0, tmp_path / "plain")
+    import_vectors(settings, 40, 5, 6, 0, tmp_path / "extra", num_extra_sentences=None)
+    plain, extra = load_vectors(tmp_path / "plain"), load_vectors(tmp_path / "extra")
+    assert np.array_equal(extra["database"], plain["database"]) and len(plain["database"]) == 40
+    assert np.array_equal(plain["pool"], plain["train"]) and plain["extra"].shape == (0, 24)
+    assert len(extra["extra"]) == 20 and len(extra["pool"]) == 49
+    assert np.array_equal(extra["pool"][20:], plain["train"])
+    assert json.loads((tmp_path / "extra/teacher.json").read_text())["num_extra"] == 20
+    message = error_of(
+        import_vectors, settings, 40, 5, 6, 0, tmp_path / "x", num_extra_sentences=21
+    )
+    assert "61 distinct vectors" in message and "num_extra_sentences: null" in message

@@ -23,10 +23,11 @@ from kimi_recursive.track_b.evaluate import (
     references,
 )
 from kimi_recursive.track_b.metrics import NDCG, RECALL
+from kimi_recursive.track_b.pairs import compare_pairs, pair_table
 from kimi_recursive.track_b.sanity import check_sanity
 from kimi_recursive.track_b.sheet import SheetRow
-from kimi_recursive.track_b.status import read_status
-from kimi_recursive.track_b.summary import COLUMNS, read_results, score_methods
+from kimi_recursive.track_b.status import RunStatus, read_status
+from kimi_recursive.track_b.summary import COLUMNS, Result, read_results, score_methods
 from kimi_recursive.track_b.teacher import load_vectors
 from kimi_recursive.track_b.train import train_student
 from kimi_recursive.track_b.truth import load_truth
@@ -191,7 +192,9 @@ def test_sanity_warns_and_does_not_stop(finished, tmp_path, capsys, monkeypatch)
 
 def summarized(folder: Path, students: Path, tmp_path: Path):
     results = read_results(EXPERIMENTS, students, folder / "refs.parquet")
-    paths = [tmp_path / name for name in ("summary.csv", "summary.txt", "comparison.csv")]
+    paths = [
+        tmp_path / name for name in ("summary.csv", "summary.txt", "comparison.csv", "pairs.csv")
+    ]
     summarize(results, "Heading", *paths)
     text = paths[1].read_text()
     assert max(map(len, text.splitlines())) <= 100
@@ -236,6 +239,46 @@ def test_the_summary_of_a_whole_matrix(finished, tmp_path):
     verdict = by_name["reference_truncation_8", "float32"]
     assert verdict["verdict"] == "loses to SVD" and verdict["high"] < 0
     assert by_name["reference_random_projection_8", "int8"]["bytes_per_vector"] == 8
+
+
+def result_of(name: str, recalls: dict[int, list[float]], **settings) -> Result:
+    """A finished experiment whose students have these recalls on ten test queries."""
+
+    def table(recall):
+        facts = {"method": "student", "precision": "float32", "split": "test"}
+        return pl.DataFrame({**facts, "row": range(10), "recall@10": recall, "ndcg@10": recall})
+
+    experiment = SheetRow(name, tuple(recalls), settings_of(V1, **settings))
+    runs = {s: RunStatus("success", best_recall=0.5, final_ndcg=0.5) for s in recalls}
+    return Result(name, 8, experiment, runs, {s: table(r) for s, r in recalls.items()})
+
+
+def test_experiments_that_differ_in_one_setting_are_paired_by_query_and_seed():
+    low, high = [0.1, 0.2] * 5, [0.4, 0.6] * 5
+    results = [
+        result_of("one_seed", {0: low}),
+        result_of("three_seeds", {0: low, 1: low, 2: low}),
+        result_of("warm", {0: high, 1: [0.0] * 10}, tau=0.1),
+        result_of("warm_and_long", {0: high}, tau=0.1, steps=20),
+        result_of("saved_often", {0: high}, save_every=1),
+        result_of("failed", {0: high}, tau=0.2),
+    ]
+    results[-1].runs[0] = RunStatus("failed")
+    results[2].runs[1] = RunStatus("success", best_recall=0.1, final_ndcg=0.1)
+    pairs = compare_pairs(results)
+    found = {(p.first.name, p.second.name): p.row for p in pairs}
+    assert set(found) == {("warm", "three_seeds"), ("warm_and_long", "warm")}
+    row = found["warm", "three_seeds"]
+    assert (row["setting"], row["value"], row["reference_value"]) == ("tau", 0.1, 0.07)
+    assert row["seeds"] == "0,1" and row["num_queries"] == 10
+    assert row["difference"] == pytest.approx((0.35 - 0.15) / 2)
+    row = found["warm_and_long", "warm"]
+    assert row["setting"] == "steps" and row["seeds"] == "0" and row["verdict"] == "same"
+    (row,) = (p.row for p in compare_pairs([results[0], result_of("w", {0: high}, tau=0.1)]))
+    assert row["difference"] == pytest.approx(0.35) and row["verdict"] == "better"
+    assert 0.3 <= row["low"] <= 0.35 <= row["high"] <= 0.4
+    text = pair_table(pairs).to_text()
+    assert "tau 0.1 / 0.07" in text and "warm_and_long" in text
 
 
 def test_the_summary_of_a_part_of_it(finished, tmp_path):
@@ -288,7 +331,7 @@ def test_a_damaged_parquet_is_no_loss_to_the_folder_where_json_lines_are_whole(f
 def test_a_student_that_is_the_svd_does_not_beat_it(finished):
     results = read_results(EXPERIMENTS[1:], finished / "students", finished / "refs.parquet")
     svd = next(r for r in results if r.name == "reference_svd_8")
-    results[0].tables = [svd.tables[0].with_columns(method=pl.lit("student"))] * 2
+    results[0].tables = dict.fromkeys((0, 1), svd.tables[0].with_columns(method=pl.lit("student")))
     row = score_methods(results)[0]
     assert (row["difference_to_svd"], row["low"], row["high"]) == (0, 0, 0)
     assert row["verdict"] == "same as SVD"

@@ -15,10 +15,10 @@ def call(monkeypatch, *arguments) -> int:
     return exit_.value.code or 0
 
 
-def error_of(function, *arguments) -> str:
+def error_of(function, *arguments, **more) -> str:
     """The message of the ValueError, which has to be one line."""
     with pytest.raises(ValueError) as caught:
-        function(*arguments)
+        function(*arguments, **more)
     assert type(caught.value) is ValueError
     message = str(caught.value)
     assert message and len(message.splitlines()) == 1, message

@@ -12,7 +12,8 @@ SHEET = ROOT / "config/track_b.tsv"
 CONFIG = {
     "enabled": True, "sheet": str(SHEET), "experiments": "all", "scale": 1.0, "quick": False,
     "dim": None,
-    "num_sentences": 8000, "num_validation_queries": 500, "num_test_queries": 500,
+    "num_sentences": 8000, "num_extra_sentences": 0, "num_validation_queries": 500,
+    "num_test_queries": 500,
     "teacher": {"kind": "minilm", "path": None},
 }  # fmt: skip
 
