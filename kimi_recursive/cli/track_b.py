@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil an embedding teacher into students of 128 dimensions, and compare them.",
 )
-LAYOUT = Layout()
+TEACHER_DIR = Layout().track_b.teacher
 JOB_FAILED = 1  # Snakemake's exit code
 INTERRUPTED_EXIT_CODE = 130  # as shells have it
 LOCKED = "Snakemake is running in this folder, or was killed there; after a kill: make unlock"
@@ -63,8 +63,8 @@ def drive(
         raise ValueError(f"{configfile}: no such file (--configfile)")
     configs = [Path("config/config.yaml"), *([configfile] if configfile else [])]
     configs += [Path("config/quick.yaml")] if quick else []
-    track_b = _track_b_config(configs)
-    states = _states(track_b)
+    track_b, layout = _track_b_config(configs)
+    states = _states(track_b, layout)
     missing = [
         key
         for key, (status, detail) in states.items()
@@ -77,14 +77,14 @@ def drive(
         typer.echo(f"{what:<5}{key} ({', '.join(names[key])})  {why}", err=True)
     snakemake = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going"]
     snakemake += ["--configfile", *map(str, configs[1:])] if configs[1:] else []
-    again = [str(LAYOUT.track_b.student(key).logs) for key in missing]
+    again = [str(layout.track_b.student(key).logs) for key in missing]
     command = [*snakemake, "--forcerun", *again, "summarize_track_b", "--", "track_b"]
     if dry_run:
         raise SystemExit(_call([*command[:3], "--dry-run", "--quiet", "rules", *command[3:]]))
-    aside = _set_aside(states) if force else None
+    aside = _set_aside(states, layout) if force else None
     started = time.time()
     if code := _call(command):
-        errors, others = _failures(_states(track_b), started)
+        errors, others = _failures(_states(track_b, layout), layout, started)
         _call([*snakemake, "--forcerun", "summarize_track_b", "--", "summarize_track_b"])
         if aside:
             typer.echo(f"the previous students are in {aside}", err=True)
@@ -94,7 +94,7 @@ def drive(
         raise SystemExit(USER_ERROR_EXIT_CODE if only_users else code)
     if aside:
         shutil.rmtree(aside)
-    summary = LAYOUT.track_b_summary(track_b["quick"])
+    summary = layout.track_b_summary(track_b["quick"])
     typer.echo(summary.text.read_text(encoding="utf-8"), nl=False)
 
 
@@ -110,7 +110,9 @@ def _call(command: list[str]) -> int:
     return INTERRUPTED_EXIT_CODE if interrupted else code
 
 
-def _failures(states: Mapping[str, tuple[str, str]], since: float) -> tuple[list[str], bool]:
+def _failures(
+    states: Mapping[str, tuple[str, str]], layout: Layout, since: float
+) -> tuple[list[str], bool]:
     """What failed in the jobs whose logs were written since a time.
 
     Args:
@@ -122,7 +124,7 @@ def _failures(states: Mapping[str, tuple[str, str]], since: float) -> tuple[list
     """
     users: dict[str, None] = {}
     others = False
-    for path in sorted(LAYOUT.logs.rglob("*.log")):
+    for path in sorted(layout.logs.rglob("*.log")):
         if path.stat().st_mtime < since:
             continue
         error, is_users = logged_error(path)
@@ -134,26 +136,27 @@ def _failures(states: Mapping[str, tuple[str, str]], since: float) -> tuple[list
     return list(users), others
 
 
-def _set_aside(keys: Collection[str]) -> Path:
+def _set_aside(keys: Collection[str], layout: Layout) -> Path:
     """Move these students to another folder, so that they are trained from the start."""
-    aside = LAYOUT.track_b.folder / time.strftime("students_before_%Y%m%d_%H%M%S")
+    aside = layout.track_b.folder / time.strftime("students_before_%Y%m%d_%H%M%S")
     aside.mkdir(parents=True)
     for key in keys:
-        if (folder := LAYOUT.track_b.student(key).folder).is_dir():
+        if (folder := layout.track_b.student(key).folder).is_dir():
             folder.rename(aside / key)
     return aside
 
 
-def _track_b_config(paths: list[Path]) -> dict[str, Any]:
+def _track_b_config(paths: list[Path]) -> tuple[dict[str, Any], Layout]:
+    """Section `track_b` of the config, and where its results are."""
     from kimi_recursive.matrix.settings import read_config
 
-    track_b = read_config(paths)["track_b"]
-    if not track_b["enabled"]:
+    config = read_config(paths)
+    if not config["track_b"]["enabled"]:
         raise ValueError("track_b.enabled is false in the config")
-    return track_b
+    return config["track_b"], Layout(Path(config["results_dir"]))
 
 
-def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def _states(track_b: dict[str, Any], layout: Layout) -> dict[str, tuple[str, str]]:
     """Status and detail of every run of the config, by key; a success has a detail only where a
     file is missing, which Snakemake makes again."""
     from kimi_recursive.track_b.sheet import runs_of, select_experiments
@@ -161,7 +164,7 @@ def _states(track_b: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
     found = {}
     for key, (settings, _) in runs_of(select_experiments(track_b)).items():
-        student = LAYOUT.track_b.student(key)
+        student = layout.track_b.student(key)
         status = read_status(student.folder, settings["steps"])
         absent = [path.name for path in student.outputs if not path.is_file()]
         detail = status.detail or (f"{absent[0]} is missing" if absent else "")
@@ -218,7 +221,7 @@ def run(
     sheet: Annotated[Path, typer.Option(help="The sheet.")] = Path("config/track_b.tsv"),
     teacher_dir: Annotated[
         Path, typer.Option(help="Folder of the teacher's vectors, which `track-b` makes.")
-    ] = LAYOUT.track_b.teacher,
+    ] = TEACHER_DIR,
     output_dir: Annotated[Path, typer.Option(help="Folder of all runs by hand.")] = Path("runs"),
 ) -> None:
     """Train one experiment by hand, into OUTPUT_DIR/RUN_ID.

@@ -20,6 +20,7 @@ from project import ONLY_A, Project
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
 
 from kimi_recursive.cli.track_b import _failures
+from kimi_recursive.layout import Layout
 from kimi_recursive.files import read_safetensors
 
 pytestmark = pytest.mark.workflow
@@ -118,6 +119,13 @@ def test_nothing_is_left_to_do(whole):
     done = track_b(whole, "-d", "--configfile", "tiny.yaml")
     assert done.returncode == 0 and done.stderr.count("skip ") == 3
     assert "train_student" not in done.stdout + done.stderr
+
+
+def test_results_are_where_the_config_says(copied):
+    copied.path("results").rename(copied.path("other"))
+    copied.write({**CONFIG, "results_dir": "other"})
+    done = track_b(copied, "-d", "--configfile", "tiny.yaml")
+    assert done.returncode == 0 and done.stderr.count("skip ") == 3, done.stderr[-2000:]
 
 
 def test_a_dry_run_writes_nothing(copied):
@@ -341,8 +349,7 @@ def test_an_error_of_the_user_in_a_job_is_the_last_line_and_exit_code_2(copied):
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == expected, done.stderr[-2000:]
 
 
-def test_errors_of_the_user_are_told_from_other_failures(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_errors_of_the_user_are_told_from_other_failures(tmp_path):
     logs = tmp_path / "results/logs/train_student"
     logs.mkdir(parents=True)
 
@@ -352,7 +359,7 @@ def test_errors_of_the_user_are_told_from_other_failures(tmp_path, monkeypatch):
         for name, text in texts.items():
             (logs / f"{name}.log").write_text(text)
         states = {name: ("success" if name in done else "incomplete", "") for name in texts}
-        return _failures(states, since)
+        return _failures(states, Layout(tmp_path / "results"), since)
 
     wrong = "step 1\nerror: x\nerror: bad row\n"
     assert failures(done="b", a=wrong, b="done\n") == (["bad row"], False)
