@@ -20,8 +20,8 @@ from project import ONLY_A, Project
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
 
 from kimi_recursive.cli.track_b import _failures
-from kimi_recursive.layout import Layout
 from kimi_recursive.files import read_safetensors
+from kimi_recursive.layout import Layout
 
 pytestmark = pytest.mark.workflow
 
