@@ -75,7 +75,7 @@ def main() -> None:
 
         return step
 
-    plain_step = stepper(plain, torch.optim.AdamW(plain.parameters(), lr=training["lr"]))
+    plain_step = stepper(plain, torch.optim.AdamW(plain.parameters(), lr=training.lr))
     our_step = stepper(ours, base_optimizer(ours, training))
     losses = plain_step(0), our_step(0)  # warm-up; the first losses are of the same weights
     with FlopCounterMode(display=False) as counter:
