@@ -34,6 +34,8 @@ onstart:
         refuse_results_of_another_config()
     elif TASKS and not asked_for("report"):
         refuse_unknown_tasks()
+    if trains_here():
+        prefork.start()
 
 
 # Snakemake itself says only that jobs failed.

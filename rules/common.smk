@@ -9,6 +9,7 @@ from kimi_recursive.files import NUMERICS_VERSION
 from kimi_recursive.matrix import artefacts, expected, runs
 from kimi_recursive.matrix.settings import Config, composition_config, validate_settings
 from kimi_recursive.records.criteria import CRITERIA_PATH
+from kimi_recursive.processes import prefork
 from kimi_recursive.processes.logs import INTERRUPTED, stopped_by_user
 from kimi_recursive.track_b.sheet import neighbour_settings, runs_of, select_experiments
 
@@ -65,6 +66,13 @@ def evaluation(wildcards):
 def asked_for(rule):
     """Whether this summary itself was asked for, of whatever exists."""
     return rule in workflow.dag_settings.targets
+
+
+def trains_here():
+    """Whether this process starts the trainings itself: not for a summary of what exists, and not
+    on a cluster."""
+    summaries = ("summarize", "summarize_track_b", "report")
+    return workflow.local_exec and not any(map(asked_for, summaries))
 
 
 def say_why_it_stopped(log):

@@ -16,6 +16,7 @@ from kimi_recursive.processes.logs import (
     logging_to,
     quiet_libraries,
 )
+from kimi_recursive.processes.prefork import THREADS
 
 
 @contextmanager
@@ -30,8 +31,10 @@ def job(snakemake) -> Iterator[None]:
     number of the attempt, as in profiles/slurm, a user error is kept in an `.error` file beside the
     log, and later attempts end with the same error at once.
     """
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(snakemake.threads)
+    os.environ.update(dict.fromkeys(THREADS, str(snakemake.threads)))
+    if snakemake.threads != 1 and "torch" in sys.modules:
+        # A fork (processes.prefork), where libraries have read another limit: run again in Python.
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     quiet_libraries()
     os.environ["POLARS_MAX_THREADS"] = str(snakemake.threads)
     attempt = snakemake.resources.get("tries")

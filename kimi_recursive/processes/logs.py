@@ -9,6 +9,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED = "interrupted; the same command goes on where it was"
 
@@ -36,9 +40,8 @@ class _Tee:
 def quiet_libraries() -> None:
     """Silence transformers' advice on kernels and its loading bars, unless the user has set these
     variables. Call this before transformers is imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from kimi_recursive import RecursiveConfig, load_model_with_config
     ("commit", "prompt_length"), [("verified", 1), ("verified", 11), ("learned", 1)]
 )
 def test_untrained_generation_is_the_base_token_for_token(base, commit, prompt_length):
-    wrapper = make_wrapper(base)
+    wrapper = make_wrapper(base, use_token_feedback=True)
     for parameter in wrapper.boundary.parameters():
         parameter.normal_()
     ids, num_tokens = random_ids(2, prompt_length), 17  # into the third chunk
@@ -32,7 +32,7 @@ def test_untrained_generation_is_the_base_token_for_token(base, commit, prompt_l
 @torch.no_grad()
 @pytest.mark.parametrize("commit", ["verified", "learned"])
 def test_rows_of_a_padded_batch_generate_as_they_do_alone(base, commit):
-    wrapper = perturb(make_wrapper(base), UNEVEN)
+    wrapper = perturb(make_wrapper(base, use_token_feedback=True), UNEVEN)
     # Learned commits generate each row alone, so few tokens show what padding does.
     num_tokens, lengths = (10, (9, 1)) if commit == "verified" else (3, (4, 1))
     prompts = [random_ids(1, n, seed=n)[0] for n in lengths]
@@ -99,7 +99,7 @@ class Listener(BaseStreamer):
 
 @pytest.mark.parametrize("commit", ["verified", "learned"])
 def test_a_streamer_gets_the_prompt_then_each_round_then_the_end(commit):
-    wrapper = perturb(make_wrapper(make_base("llama")))
+    wrapper = perturb(make_wrapper(make_base("llama"), use_token_feedback=True))
     ids, listener = random_ids(1, 5), Listener()
     output, stats = wrapper.generate_chunks(
         ids, max_new_tokens=19, eos_token_id=[], commit=commit, streamer=listener, return_stats=True

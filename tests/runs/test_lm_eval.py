@@ -50,14 +50,15 @@ def tasks(corpus) -> TaskManager:
 
 @pytest.fixture(scope="module")
 def sidecar(model_dir, tmp_path_factory):
-    """Of a kind: perturbed cells, with a tokenizer at the base."""
+    """Of a kind: perturbed cells and token feedback, with a tokenizer at the base."""
     root = tmp_path_factory.mktemp("models")
 
     def made(kind: str) -> Path:
         folder = root / kind
         if not folder.exists():
             base = with_tokenizer(make_base(kind), folder, model_dir)
-            save_sidecar(perturb(make_wrapper(base)), folder, folder / "base")
+            wrapper = perturb(make_wrapper(base, use_token_feedback=True))
+            save_sidecar(wrapper, folder, folder / "base")
         return folder
 
     return made

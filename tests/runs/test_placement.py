@@ -73,7 +73,7 @@ def gradients(wrapper, logits):
 
 
 def test_an_offloaded_base_gives_the_same_numbers(bases):
-    plain, offloaded = (perturb(make_wrapper(base)) for base in bases)
+    plain, offloaded = (perturb(make_wrapper(b, use_token_feedback=True)) for b in bases)
     assert is_offloaded(offloaded.base) and not is_offloaded(plain.base)
     ids = random_ids(2, 14)
     expected, logits = (w.step_logits(ids, chunk_start=8) for w in (plain, offloaded))

@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from functools import cache
 from pathlib import Path
 
-import warm
 import yaml
+
+from kimi_recursive.processes import prefork
 
 ROOT = Path(__file__).parents[2]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -109,13 +112,12 @@ class Project:
 
 
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """What `python -m snakemake` does in a folder; its scripts run as `warm` says."""
-    python = sys.executable if "--dry-run" in arguments else warm.executable()
+    """What `python -m snakemake` does in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    if "--dry-run" not in arguments:
+        environment |= shared_prefork()
     with tempfile.TemporaryDirectory() as scratch:
-        process = FORKS.Process(
-            target=_snakemake, args=(arguments, folder, environment, scratch, python)
-        )
+        process = FORKS.Process(target=_snakemake, args=(arguments, folder, environment, scratch))
         process.start()
         process.join(timeout=1200)
         if too_long := process.is_alive():
@@ -126,9 +128,8 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def _snakemake(
-    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], scratch: str, python: str
+    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], scratch: str
 ) -> None:
-    sys.executable = python
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -138,3 +139,12 @@ def _snakemake(
     from snakemake.cli import main
 
     main(list(arguments))
+
+
+@cache
+def shared_prefork() -> dict[str, str]:
+    """The environment in which Snakemake runs scripts in forks of one process of all tests."""
+    program = Path(prefork.launch())
+    while not program.with_name("socket").exists():
+        time.sleep(0.05)
+    return {prefork.SWITCH: str(program)}

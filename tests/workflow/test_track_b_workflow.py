@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import warm
 from commands import call
-from project import ONLY_A, Project
+from project import ONLY_A, Project, shared_prefork
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
 
 from kimi_recursive.cli.track_b import _failures
@@ -58,13 +57,12 @@ def students(project: Project) -> list[Path]:
 
 
 def track_b(project: Project, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    code = f"import sys; sys.executable = {warm.executable()!r}"
-    code += "; from kimi_recursive.cli import main; main()"
-    command = [sys.executable, "-c", code, "track-b"]
+    command = [sys.executable, "-m", "kimi_recursive", "track-b", *arguments]
+    paths = {"PYTHONPATH": str(project.folder), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [*command, *arguments],
+        command,
         cwd=project.folder,
-        env={**os.environ, "PYTHONPATH": str(project.folder), "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, **paths, **shared_prefork(), **environment},
         capture_output=True,
         text=True,
         timeout=300,
