@@ -161,7 +161,7 @@ def test_padding_batches_and_order_change_no_answer(sidecar, kind):
 def test_generation_is_generate_chunks_up_to_the_first_stop(sidecar):
     """One of the two rows of a batch ends early, by the end-of-text token."""
     wrapper, tokenizer, _ = load_model_with_config(sidecar("llama"))
-    prompts, found = ["The Union", "It is the war of"], set()
+    prompts, found = ["treaty", "It is the war of"], set()
     for commit, num_steps in (("verified", 1), ("verified", 3), ("learned", None)):
         lm = model(sidecar("llama"), num_steps, commit=commit, batch_size=2)
         options = {"max_new_tokens": 24, "commit": commit, "num_steps": num_steps}
