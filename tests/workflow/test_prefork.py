@@ -1,15 +1,17 @@
 """Scripts in forks of one process: as Python would run them, and gone when Python would be gone."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from project import shared_prefork
+from project import ROOT, SNAKEMAKE, shared_prefork
 
 from kimi_recursive.matrix import job
 from kimi_recursive.processes import prefork
@@ -110,6 +112,47 @@ def test_a_script_is_killed_with_the_program_and_with_what_watches_it(program, t
     process, pid, watcher = started(program, tmp_path)
     os.kill(watcher, signal.SIGKILL)
     assert process.wait(timeout=20) == 1 and is_gone(pid)
+
+
+def test_ctrl_c_stops_a_script_whose_process_started_the_forks(tmp_path):
+    """SIGINT for the whole group, as a terminal sends it."""
+    path = script(tmp_path, LOOP.format(handler=""))
+    code = f"""
+import os, subprocess, sys, time
+from kimi_recursive.processes import prefork
+program = prefork.launch()
+while not os.path.exists(os.path.join(os.path.dirname(program), "socket")):
+    time.sleep(0.05)
+process = subprocess.Popen([program, {str(path)!r}])
+while True:
+    try:
+        sys.exit(process.wait())
+    except KeyboardInterrupt:
+        pass
+"""
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen(command, **pipes, cwd=ROOT, start_new_session=True)
+    pid = int(parent.stdout.readline().split()[0])
+    os.killpg(parent.pid, signal.SIGINT)
+    _, printed = parent.communicate(timeout=20)
+    assert parent.returncode == 1 and printed.splitlines()[-1] == "KeyboardInterrupt"
+    assert is_gone(pid)
+
+
+def test_snakemake_uses_it_for_what_it_trains_and_not_for_a_summary_alone(copy, tmp_path):
+    asked = tmp_path / "asked"
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/bin/sh\necho "$1" >> {asked}\nexec {sys.executable} "$@"\n')
+    recorder.chmod(0o700)
+    shutil.rmtree(copy.path("results/tokenizer"))
+    with mock.patch.dict(os.environ, {prefork.SWITCH: str(recorder)}):
+        for targets, expected in ((["summarize"], 0), (["--", "results/tokenizer"], 1)):
+            command = [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "1", *targets]
+            environment = {**os.environ, "PYTHONPATH": str(copy.folder)}
+            subprocess.run(command, cwd=copy.folder, env=environment, check=True)
+            scripts = asked.read_text().splitlines() if asked.exists() else []
+            assert len(scripts) == expected
 
 
 def test_a_job_with_more_threads_leaves_the_fork(monkeypatch):
