@@ -12,11 +12,11 @@ import torch
 from track_b import TEACHER, V1, V2, settings_of
 
 from kimi_recursive.processes.signals import Interrupted
-from kimi_recursive.track_b.evaluate import score_all
+from kimi_recursive.track_b.evaluate import evaluate_references, score_all
 from kimi_recursive.track_b.metrics import NDCG, RECALL
 from kimi_recursive.track_b.objectives import InfoNCE, Listwise
 from kimi_recursive.track_b.status import read_status
-from kimi_recursive.track_b.student import Student
+from kimi_recursive.track_b.student import Student, svd_projection
 from kimi_recursive.track_b.teacher import import_vectors, load_vectors
 from kimi_recursive.track_b.train import train_student
 from kimi_recursive.track_b.truth import find_neighbours, load_truth
@@ -236,6 +236,12 @@ def test_extra_vectors_teach_and_are_not_found(teacher, tmp_path):
     run(tmp_path / "e", tmp_path, V2)
     table = pl.read_parquet(tmp_path / "run/evaluation.parquet")
     assert table["row"].max() == 199
+    inputs = (tmp_path / "e/teacher", tmp_path / "e/neighbours.npz")
+    evaluate_references(*inputs, [8], tmp_path / "references.parquet")
+    svd = vectors["database"] @ svd_projection(vectors["pool"], 8).T
+    svd /= np.linalg.norm(svd, axis=1, keepdims=True)
+    found = pl.read_parquet(tmp_path / "references.parquet").filter(method="svd_8").drop("dim")
+    assert found.equals(score_all("svd_8", svd, truth)), "references learn from the pool, too"
 
 
 @pytest.mark.parametrize("values", [V1, V2])

@@ -278,6 +278,8 @@ def test_extra_vectors_are_in_the_pool_and_not_in_the_database(tmp_path):
     assert np.array_equal(plain["pool"], plain["train"]) and plain["extra"].shape == (0, 24)
     assert len(extra["extra"]) == 20 and len(extra["pool"]) == 49
     assert np.array_equal(extra["pool"][20:], plain["train"])
+    everything = np.concatenate([extra["extra"], extra["database"]])
+    assert len(np.unique(everything, axis=0)) == 60, "none is in both"
     assert json.loads((tmp_path / "extra/teacher.json").read_text())["num_extra"] == 20
     message = error_of(
         import_vectors, settings, 40, 5, 6, 0, tmp_path / "x", num_extra_sentences=21

@@ -109,6 +109,8 @@ def test_a_choice_that_is_refused():
     few = {**CONFIG, "num_sentences": 1040, "experiments": ["core_20k_seed0"]}
     message = error_of(select_experiments, few)
     assert "core_20k_seed0: k: must be below the number of training sentences (40)" in message
+    assert select_experiments({**few, "num_extra_sentences": 11}), "k is of the pool"
+    assert select_experiments({**few, "num_extra_sentences": None})
     assert "must exceed the 1000 queries" in error_of(
         select_experiments, {**CONFIG, "num_sentences": 900}
     )
