@@ -152,7 +152,9 @@ def test_the_summary_of_students_fits_100_columns_with_long_names(tmp_path):
     for path in sorted(results.glob("track_b/students/*_s1/logs/train_logs.parquet")):
         path.write_bytes(b"PAR1")
     sorted(results.glob("track_b/students/*_s0/evaluation.parquet"))[0].write_bytes(b"PAR1")
-    outputs = [str(tmp_path / name) for name in ("s.csv", "s.txt", "c.csv", "runs", "f.png")]
+    outputs = [
+        str(tmp_path / name) for name in ("s.csv", "s.txt", "c.csv", "p.csv", "runs", "f.png")
+    ]
     summarize_track_b(config["track_b"], results, *outputs)
     text = (tmp_path / "s.txt").read_text()
     assert max(columns(tmp_path / "s.txt")) <= 100
