@@ -15,6 +15,7 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
 from kimi_recursive.kimi.kda import causal_conv1d, chunk_kda
 
+SERVED = ("cpu",)  # types of devices
 FAST = {"chunk_kimi_delta_attention": chunk_kda, "causal_conv1d_fn": causal_conv1d}
 
 
@@ -36,7 +37,7 @@ def _fast_forward() -> types.FunctionType:
 
     def on_cpu(fast: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
         def serve(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (fast if x.device.type == "cpu" else original)(x, *args, **kwargs)
+            return (fast if x.device.type in SERVED else original)(x, *args, **kwargs)
 
         return serve
 

@@ -94,7 +94,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether some of the weights are offloaded: fetched for each pass."""
-    return any(parameter.is_meta for parameter in module.parameters())
+    return any(getattr(hook, "offload", False) for m in module.modules() for hook in _hooks(m))
 
 
 def embedding_weight(base: PreTrainedModel) -> Tensor:

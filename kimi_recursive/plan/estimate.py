@@ -1,7 +1,7 @@
 """Estimates the parameters, memory, FLOPs and disk of a matrix without loading weights.
 
-One evaluation and one optimizer step of each phase run on fake tensors, which have shapes but no
-storage: every allocation of the real code is counted, and none is made.
+One evaluation and one optimizer step of each phase run on the device `meta`, whose tensors have
+shapes but no storage: every allocation of the real code is counted, and none is made.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -24,7 +24,7 @@ from transformers.integrations import moe
 
 from kimi_recursive.evaluation.flops import FlopCounter, count_flops
 from kimi_recursive.evaluation.scores import check_lengths
-from kimi_recursive.kimi import kda
+from kimi_recursive.kimi import kda, switch
 from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.model.config import RecursiveConfig
@@ -41,8 +41,8 @@ USABLE = 0.9  # share of a GPU's memory; the allocator and CUDA need the rest
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors, real or fake, that are alive inside the block, without `known`
-    tensors such as parameters.
+    """Counts the bytes of tensors, with storage or without, that are alive inside the block, except
+    `known` tensors such as parameters.
 
     Attributes:
         peak: The most bytes alive at once.
@@ -92,7 +92,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     base_config, dtype = base_shape(config)
     runs = {}
-    with _fake(dtype):
+    with _without_storage(dtype):
         settings = Config.from_mapping(config)
         overrides = {**settings.recursive_part(MODEL_KEYS), "recursive_enabled": True}
         wrapper = _wrapper(base_config, dtype, overrides)
@@ -235,6 +235,15 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+class _Stay(TorchFunctionMode):
+    """A copy to the CPU has no storage either."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.to and args[1:] == ("cpu",):
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
 def _few_blocks(q: Tensor, masks: Tensor, blocks: Any = kda._Scores.blocks) -> list[slice]:
     """At most 8 blocks: the thousands of cache-sized blocks of a 48B model take minutes."""
     step = max(blocks(q, masks)[0].stop, math.ceil(len(q) / 8))
@@ -242,15 +251,18 @@ def _few_blocks(q: Tensor, masks: Tensor, blocks: Any = kda._Scores.blocks) -> l
 
 
 @contextmanager
-def _fake(dtype: torch.dtype) -> Iterator[None]:
-    """Tensors have no storage inside the block; code that fails on them is replaced."""
+def _without_storage(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block tensors have no storage, and code that fails on them is replaced."""
     with ExitStack() as stack:
-        stack.callback(kda._plan.cache_clear)  # constants cached in the block are fake
+        stack.callback(kda._plan.cache_clear)  # constants cached in the block have no storage
         stack.enter_context(mock.patch.object(kda._Scores, "blocks", _few_blocks))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # Moving a module changes nothing here, and fails on fake parameters.
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(_Stay())
+        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_a, **_k: nullcontext()))
+        stack.enter_context(mock.patch.object(switch, "SERVED", ("cpu", "meta")))
+        # Moving a module changes nothing here, and fails on the device meta.
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *_a, **_k: self))
-        if dtype != torch.bfloat16:  # torch's grouped product has fake tensors only in bfloat16
+        if dtype != torch.bfloat16:  # torch's grouped product works on meta only in bfloat16
             never = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_a: False)
             stack.enter_context(never)
         yield

@@ -93,7 +93,7 @@ def test_the_plan_knows_what_saves_memory(config, planned, key, value, more_flop
     settings = Config.from_mapping(config)
     changed = replace(settings.training["a"], **{key: value})
     recursive = {**settings.recursive_part(MODEL_KEYS), **settings.phase_overrides("a")}
-    with plan_module._fake(dtype):
+    with plan_module._without_storage(dtype):
         wrapper = plan_module._wrapper(base_config, dtype, {**recursive, "recursive_enabled": True})
         found = plan_module._training(wrapper, "a", changed)
     usual = planned["runs"]["a"]
