@@ -18,6 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(CORES) \
 	$(if $(GPUS),--resources gpu=$(GPUS))
+QUANTIZED := bitsandbytes torchao
 SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 
 .PHONY: all check test test-fast test-slow test-slurm mutants env lint dry-run summarize report unlock unlocked clean config
@@ -32,8 +33,15 @@ check: env
 test-fast: env
 	$(BIN)/python -m pytest -q -m 'not slow and not long and not other_bases' tests/unit tests/model
 
-test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The libraries of quantised bases have a folder of their own: where one is installed, peft imports it
+# in every process.
+test: env $(VENV)/quantized/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/quantized
+	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q tests/quantized
+
+$(VENV)/quantized/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -c constraints.txt $(QUANTIZED)
+	touch $@
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow -s tests/slow

@@ -25,6 +25,7 @@ from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.settings import NEUTRAL_KEYS
 
+FETCHED = ("gguf_file", "package", "quantization")
 OTHER_CONFIG = "Results exist, but were made with a different"
 SENTENCE_KEYS = (
     "num_sentences", "num_extra_sentences", "num_validation_queries", "num_test_queries", "seed",
@@ -56,7 +57,9 @@ def params_fetch_base(config: Config) -> dict[str, Any]:
         "revision": base.revision,
         "trust_remote_code": base.trust_remote_code,
         # Only where they are set: records of before do not have them.
-        **{k: v for k in ("gguf_file", "package") if (v := getattr(base, k)) is not None},
+        **{k: v for k in FETCHED if (v := getattr(base, k)) is not None},
+        # What is not quantised is saved in this dtype.
+        **({"dtype": base.dtype} if base.quantization else {}),
     }
 
 

@@ -292,6 +292,8 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
     if base["kind"] == "pretrained":
         yield from _check_pretrained(base, "base")
     elif base["kind"] == "scratch":
+        if base.get("quantization"):
+            yield "base.quantization: needs kind 'pretrained'"
         architecture = base["architecture"]
         if architecture["num_experts_per_token"] > architecture["num_experts"]:
             yield "base.architecture: num_experts_per_token must be at most num_experts"
@@ -368,6 +370,8 @@ def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:
     base = config["base"]
     if "c" not in config["phases"]:
         return
+    if base.get("quantization"):
+        yield "base.quantization: phase c trains weights of the base (phases: [a, b] do not)"
     dtype, num_layers = base["dtype"], None
     if base["kind"] == "scratch":
         num_layers = base["architecture"]["num_hidden_layers"]

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kimi_recursive.model.placement import describe, is_offloaded
+from kimi_recursive.model.quantization import ExpertModules
 from kimi_recursive.model.weights import misfit, read_weights
 
 ADAPTER_DIR = "adapter"
@@ -191,6 +192,8 @@ def lora_config(
     num_layers = len(layers)
     first = num_layers - math.ceil(num_layers / 3)
     inside = {id(m) for layer in layers[first:] for m in layer.modules()}
+    experts = [m for m in base.modules() if isinstance(m, ExpertModules)]
+    inside -= {id(part) for m in experts for part in m.modules()}  # as of a base that is whole
     modules = {n: m for n, m in base.named_modules() if id(m) in inside}
     wrapped = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
     linear = [

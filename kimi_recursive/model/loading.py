@@ -29,6 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from kimi_recursive.files import read_json_object, read_safetensors
 from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.layout import SIDECAR_NAME
+from kimi_recursive.model import quantization
 from kimi_recursive.model.config import (
     RecursiveConfig,
     get_after_surgery_config,
@@ -83,13 +84,14 @@ def load_base(
     try:
         config, _ = PretrainedConfig.get_config_dict(where, revision=revision)
         known = config.get("model_type") in CONFIG_MAPPING
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code and not known,
-            **placement,
-        )
+        with quantization.loading(config, where):
+            model = AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code and not known,
+                **placement,
+            )
     except (OSError, ValueError, SafetensorError, HTTPError) as error:
         raise ValueError(f"{where}: cannot be loaded as a decoder: {first_line(error)}") from error
     except (RuntimeError, AssertionError) as error:

@@ -26,6 +26,7 @@ from kimi_recursive.layout import SIDECAR_NAME, RunFolder
 from kimi_recursive.model.config import CONFIG_NAME, RecursiveConfig
 from kimi_recursive.model.loop import ChunkLoop
 from kimi_recursive.model.placement import embedding_weight
+from kimi_recursive.model.quantization import quantization_of
 from kimi_recursive.model.weights import misfit, read_weights
 
 METADATA_KEY = "kimi_recursive"
@@ -169,16 +170,19 @@ def is_local(name: str) -> bool:
 
 
 def base_identity(base: PreTrainedModel) -> dict[str, Any]:
-    """What a sidecar must find again: the base's shape, and a digest of its first embeddings."""
+    """What a sidecar must find again: the base's shape, a digest of its first embeddings, and the
+    library of a quantised base."""
     config = base.config.get_text_config()
     rows = embedding_weight(base)[:16].float().cpu().contiguous()
-    return {
+    identity = {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
         "embedding_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
     }
+    quantized = quantization_of(base)  # left out otherwise, as in sidecars of before
+    return identity | ({"quantization": quantized} if quantized else {})
 
 
 def save_sidecar(

@@ -28,6 +28,7 @@ from kimi_recursive.kimi import kda, switch
 from kimi_recursive.kimi.switch import install_fast_kda
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.model.config import RecursiveConfig
+from kimi_recursive.model.quantization import BYTES, quantized_weights
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.base import kimi_config
 from kimi_recursive.training.batches import Batch, check_windows
@@ -104,6 +105,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
         for phase in settings.phases:
             context = settings.training[phase].context_length
             check_windows(wrapper, context, f"training.{phase}.context_length")
+        saved, opened = _quantized(wrapper, config["base"].get("quantization"))
         print("planning the evaluation", file=sys.stderr)
         runs["evaluation"] = _evaluation(wrapper, config["evaluation"])
         for phase in config["phases"]:
@@ -111,6 +113,9 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
             changed = settings.phase_overrides(phase)
             wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
             runs[phase] = _training(wrapper, phase, settings.training[phase])
+        for run in runs.values():
+            run["weight_bytes"] -= saved
+            run["peak_bytes"] += opened
     return {"num_parameters": sizes, "dtype": str(dtype).removeprefix("torch."), "runs": runs}
 
 
@@ -167,6 +172,17 @@ def _wrapper(
     base = AutoModelForCausalLM.from_config(base_config, dtype=dtype).eval()
     install_fast_kda(base)
     return ChunkRefineWrapper(base, RecursiveConfig.from_dict(recursive)).eval()
+
+
+def _quantized(wrapper: ChunkRefineWrapper, bits: str | None) -> tuple[int, int]:
+    """The bytes of weights that quantising saves, and those of the largest matrix as it was: a
+    product opens one at a time."""
+    if bits is None:
+        return 0, 0
+    weights = quantized_weights(wrapper.base, bits)
+    few = sum(round(w.numel() * BYTES[bits]) for w in weights)
+    opened = max((w.shape[-2:].numel() * w.element_size() for w in weights), default=0)
+    return _bytes(weights) - few, opened
 
 
 def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import tempfile
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -15,9 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kimi_recursive.doors import missing_extra
-from kimi_recursive.files import packaged_file, publishing
+from kimi_recursive.files import packaged_file, publishing, read_json_object, write_json
+from kimi_recursive.model.quantization import save_quantized
 from kimi_recursive.text import first_line
 from kimi_recursive.training.settings import PACKAGES
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def fetch_base(
@@ -27,6 +31,9 @@ def fetch_base(
     revision: str | None = None,
     gguf_file: str | None = None,
     package: str | None = None,
+    quantization: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Put a pretrained decoder into a directory of the workflow.
 
@@ -38,10 +45,13 @@ def fetch_base(
         hub_id, revision: a model on the Hub; or else
         package: One of `PACKAGES`.
         gguf_file: The GGUF file in that directory, or of that model on the Hub.
+        quantization: `8bit` or `4bit`: quantise it (`kimi_recursive.model.quantization`).
+        dtype: Of what is not quantised then.
+        trust_remote_code: Run code that comes with the checkpoint, to quantise it.
 
     Raises:
-        ValueError: no such directory, file or package, the Hub cannot serve it, or transformers
-            cannot read the GGUF file.
+        ValueError: no such directory, file or package, the Hub cannot serve it, transformers
+            cannot read the GGUF file, or as in `save_quantized`.
     """
     if package is not None:
         source = base_package(package)
@@ -61,6 +71,17 @@ def fetch_base(
             message = first_line(error)
             raise ValueError(f"base.hub_id: {hub_id} cannot be fetched: {message}") from error
     origin = {"path": path, "hub_id": hub_id, "revision": revision}
+    if quantization:
+        with tempfile.TemporaryDirectory(prefix="kimi-recursive-") as scratch:
+            whole = Path(scratch) / "model"
+            fetch_base(whole, path, hub_id, revision, gguf_file, package)
+            with publishing(output_dir) as folder:
+                save_quantized(whole, folder, quantization, dtype, trust_remote_code)
+                _copy_tokenizer(whole, folder)
+                origin = read_json_object(whole / "origin.json")
+                origin |= {"hub_id": None, "of": hub_id, "quantization": quantization}
+                write_json(folder / "origin.json", origin)
+        return
     with publishing(output_dir) as folder:
         if gguf_file or package:
             convert_gguf(source, folder)
@@ -71,7 +92,15 @@ def fetch_base(
             for file in source.parent.iterdir():
                 if file.is_file():
                     (folder / file.name).symlink_to(file.resolve())
-        (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+        write_json(folder / "origin.json", origin)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what `save_quantized` did not write, except weights."""
+    for file in source.iterdir():
+        weights = file.name.endswith((*WEIGHTS, ".index.json"))
+        if file.is_file() and not weights and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def base_package(name: str) -> Path:

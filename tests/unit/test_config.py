@@ -264,6 +264,17 @@ def test_a_base_in_a_gguf_file(tmp_path, settings):
     assert validate_settings(settings) == settings
 
 
+def test_a_base_in_few_bits_is_pretrained_and_frozen(tmp_path, settings):
+    settings["base"] |= {"quantization": "4bit"}
+    only_frozen = "base.quantization: phase c trains weights of the base (phases: [a, b] do not)"
+    assert errors_of(settings) == ["base.quantization: needs kind 'pretrained'", only_frozen]
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 8}')
+    settings["base"] |= {"kind": "pretrained", "path": str(tmp_path)}
+    assert errors_of(settings) == [only_frozen]
+    settings["phases"] = ["a", "b"]
+    assert validate_settings(settings) == settings
+
+
 def test_a_hub_base_must_be_pinned(settings):
     settings["base"] |= {"kind": "pretrained", "hub_id": "org/model", "dtype": "float32"}
     assert errors_of(settings) == [
