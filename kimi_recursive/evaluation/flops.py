@@ -36,9 +36,10 @@ def _formulas() -> Mapping[Any, Callable[..., int]]:
 
 
 @functools.cache
-def _decomposes(operator: Any) -> bool:
-    """Whether an operator is made of others, which are counted in its place."""
-    return operator is not torch.ops.prim.device.default and operator._can_decompose()
+def _rule(operator: Any) -> tuple[bool, Callable[..., int] | None]:
+    """Whether an operator is made of others, which are counted in its place, and its formula."""
+    decomposes = operator is not torch.ops.prim.device.default and operator._can_decompose()
+    return decomposes, _formulas().get(operator._overloadpacket)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -53,13 +54,17 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and guarding against it costs as much as counting
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _decomposes(func):
+        decomposes, formula = _rule(func)
+        if decomposes:
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        formula = _formulas().get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=out)
         return out
