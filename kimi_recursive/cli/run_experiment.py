@@ -103,6 +103,9 @@ def run_experiment(
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
     num_validation_windows: Annotated[int, typer.Option(min=1, help="Per validation.")] = 32,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or adamw_8bit: its state in 8 bits, by bitsandbytes.")
+    ] = "adamw",
     gradient_accumulation_steps: Annotated[
         int, typer.Option(min=1, help="Parts of a batch that are in memory one after the other.")
     ] = 1,
@@ -143,6 +146,7 @@ def run_experiment(
     check_choice("--arm", arm, tuple(ARMS))
     check_choice("--lr-schedule", lr_schedule, ("linear", "cosine", "constant"))
     check_choice("--mixed-precision", mixed_precision, ("no", "bf16"))
+    check_choice("--optimizer", optimizer, ("adamw", "adamw_8bit"))
     if experiment_name in ("", ".", "..") or Path(experiment_name).name != experiment_name:
         raise ValueError(f"--experiment-name: must be a plain folder name, got '{experiment_name}'")
     rates: dict[str, Any] = {
@@ -183,6 +187,7 @@ def run_experiment(
         log_interval=log_interval,
         num_validation_windows=num_validation_windows,
         mixed_precision=mixed_precision,
+        optimizer=None if optimizer == "adamw" else optimizer,
         gradient_accumulation_steps=gradient_accumulation_steps,
         gradient_checkpointing=gradient_checkpointing,
         scheduled_sampling=None if phase == "a" else scheduled_sampling,

@@ -34,7 +34,7 @@ from kimi_recursive.training.base import kimi_config
 from kimi_recursive.training.batches import Batch, check_windows
 from kimi_recursive.training.draft import Draw
 from kimi_recursive.training.fetch import base_package
-from kimi_recursive.training.groups import parameter_groups
+from kimi_recursive.training.groups import optimizer_bytes, parameter_groups
 from kimi_recursive.training.objective import build_objective
 from kimi_recursive.training.settings import Architecture, PhaseSettings
 
@@ -219,7 +219,7 @@ def _training(wrapper: ChunkRefineWrapper, phase: str, settings: PhaseSettings) 
     objective.zero_grad(set_to_none=True)
     with torch.no_grad():
         prefix = count_flops(lambda: wrapper.encode(batch.inputs[:, :start], wrapper.new_cache()))
-    optimizer = 2 * _bytes(trainable)
+    optimizer = optimizer_bytes(trainable, settings)
     return {
         "flops": num_parts * (step["flops"] / measured - prefix / 2),
         "peak_bytes": step["peak_bytes"],

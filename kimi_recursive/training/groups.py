@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
 
+from kimi_recursive.doors import missing_extra
 from kimi_recursive.model.quantization import quantization_of
 from kimi_recursive.model.wrapper import ChunkRefineWrapper
 from kimi_recursive.training.settings import PhaseSettings
 
 Groups = dict[str, dict[str, nn.Parameter]]
+MIN_8BIT = 4096  # numbers that a parameter must have for a state in 8 bits
 
 
 def parameter_groups(
@@ -65,8 +71,24 @@ def parameter_groups(
     return groups
 
 
+def optimizer_bytes(parameters: Iterable[nn.Parameter], settings: PhaseSettings) -> int:
+    """The bytes of an optimizer's state: two numbers for each trained one."""
+    if settings.optimizer != "adamw_8bit":
+        return sum(2 * p.numel() * p.element_size() for p in parameters)
+    # In blocks of 256 with a scale of 4 bytes; small ones stay in float32.
+    return sum(
+        round(p.numel() * 2 * (1 + 4 / 256)) if p.numel() >= MIN_8BIT else 8 * p.numel()
+        for p in parameters
+    )
+
+
 def group_optimizer(groups: Groups, settings: PhaseSettings) -> torch.optim.Optimizer:
-    """AdamW with a peak learning rate for each group."""
+    """AdamW with a peak learning rate for each group; with its state in 8 bits that of bitsandbytes
+    (Dettmers et al., 2022, arXiv 2110.02861).
+
+    Raises:
+        ValueError: bitsandbytes is missing.
+    """
     rates = {
         "sidecar": settings.lr,
         "heads": settings.lr_heads,
@@ -74,12 +96,16 @@ def group_optimizer(groups: Groups, settings: PhaseSettings) -> torch.optim.Opti
         "lora": settings.lr_lora,
         "layers": settings.lr_layers,
     }
-    return torch.optim.AdamW(
+    make: Any = partial(torch.optim.AdamW, fused=True)
+    if settings.optimizer == "adamw_8bit":
+        with missing_extra("quantized", "optimizer: adamw_8bit"):
+            library = import_module("bitsandbytes.optim")
+        make = partial(library.AdamW8bit, min_8bit_size=MIN_8BIT)
+    return make(
         [
             {"params": list(members.values()), "name": group, "lr": rates[group]}
             for group, members in groups.items()
         ],
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
-        fused=True,
     )

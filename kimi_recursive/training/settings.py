@@ -108,6 +108,7 @@ class PhaseSettings(_Training):
         scheduled_sampling: Phases b and c: share of draft tokens from the model's own draft by the
             end; it grows from 0.
         mixed_precision: `no` or `bf16`, of accelerate.
+        optimizer: `adamw` (as None), or `adamw_8bit`, which keeps its state in 8 bits.
         gradient_accumulation_steps: Parts of a batch that are in memory one after the other; their
             gradients add up to one optimizer step.
         gradient_checkpointing: Keep no activations of inner steps; the backward pass computes them
@@ -138,6 +139,7 @@ class PhaseSettings(_Training):
     log_interval: int
     num_validation_windows: int
     mixed_precision: str
+    optimizer: str | None = None
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     recursive: Mapping[str, Any] | None = None

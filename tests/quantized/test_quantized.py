@@ -9,7 +9,8 @@ import pytest
 import torch
 from models import SMALL, make_base, make_wrapper, random_ids
 from project import TINY
-from runs import LORA, SETTINGS, train_into
+from runs import LORA, SETTINGS, same_run, train_into
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from kimi_recursive.evaluation.settings import EvaluationSettings
@@ -25,6 +26,8 @@ from kimi_recursive.model.quantization import (
     quantized_weights,
 )
 from kimi_recursive.training.fetch import fetch_base
+from kimi_recursive.training.groups import optimizer_bytes
+from kimi_recursive.training.settings import PhaseSettings
 from kimi_recursive.training.surgery import insert_cells
 
 pytestmark = pytest.mark.skipif(
@@ -135,3 +138,25 @@ def test_a_quantised_base_is_not_quantised_again(made, tmp_path):
     with pytest.raises(ValueError, match="is quantised already"):
         fetch_base(tmp_path / "base", path=str(folder / "base"), quantization=bits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adamw_with_a_state_in_8_bits_resumes_and_is_as_large_as_planned(tokens_dir, tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    sizes = {**SMALL, "max_inner_steps": 2, "gate_hidden": 256}
+    insert_cells(tmp_path / "base", sizes, 0, tmp_path / "surgery")
+    settings = {**SETTINGS["a"], "optimizer": "adamw_8bit"}
+    for name in ("straight", "again"):
+        train_into(tmp_path / name, "a", settings, tmp_path / "surgery", tokens_dir)
+    last = tmp_path / "again/work/checkpoints/step_000006"
+    state = torch.load(last / "optimizer.pt", weights_only=True)["optimizer"]
+    (last / "optimizer.pt").write_bytes(b"")  # damaged: it goes on from the one before
+    train_into(tmp_path / "again", "a", settings, tmp_path / "surgery", tokens_dir)
+    same_run(tmp_path / "straight", tmp_path / "again")
+    numbers = [x for x in tree_leaves(state["state"]) if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in numbers}
+    trained = make_wrapper(load_base(tmp_path / "base"), **sizes).cells()
+    parameters = [p for module in trained for p in module.parameters()]
+    planned = optimizer_bytes(parameters, PhaseSettings.from_mapping(settings))
+    found = sum(storage.nbytes() for storage in storages.values())
+    assert planned == pytest.approx(found, rel=0.05)
+    assert planned < 0.6 * 8 * sum(p.numel() for p in parameters)

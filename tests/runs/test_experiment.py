@@ -371,6 +371,8 @@ def test_a_baseline_run_trains_nothing_and_shows_its_initial_rate(
         ({"context_length": 12}, r"context_length \(12\) must be a multiple of .* \(8\)"),
         ({"recursive_config": "missing.json"}, "missing.json: cannot be read"),
         ({"mixed_precision": "fp8"}, "--mixed-precision: must be one of no, bf16"),
+        ({"optimizer": "sgd"}, "--optimizer: must be one of adamw, adamw_8bit"),
+        ({"optimizer": "adamw_8bit"}, "optimizer: adamw_8bit needs pip install"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_2(arguments, monkeypatch, capfd, flags, message):
