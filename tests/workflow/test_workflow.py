@@ -179,7 +179,7 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
     """Snakemake and its training are killed while a checkpoint is written, and at a random time
     after the rerun's first; `--unlock` and another rerun end in the same files."""
     longer = json.loads(json.dumps(ONLY_A))
-    longer["training"]["a"] |= {"num_steps": 60, "eval_interval": 20, "save_interval": 5}
+    longer["training"]["a"] |= {"num_steps": 40, "eval_interval": 20, "save_interval": 5}
     copy.write(longer)
     run = copy.path("results/runs/recursive_a_s0")
     target = "results/runs/recursive_a_s0/train_summary.json"
