@@ -370,8 +370,9 @@ def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:
     base = config["base"]
     if "c" not in config["phases"]:
         return
+    frozen = "phase c trains weights of the base (phases: [a, b] do not)"
     if base.get("quantization"):
-        yield "base.quantization: phase c trains weights of the base (phases: [a, b] do not)"
+        yield f"base.quantization: {frozen}"
     dtype, num_layers = base["dtype"], None
     if base["kind"] == "scratch":
         num_layers = base["architecture"]["num_hidden_layers"]
@@ -379,6 +380,8 @@ def _check_phase_c(config: Mapping[str, Any]) -> Iterator[str]:
         pass  # float32, unless `dtype` says otherwise
     elif base.get("path") and os.path.isfile(Path(base["path"], "config.json")):
         found = read_json_object(Path(base["path"]) / "config.json")
+        if "quantization_config" in found:
+            yield f"base.path: is quantised, but {frozen}"
         found = found.get("text_config") or found
         num_layers = found.get("num_hidden_layers") or found.get("n_layer")
         if dtype == "auto":

@@ -149,6 +149,8 @@ class PhaseSettings(_Training):
         values = dict(section)
         if values.get("lora") is not None:
             values["lora"] = LoraSettings(**values["lora"])
+        if values.get("optimizer") == "adamw":
+            values["optimizer"] = None  # the same run
         return cls(**values)
 
 

@@ -130,6 +130,22 @@ def test_a_checkpoint_of_the_workflow_is_as_large_as_planned(project, config):
         assert weights == pytest.approx(planned["runs"][phase]["checkpoint_bytes"], rel=0.2)
 
 
+def test_the_plan_of_a_base_in_few_bits(config, tmp_path):
+    """Without the libraries. What they save is measured in `tests/quantized`."""
+    CONFIGS["llama"]().save_pretrained(tmp_path)
+    base = {**config["base"], "kind": "pretrained", "path": str(tmp_path)}
+    training = {"a": {**config["training"]["a"], "optimizer": "adamw_8bit"}}
+    usual = plan({**config, "base": base, "phases": ["a"]})["runs"]
+    base |= {"quantization": "4bit"}
+    found = plan({**config, "base": base, "phases": ["a"], "training": training})["runs"]
+    sizes = [p.numel() for n, p in make_base("llama").named_parameters() if "_proj" in n]
+    for name, run in found.items():
+        saved = usual[name]["weight_bytes"] - run["weight_bytes"]
+        assert saved == pytest.approx((4 - 0.516) * sum(sizes), rel=1e-3)
+        assert run["peak_bytes"] - usual[name]["peak_bytes"] == 4 * max(sizes), "one is opened"
+    assert found["a"]["optimizer_bytes"] < usual["a"]["optimizer_bytes"]
+
+
 def test_memory_that_is_freed_is_not_counted():
     with PeakMemory([]) as memory:
         for _ in range(5):

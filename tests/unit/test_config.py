@@ -287,6 +287,7 @@ def test_a_hub_base_must_be_pinned(settings):
     [
         ({"num_hidden_layers": 8, "torch_dtype": "bfloat16"}, "phase c needs float32"),
         ({"n_layer": 2, "dtype": "float32"}, "the base has 2 layers, got 4"),
+        ({"n_layer": 4, "quantization_config": {}}, "base.path: is quantised, but phase c trains"),
     ],
 )
 def test_what_would_stop_phase_c_of_a_local_base_is_said_at_once(tmp_path, settings, model, error):
