@@ -1,6 +1,7 @@
 """Tokens per second of every way to generate, on the base and the phase A of `make all`.
 
     python benchmarks/generation.py [--results results] [--num-tokens 128] [--rounds 5]
+    python benchmarks/generation.py --model SIDECAR --prompts FILE --only verified batch
 
 All ways continue the same beginnings of held-out documents, greedily, in turn, in this process and
 with one thread. Seconds are CPU seconds of the process. Decoding the refined model token by token
@@ -28,6 +29,8 @@ from kimi_recursive.data.tokens import load_tokens
 from kimi_recursive.kimi.short_passes import ShortPasses
 from kimi_recursive.model.cache import fork
 from kimi_recursive.model.generation import plain_generation
+from kimi_recursive.model.guesses import Guesses
+from kimi_recursive.model.passes import FewRows
 from kimi_recursive.model.verified import Lookahead
 from kimi_recursive.processes.logs import quiet_libraries
 
@@ -38,17 +41,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--run", default="recursive_a_s0", help="default recursive_a_s0")
+    parser.add_argument("--model", type=Path, help="a sidecar elsewhere, in place of these two")
+    parser.add_argument("--base", type=Path, help="where its base is now")
+    parser.add_argument("--prompts", type=Path, help="a prompt a line; default: held-out documents")
+    parser.add_argument("--only", nargs="+", help="ways whose name ends in one of these")
     parser.add_argument("--num-tokens", type=int, default=128, help="of a text (default 128)")
     parser.add_argument("--num-texts", type=int, default=4, help="default 4")
     parser.add_argument("--rounds", type=int, default=5, help="of each way, in turn (default 5)")
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    wrapper, _, config = load_model_with_config(options.results / f"runs/{options.run}/sidecar")
-    split = load_tokens(options.results / "tokens", "test")
-    beginnings = [split.document(i)[:16].tolist() for i in range(options.num_texts)]
-    ids = torch.tensor(beginnings)
+    sidecar = options.model or options.results / f"runs/{options.run}/sidecar"
+    wrapper, tokenizer, config = load_model_with_config(sidecar, base_path=options.base)
+    if options.prompts:
+        lines = options.prompts.read_text().splitlines()[: options.num_texts]
+        beginnings = [tokenizer(line).input_ids for line in lines]
+    else:
+        split = load_tokens(options.results / "tokens", "test")
+        beginnings = [split.document(i)[:16].tolist() for i in range(options.num_texts)]
+    shortest = min(map(len, beginnings))  # the last tokens of each, so that they make a batch
+    ids = torch.tensor([tokens[-shortest:] for tokens in beginnings])
     ways = ways_to_generate(wrapper, options.num_tokens)
+    if options.only:
+        ends = ("base.generate", *options.only)
+        ways = {name: way for name, way in ways.items() if name.endswith(ends)}
     outputs, seconds = {}, {name: [] for name in ways}
     for round_ in range(options.rounds + 1):  # the first warms up
         for name, (way, batched) in ways.items():
@@ -70,9 +86,11 @@ def main() -> None:
         )
     for name, output in outputs.items():
         same = "base.generate" if "base" in name else "refined, verified"
+        if same not in outputs:
+            continue
         num = int((output != outputs[same]).any(1).sum())
         print(f"{name}: {num} of {len(ids)} texts differ from those of {same}")
-    for commit in ("verified", "learned"):
+    for commit in ("verified",) if options.only else ("verified", "learned"):
         stats = [
             wrapper.generate_chunks(
                 row[None], max_new_tokens=options.num_tokens, eos_token_id=[], commit=commit,
@@ -116,13 +134,18 @@ def ways_to_generate(
     def learned(ids: Tensor) -> Tensor:
         return wrapper.generate_chunks(ids, commit="learned", **options)
 
+    def without_guesses(ids: Tensor) -> Tensor:
+        with patch.object(Guesses, "next", lambda _self, _drafted: []):
+            return verified(ids)
+
     def one_a_round(ids: Tensor) -> Tensor:
         with patch.object(Lookahead, "go_on", lambda _self, _logits: False):
-            return verified(ids)
+            return without_guesses(ids)
 
     def by_modules(way: Way) -> Way:
         def slower(ids: Tensor) -> Tensor:
-            with patch.object(ShortPasses, "serves", staticmethod(lambda _wrapper: False)):
+            no = staticmethod(lambda _base: False)
+            with patch.object(ShortPasses, "serves", no), patch.object(FewRows, "serves", no):
                 return way(ids)
 
         return slower
@@ -141,6 +164,7 @@ def ways_to_generate(
         "refined, verified": (verified, False),
         "refined, verified, transformers' modules": (by_modules(verified), False),
         "refined, learned": (learned, False),
+        "refined, verified, without guesses": (without_guesses, False),
         "refined, a token a round": (one_a_round, False),
         "refined, a token a round, modules": (by_modules(one_a_round), False),
         "refined, by definition": (by_definition, False),

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 LENGTH = 3  # with the last token four are read, which costs little more than one
 MIN_SAVED = 0.25  # passes that a guess must save to be worth its cost
+MEMORY = 4  # guesses that the average of saved passes looks back on
+RISE = 0.01  # of this average at each guess that is withheld: some time one is made again
 
 
 class Guesses:
@@ -23,21 +25,22 @@ class Guesses:
 
     def __init__(self, text: Sequence[int]):
         self.text = list(text)
-        self.after: dict[tuple[int, int], list[int]] = {}
-        self.num_tried, self.num_saved = 1, 1.0
+        self.after: dict[tuple[int, ...], list[int]] = {}
+        self.saved = 1.0  # passes that a guess saves, on average
         self._read(self.text)
 
     def next(self, drafted: Sequence[int]) -> list[int]:
         """A guess of what follows the text and the `drafted` tokens; empty when there is none."""
         last = (*self.text[-2:], *drafted)[-2:]
-        if len(last) < 2 or self.num_saved < MIN_SAVED * self.num_tried:
+        found = self.after.get(last, [])
+        if found and self.saved < MIN_SAVED:
+            self.saved += RISE
             return []
-        return self.after.get((last[0], last[1]), [])
+        return found
 
     def learn(self, num_saved: int) -> None:
         """Count a guess, of which the base drafted the first `num_saved` tokens itself."""
-        self.num_tried += 1
-        self.num_saved += num_saved
+        self.saved += (num_saved - self.saved) / MEMORY
 
     def add(self, tokens: Sequence[int], rejected: Sequence[int]) -> None:
         """Append tokens to the text; `rejected` is what the refined model said behind them."""

@@ -256,9 +256,9 @@ def draft(
             going = lookahead.go_on(now[:, -1]) and len(tokens) < limit
             if not going or i == len(guess) or int(feed) != guess[i]:
                 unread(cache, len(guess) - i)
+                if guesses is not None and guess:
+                    guesses.learn(i)
                 break
-        if guesses is not None and guess:
-            guesses.learn(i)
 
     def again(n: int) -> Cache:
         cache = fork(origin)

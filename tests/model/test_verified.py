@@ -178,9 +178,10 @@ def test_a_guess_is_what_followed_the_same_two_tokens_last():
     assert guesses.text == [1, 2, 3, 4, 5, 1, 2, 7, 6, 1, 2]
     assert guesses.next([]) == [7, 6, 1], "the later occurrence"
     assert Guesses([1, 2, 3, 1, 2]).next([7]) == [] and guesses.next([7]) == [6, 1, 2]
-    for _ in range(9):
+    for _ in range(5):
         guesses.learn(0)
-    assert guesses.next([]) == [], "guesses that save nothing are not made"
+    made = [bool(guesses.next([])) for _ in range(9)]
+    assert not made[0] and made[-1], "guesses that save nothing are made less often"
 
 
 def states(cache, length):
@@ -304,11 +305,11 @@ def warped(logits, temperature=1.0, top_p=1.0, top_k=5):
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("passes", ["short passes", "modules"])
-def test_after_generation_the_model_trains_and_its_output_is_a_plain_tensor(passes, request):
-    if passes == "modules":
+@pytest.mark.parametrize("kind", ["kimi", "kimi by modules", "llama", "gpt2"])
+def test_after_generation_the_model_trains_and_its_output_is_a_plain_tensor(kind, request):
+    if kind == "kimi by modules":
         request.getfixturevalue("by_modules")
-    wrapper, ids = perturb(make_wrapper(make_base("kimi"))), random_ids(2, 5)
+    wrapper, ids = perturb(make_wrapper(make_base(kind.split()[0]))), random_ids(2, 5)
     output = wrapper.generate_chunks(ids, max_new_tokens=4)
     assert not output.is_inference()
     wrapper(output).logits.square().mean().backward()
