@@ -162,7 +162,7 @@ def ways_to_generate(
         "base.generate": (base, False),
         "base, our loop": (our_loop, False),
         "refined, verified": (verified, False),
-        "refined, verified, transformers' modules": (by_modules(verified), False),
+        "refined, verified, transformers' modules": (by_modules(without_guesses), False),
         "refined, learned": (learned, False),
         "refined, verified, without guesses": (without_guesses, False),
         "refined, a token a round": (one_a_round, False),
