@@ -82,7 +82,7 @@ def main() -> None:
     for name, found in speeds.items():
         median = statistics.median(found)
         print(
-            f"{name:<44}{median:>9.0f}{min(found):>8.0f}{max(found):>8.0f}{median / base:>17.2f}x"
+            f"{name:<44}{median:>9.1f}{min(found):>8.1f}{max(found):>8.1f}{median / base:>17.2f}x"
         )
     for name, output in outputs.items():
         same = "base.generate" if "base" in name else "refined, verified"
