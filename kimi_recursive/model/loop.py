@@ -34,7 +34,6 @@ from kimi_recursive.model.cells import (
 from kimi_recursive.model.checks import check_embeddings, find_decoder_layers
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.halting import Halting, next_halting
-from kimi_recursive.model.llama import LlamaPasses
 from kimi_recursive.model.passes import FewRows, Passes
 from kimi_recursive.model.placement import Refetching, execution_device, is_offloaded
 
@@ -247,10 +246,7 @@ class ChunkLoop(nn.Module):
             return Passes(short.run, MAX_TOKENS, takes_back=True)
         run = self.run_base
         if self._refetching is None and FewRows.serves(self.base):
-            few = (
-                LlamaPasses(self.base, self._cell_of).run if LlamaPasses.serves(self.base) else run
-            )
-            run = FewRows(self.base, self._cell_of.values(), few, run).run
+            run = FewRows(self.base, self._cell_of.values(), run).run
         return Passes(run, self.config.chunk_width, takes_back(self.new_cache()))
 
     @property

@@ -23,7 +23,6 @@ from transformers.cache_utils import Cache
 
 Run = Callable[..., tuple[Tensor, Tensor]]  # as `ChunkLoop.run_base`
 ROWS = range(2, 9)  # of a product; beyond them the plain one is as fast
-MAX_ROWS = 64  # of a pass; beyond them arithmetic takes the time, not operators
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,16 @@ class Passes:
 class FewRows:
     """Passes of a float32 base on the CPU, with fast products of a few rows."""
 
-    def __init__(self, base: PreTrainedModel, cells: Iterable[nn.Module], few: Run, run: Run):
+    def __init__(self, base: PreTrainedModel, cells: Iterable[nn.Module], run: Run):
         """
         Args:
             base: A decoder that `serves` accepts.
             cells: The other modules that a pass calls.
-            few: Runs a pass of a few rows.
-            run: Runs any pass.
+            run: As `ChunkLoop.run_base`.
         """
         assert self.serves(base)
         modules = chain.from_iterable(module.modules() for module in (base, *cells))
-        self.few, self.run_any = few, run
+        self.run_plain = run
         self.forwards = [
             (module.__dict__, partial(few_rows, module))
             for module in modules
@@ -69,10 +67,10 @@ class FewRows:
     def run(self, cache: Cache, mask: Tensor | None, *args: Any, **inputs: Any) -> Any:
         """As `ChunkLoop.run_base`."""
         x = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        if x.shape[0] * x.shape[1] > MAX_ROWS:
-            return self.run_any(cache, mask, *args, **inputs)
+        if x.shape[0] * x.shape[1] not in ROWS:
+            return self.run_plain(cache, mask, *args, **inputs)
         with self._fast_products():
-            return self.few(cache, mask, *args, **inputs)
+            return self.run_plain(cache, mask, *args, **inputs)
 
     @contextmanager
     def _fast_products(self) -> Iterator[None]:

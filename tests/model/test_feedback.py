@@ -131,7 +131,7 @@ def test_a_sidecar_keeps_the_gate_and_one_of_before_loads_as_it_was(tmp_path):
 def test_generation_without_feedback_asks_for_no_more_logits():
     """A position's logits are a product with the whole vocabulary: they are made where read."""
     for feedback in (False, True):
-        wrapper, asked = make_wrapper(make_base("gpt2"), use_token_feedback=feedback), []
+        wrapper, asked = make_wrapper(make_base("llama"), use_token_feedback=feedback), []
         run = wrapper.run_base
 
         def note(*args, run=run, asked=asked, **inputs):

@@ -167,7 +167,7 @@ def test_the_steps_of_a_round_are_those_that_its_tokens_take():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["kimi", "gpt2"])
+@pytest.mark.parametrize("kind", ["kimi", "llama"])
 def test_an_inner_step_that_no_token_needs_is_not_run(kind, monkeypatch):
     monkeypatch.setattr("kimi_recursive.kimi.short_passes.ShortPasses.serves", lambda _: False)
     for logit, depth in ((20.0, 1), (-20.0, 3)):
