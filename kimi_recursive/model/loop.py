@@ -300,7 +300,7 @@ class ChunkLoop(nn.Module):
         embeds = self.next_inputs(ids, chunk.h_top, chunk.logits)
         states = self.next_states(chunk.states)
         h_top, logits = self.run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
-        halting = self.next_halting(chunk.halting, h_top, logits)
+        halting = self.next_halting(chunk.halting, chunk.h_top, h_top, logits)
         return ChunkState(
             chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states,
             halting,
@@ -341,11 +341,14 @@ class ChunkLoop(nn.Module):
         """Whether each position stops on its own."""
         return self.halting is not None and self.config.max_inner_steps > 1
 
-    def next_halting(self, before: Halting | None, h_top: Tensor, logits: Tensor) -> Halting | None:
+    def next_halting(
+        self, before: Halting | None, h_before: Tensor, h_top: Tensor, logits: Tensor
+    ) -> Halting | None:
         """As `halting.next_halting`; None where no position stops on its own."""
         if self.halting is None or not self.halts:
             return None
-        return next_halting(self.halting, self.config.commit_threshold, before, h_top, logits)
+        threshold = self.config.commit_threshold
+        return next_halting(self.halting, threshold, before, h_before, h_top, logits)
 
     def steps(self, chunk: ChunkState, num_steps: int | None = None) -> Iterator[ChunkState]:
         """The chunk at steps 0..`num_steps`, K by default; only step 0 when not active."""
