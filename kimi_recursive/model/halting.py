@@ -1,11 +1,12 @@
-"""Positions that stop on their own (`halting: expected`): PonderNet, Banino et al., 2021.
+"""Positions that stop on their own (`halting: expected` or `marginal`).
 
-`HaltingHead` reads the top hidden states of steps 0, 1, ... and gives the probability p_t of
-stopping at inner step t >= 1 when no earlier step did, so a position stops at step t with probability p_t * prod_{s<t} (1 - p_s). Training weighs the losses
-of the steps with it (`training.objective`). Elsewhere a position stops at the first step where the
-sum of these probabilities reaches `commit_threshold`, at the latest after the last step. That
-depends on no later position, so the likelihood of a text is a true one. The states of a position
-that has stopped go on: later positions read them at every step that they take themselves.
+As PonderNet (Banino et al., 2021): `HaltingHead` reads the top hidden states of steps 0, 1, ... and
+gives the probability p_t of stopping at inner step t >= 1 when no earlier step did, so a position
+stops at step t with probability p_t * prod_{s<t} (1 - p_s). Training weighs the losses of the steps
+with it (`training.objective`). Elsewhere a position stops at the first step where the sum of these
+probabilities reaches `commit_threshold`, at the latest after the last step. That depends on no
+later position, so the likelihood of a text is a true one. The states of a position that has stopped
+go on: later positions read them at every step that they take themselves.
 
 Shapes: B batch, W positions, D hidden size, G width of the head's memory, V vocabulary.
 """

@@ -103,7 +103,7 @@ class ChunkLoop(nn.Module):
         latent: `LatentToken`, or None when disabled or `use_latent_token` is False.
         feedback: `TokenFeedback`, or None when disabled or `use_token_feedback` is False. A single
             pass has no step before, and does not use it.
-        boundary: `BoundaryHead`, or None when disabled or `halting` is `expected`.
+        boundary: `BoundaryHead`, or None when disabled or where every token stops on its own.
         halting: `HaltingHead`, which is there when `boundary` is not.
         adapter: The trained changes inside the base (`kimi_recursive.model.adapter`), or None.
         phase, revision: The phase that trained the cells, and the revision of a base from the Hub,
@@ -149,7 +149,7 @@ class ChunkLoop(nn.Module):
             self.latent = LatentToken(d_model)
         if config.use_token_feedback:
             self.feedback = TokenFeedback(d_model, config.feedback_top_k)
-        if config.halting == "expected":
+        if config.stops_by_token:
             self.halting = HaltingHead(d_model, config.gate_hidden)
         else:
             self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)

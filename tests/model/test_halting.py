@@ -28,8 +28,8 @@ from kimi_recursive.training.settings import PhaseSettings
 
 def make(kind: str = "llama", std: float = 0.1, seed: int = 1, **changes):
     """A perturbed loop whose tokens stop at different steps."""
-    changes = {"use_token_feedback": True, **changes}
-    return perturb(make_wrapper(make_base(kind, seed), halting="expected", **changes), std, seed)
+    changes = {"use_token_feedback": True, "halting": "expected", **changes}
+    return perturb(make_wrapper(make_base(kind, seed), **changes), std, seed)
 
 
 def always(wrapper, logit: float):
@@ -80,6 +80,15 @@ def test_a_token_keeps_what_it_said_when_it_stopped_and_its_states_go_on():
     assert (states[-1].logits != states[-1].output).any()
 
 
+@torch.no_grad()
+def test_the_head_has_read_step_0_when_it_first_decides():
+    wrapper = make(max_inner_steps=2)
+    head = wrapper.halting
+    base, first, _ = wrapper.steps(wrapper.start_chunk(random_ids(3, 8), wrapper.new_cache()))
+    _, memory = head(base.h_top, None)
+    torch.testing.assert_close(first.halting.logit, head(first.h_top, memory)[0])
+
+
 # ---- the loss ------------------------------------------------------------------------------------
 
 
@@ -92,8 +101,9 @@ def losses_of(wrapper):
 
 
 @torch.no_grad()
-def test_the_loss_is_the_expected_one():
-    wrapper = make(max_inner_steps=3)
+@pytest.mark.parametrize("halting", ["expected", "marginal"])
+def test_the_loss_is_over_the_step_at_which_a_target_stops(halting):
+    wrapper = make(max_inner_steps=3, halting=halting)
     wrapper.halting.commit.weight.mul_(0.1)
     chunk, draft, losses = losses_of(wrapper)
     [_, *states] = wrapper.steps(chunk)
@@ -104,9 +114,11 @@ def test_the_loss_is_the_expected_one():
     p1, p2 = (s.halting.logit.sigmoid() for s in states[:2])
     q = [p1, (1 - p1) * p2, (1 - p1) * (1 - p2)]
     assert all(x.min() < 0.4 and x.max() > 0.05 for x in q)
-    torch.testing.assert_close(
-        losses["final"], sum(a * b for a, b in zip(q, ce, strict=True)).mean()
-    )
+    if halting == "expected":
+        final = sum(a * b for a, b in zip(q, ce, strict=True))
+    else:
+        final = -sum(a * torch.exp(-b) for a, b in zip(q, ce, strict=True)).log()
+    torch.testing.assert_close(losses["final"], final.mean())
     torch.testing.assert_close(losses["ponder"], (q[0] + 2 * q[1] + 3 * q[2]).mean())
     assert losses["masked"] == losses["halt"] == losses["len"] == 0
 
