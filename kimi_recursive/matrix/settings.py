@@ -249,7 +249,7 @@ def read_config(paths: Sequence[str | Path]) -> dict[str, Any]:
 
 def composition_config(config: Mapping[str, Any], defaults: str | Path) -> dict[str, Any] | None:
     """The config of the positive control, when it is valid: what `composition` names, on top of the
-    defaults. None where there is none.
+    defaults, with the seeds of `config` unless it has its own. None where there is none.
 
     Raises:
         ValueError: as in `read_config`, each line with the file's name before it.
@@ -259,11 +259,12 @@ def composition_config(config: Mapping[str, Any], defaults: str | Path) -> dict[
         return None
     try:
         found = read_config([defaults, path])
+        seeds = {"seeds": config["seeds"]} | read_yaml_mapping(path)
     except ValueError as error:
         lines = str(error).splitlines()
         raise ValueError("\n".join(f"composition: {path}: {line}" for line in lines)) from None
     folder = str(Layout(Path(config["results_dir"])).composition)
-    return found | {"results_dir": folder, "composition": None}
+    return found | {"results_dir": folder, "composition": None, "seeds": seeds["seeds"]}
 
 
 def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:
