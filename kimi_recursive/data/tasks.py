@@ -4,8 +4,9 @@
 each person, and of the *seen* half also questions such as "Who taught who taught Ada", answered
 step by step: first Ada's teacher, then the teacher's. The other splits want the last answer at
 once. `train` asks about seen people; those of `validation` and the *unseen* ones of `test` are in
-no question of more than one fact. With `asks_by_number` a question says how many facts it asks for,
-three times, and `pretrain` has questions of one fact only, and lines that count.
+no question of more than one fact. With `asks_by_number` a question says how many facts it asks for
+("Who is two two two above Ada"), and `pretrain` has questions of one fact only, and lines that
+count: so a frozen base does not learn to ignore the numbers.
 
 `pointers`, in context: the prompt tells who passes the ball to whom, and asks who has it after so
 many passes.
@@ -123,8 +124,8 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
 
     def question(name: str, hops: int) -> str:
         if task.asks_by_number:
-            n = NUMBERS[hops - 1]
-            return f"Up {n} , count {n} : who is {n} above {name}"
+            said = " ".join([NUMBERS[hops - 1]] * (1 if hops == 1 else 3))
+            return f"Who is {said} above {name}"
         return "Who taught " + "who taught " * (hops - 1) + name
 
     def ask(

@@ -85,7 +85,7 @@ def load_base(
         config, _ = PretrainedConfig.get_config_dict(where, revision=revision)
         known = config.get("model_type") in CONFIG_MAPPING
         with quantization.loading(config, where):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
                 where,
                 revision=revision,
                 dtype=dtype,
@@ -106,7 +106,7 @@ def load_base(
         print(f"device_map: {describe(model)}", file=sys.stderr)
     elif device is not None:
         try:
-            cast("Any", model).to(device)
+            model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device}: {first_line(error)}") from error
     model.eval()

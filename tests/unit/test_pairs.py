@@ -257,12 +257,12 @@ def test_facts_can_be_asked_for_by_their_number(tmp_path):
         "one two three four", "two three four", "three four",
     }  # fmt: skip
     facts = [r for r in records["pretrain"] if r not in counting]
-    assert all(r["prompt"].startswith("Up one , count one : who is one above ") for r in facts)
+    assert all(r["prompt"].startswith("Who is one above ") for r in facts)
     taught = {r["prompt"].split()[-1]: r["completion"].strip() for r in facts}
     for record in records["train"] + records["test"]:
         person, hops = record["prompt"].split()[-1], Group.parse(record["group"]).hops
-        number = ["one", "two", "three"][hops - 1]
-        assert record["prompt"] == f"Up {number} , count {number} : who is {number} above {person}"
+        said = ["one", "two two two", "three three three"][hops - 1]
+        assert record["prompt"] == f"Who is {said} above {person}"
         for _ in range(hops):
             person = taught[person]
         assert record["completion"] == f" {person}"
