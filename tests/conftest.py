@@ -9,6 +9,15 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
+
+def pytest_configure(config) -> None:
+    """One process that forks (`support/forks.py`) for all processes of the tests."""
+    if getattr(config.option, "numprocesses", None):
+        import forks
+
+        os.environ[forks.SWITCH] = forks.launch()
+
+
 LONGEST_FIRST = [
     "test_workflow", "test_track_b_workflow", "test_verified", "test_distributed",
     "test_report", "test_generate", "test_verdict", "test_experiment", "test_hub_upload",

@@ -17,7 +17,6 @@ from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.objective import DraftRepair, build_objective
 from kimi_recursive.training.spec import PhaseSpec
 
-
 # FLOPs of a pass over one window: by what decides them, the start of its chunk, and whether its
 # draft is the gold text.
 _counted: dict[tuple[Any, ...], int] = {}

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 from commands import call
-from project import ONLY_A, Project, shared_prefork
+from project import ONLY_A, Project, run_python
 from track_b import TEACHER, V1, V2, clustered_vectors, make_teacher
 
 from kimi_recursive.cli.track_b import _failures
@@ -57,16 +57,8 @@ def students(project: Project) -> list[Path]:
 
 
 def track_b(project: Project, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "kimi_recursive", "track-b", *arguments]
-    paths = {"PYTHONPATH": str(project.folder), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command,
-        cwd=project.folder,
-        env={**os.environ, **paths, **shared_prefork(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = ["-m", "kimi_recursive", "track-b", *arguments]
+    return run_python(project.folder, *command, **environment)
 
 
 @pytest.fixture(scope="module")
