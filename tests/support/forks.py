@@ -1,7 +1,7 @@
 """A Python for tests whose processes start at once: each is a fork of one process that has imported
 torch, transformers and Snakemake. It is the process of `processes/prefork.py`, which takes any
 command here: `python -m MODULE`, `-c CODE` or a file. What such a Python starts with
-`sys.executable` is a fork, too, but for the scripts of rules.
+`sys.executable` is a fork, too, but for what the scripts of rules start.
 
 Not for tests of what a process imports, reads from the environment at import, or does at Ctrl-C,
 which does not reach a fork whose session is another one.
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 SWITCH = "TESTS_PYTHON"  # one for all processes of the tests
+ALL = "TESTS_PYTHON_ALL"  # where it is set, also what scripts of rules of one thread start
 PREFORK = Path(__file__).parents[2] / "kimi_recursive/processes/prefork.py"
 # Polars is not among them, as its threads do not survive a fork.
 PRELOADED = (
@@ -54,10 +55,12 @@ def socket(program: str | Path) -> Path:
 
 def _run(path: str, run_name: str) -> None:
     """What Python does with `sys.argv`."""
-    if "/.snakemake/scripts/" in path:
+    is_script = "/.snakemake/scripts/" in path
+    if not is_script or ALL in os.environ:
+        sys.executable = PROGRAM
+    if is_script:
         runpy.run_path(path, run_name=run_name)
         return
-    sys.executable = PROGRAM
     while sys.argv[0] == "-u":
         del sys.argv[0]
     if sys.argv[0] == "-m":

@@ -27,10 +27,13 @@ from project import (
     TINY,
     VANILLA,
     Project,
+    shared_prefork,
 )  # fmt: skip
 from project import snakemake as run_snakemake
 from runs import same_run
 from safetensors.torch import load_file, save_file
+
+from kimi_recursive.processes import prefork
 
 pytestmark = pytest.mark.workflow
 
@@ -196,7 +199,7 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
         killed = subprocess.Popen(
             [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", target],
             cwd=copy.folder,
-            env={**os.environ, "PYTHONPATH": str(copy.folder)},
+            env={**os.environ, "PYTHONPATH": str(copy.folder), **shared_prefork()},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -226,7 +229,7 @@ def test_ctrl_c_says_how_to_go_on(copy):
     process = subprocess.Popen(
         [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", "--", target],
         cwd=copy.folder,
-        env={**os.environ, "PYTHONPATH": str(copy.folder)},
+        env={**os.environ, "PYTHONPATH": str(copy.folder), prefork.SWITCH: "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
