@@ -182,7 +182,7 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
     """Snakemake and its training are killed while a checkpoint is written, and at a random time
     after the rerun's first; `--unlock` and another rerun end in the same files."""
     longer = json.loads(json.dumps(ONLY_A))
-    longer["training"]["a"] |= {"num_steps": 40, "eval_interval": 20, "save_interval": 5}
+    longer["training"]["a"] |= {"num_steps": 30, "eval_interval": 30, "save_interval": 5}
     copy.write(longer)
     run = copy.path("results/runs/recursive_a_s0")
     target = "results/runs/recursive_a_s0/train_summary.json"
@@ -206,7 +206,7 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
         )
         wait_for(lambda before=before: checkpoints() - before)
         if moment == "random":
-            time.sleep(random.random() / 2)
+            time.sleep(random.random() / 4)
         else:
             wait_for(lambda: list(run.glob("work/checkpoints/.step_*.tmp")))
         os.killpg(killed.pid, signal.SIGKILL)
