@@ -200,6 +200,7 @@ def test_a_step_that_was_not_needed_catches_up():
     assert caught_up, "a token needed a step that earlier ones had not"
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_sampling_has_the_distribution_of_the_model_that_stops():
     torch.manual_seed(0)

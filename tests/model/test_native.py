@@ -37,6 +37,7 @@ def native(model_dir) -> KimiRecursiveForCausalLM:
     return AutoModelForCausalLM.from_pretrained(model_dir / "sidecar")
 
 
+@pytest.mark.long
 def test_importing_the_package_is_enough_in_any_order(model_dir):
     script = f"""
 import os, sys, torch

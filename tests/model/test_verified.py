@@ -191,6 +191,7 @@ def small_vocabulary(feedback):
     return perturb(make_wrapper(base, **sizes, use_token_feedback=feedback), 0.3)
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("feedback", "options"),
