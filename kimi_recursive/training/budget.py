@@ -30,8 +30,8 @@ def _what_decides(objective: DraftRepair, batch: Batch) -> tuple[Any, ...]:
     weights = [(p.shape, p.dtype, p.device.type, p.requires_grad) for p in objective.parameters()]
     config = {**base.to_dict(), "_name_or_path": None}
     ways = (base._attn_implementation, base._experts_implementation, objective.recompute)
-    window = (batch.inputs.shape[1], batch.mask is not None)
-    return (repr(objective), *weights, repr(config), repr(wrapper.config), *ways, *window)
+    masked = batch.mask is not None
+    return (repr(objective), *weights, repr(config), repr(wrapper.config), *ways, masked)
 
 
 def cumulative_training_flops(objective: DraftRepair, batch: Batch, num_steps: int) -> list[int]:

@@ -1,5 +1,6 @@
 """The DAG, run for real at a tiny size: what runs, what reruns, what a user's mistake says."""
 
+import contextlib
 import csv
 import json
 import os
@@ -32,8 +33,6 @@ from project import (
 from project import snakemake as run_snakemake
 from runs import same_run
 from safetensors.torch import load_file, save_file
-
-from kimi_recursive.processes import prefork
 
 pytestmark = pytest.mark.workflow
 
@@ -220,7 +219,8 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
 
 
 def test_ctrl_c_says_how_to_go_on(copy):
-    """What a terminal does: SIGINT for Snakemake and for its jobs."""
+    """What a terminal does: SIGINT for Snakemake and for its jobs, which are in a group of their
+    own here (`forks.py`)."""
     longer = json.loads(json.dumps(ONLY_A))
     longer["training"]["a"] |= {"num_steps": 400, "eval_interval": 200, "save_interval": 5}
     copy.write(longer)
@@ -229,18 +229,31 @@ def test_ctrl_c_says_how_to_go_on(copy):
     process = subprocess.Popen(
         [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", "--", target],
         cwd=copy.folder,
-        env={**os.environ, "PYTHONPATH": str(copy.folder), prefork.SWITCH: "0"},
+        env={**os.environ, "PYTHONPATH": str(copy.folder), **shared_prefork()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     wait_for(lambda: list(run.glob("work/checkpoints/step_*5")))
+    jobs = [pid for pid in working_in(copy.folder) if os.getpgid(pid) != process.pid]
+    assert len(jobs) == 1
+    os.kill(jobs[0], signal.SIGINT)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in said
     assert "interrupted; the same command goes on where it was" in said
     assert not (run / "train_summary.json").exists() and list(run.glob("work/checkpoints/step_*"))
+
+
+def working_in(folder: Path) -> list[int]:
+    """The processes whose folder this is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (process / "cwd").resolve(strict=True) == folder.resolve():
+                found.append(int(process.name))
+    return found
 
 
 def wait_for(condition: Callable[[], object]) -> None:
