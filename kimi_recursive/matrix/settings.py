@@ -10,18 +10,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from kimi_recursive.data.settings import CorpusSettings, TokenizerSettings
 from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, read_yaml_mapping
 from kimi_recursive.layout import Layout
 from kimi_recursive.model.config import RecursiveConfig
-from kimi_recursive.schema import schema_errors
+from kimi_recursive.schema import schema_errors, schema_of
 from kimi_recursive.text import WIDTH, cut, shown, unknown_key_message
 from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.settings import BaseSettings, PhaseSettings
@@ -175,8 +172,7 @@ class Config:
 @functools.cache
 def read_schema() -> dict[str, Any]:
     """JSON Schema of the config: what is allowed."""
-    text = files("kimi_recursive.matrix").joinpath("schemas/config.schema.yaml").read_text("utf-8")
-    return yaml.safe_load(text)
+    return schema_of("kimi_recursive.matrix", "config.schema.yaml")
 
 
 def validate_settings(config: Mapping[str, Any]) -> dict[str, Any]:
