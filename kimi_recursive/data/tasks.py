@@ -5,7 +5,7 @@ each person, and of the *seen* half also questions such as "Who taught who taugh
 step by step: first Ada's teacher, then the teacher's. The other splits want the last answer at
 once. `train` asks about seen people; those of `validation` and the *unseen* ones of `test` are in
 no question of more than one fact. With `asks_by_number` a question says how many facts it asks for
-("Who is two two two above Ada"), and `pretrain` has questions of one fact only, and lines that
+("Who is two two two two two above Ada"), and `pretrain` has questions of one fact only, and lines that
 count: so a frozen base does not learn to ignore the numbers.
 
 `pointers`, in context: the prompt tells who passes the ball to whom, and asks who has it after so
@@ -26,6 +26,7 @@ from kimi_recursive.data.settings import PRETRAIN, TaskSettings
 from kimi_recursive.files import publishing
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
+TIMES_SAID = 5  # a number, in a question that asks for so many facts
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SYLLABLES = [c + v for c in CONSONANTS for v in VOWELS]
 
@@ -124,7 +125,7 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
 
     def question(name: str, hops: int) -> str:
         if task.asks_by_number:
-            said = " ".join([NUMBERS[hops - 1]] * (1 if hops == 1 else 3))
+            said = " ".join([NUMBERS[hops - 1]] * (1 if hops == 1 else TIMES_SAID))
             return f"Who is {said} above {name}"
         return "Who taught " + "who taught " * (hops - 1) + name
 
