@@ -9,9 +9,23 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
+
+def pytest_configure(config) -> None:
+    """One process that forks (`support/forks.py`) for all processes of the tests."""
+    if getattr(config.option, "numprocesses", None):
+        import forks
+
+        os.environ[forks.SWITCH] = forks.launch()
+
+
+# The first makes the matrix; the second and third do without it.
 LONGEST_FIRST = [
-    "test_workflow", "test_track_b_workflow", "test_verified", "test_distributed",
-    "test_report", "test_generate", "test_verdict", "test_experiment", "test_hub_upload",
+    "test_workflow", "test_track_b_workflow", "test_placement", "test_plan", "test_distributed",
+    "test_invariants", "test_evaluate", "test_lm_eval", "test_phases", "test_training",
+    "test_edits", "test_snippets", "test_hub_upload", "test_verified", "test_halting",
+    "test_generate", "test_variants_workflow", "test_native", "test_concurrency",
+    "test_report_browser", "test_experiment", "test_composition", "test_report_workflow",
+    "test_report", "test_records_runs", "test_tasks_workflow", "test_prefork",
 ]  # fmt: skip
 
 

@@ -21,6 +21,9 @@ class TaskSettings:
         num_pairs: Questions of `train` (`pointers`; `facts` has one for each seen person).
         num_test: Questions of `test` for each number of hops, seen and unseen alike.
         seed: Decides facts, names and splits.
+        asks_by_number: Whether a question of `facts` says its number of facts, five times over
+            ("Who is two two two two two above Ada"); otherwise it says the relation so many times
+            ("Who taught who taught Ada").
     """
 
     kind: str
@@ -30,6 +33,7 @@ class TaskSettings:
     num_pairs: int
     num_test: int
     seed: int
+    asks_by_number: bool = False
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TaskSettings:

@@ -4,7 +4,9 @@
 each person, and of the *seen* half also questions such as "Who taught who taught Ada", answered
 step by step: first Ada's teacher, then the teacher's. The other splits want the last answer at
 once. `train` asks about seen people; those of `validation` and the *unseen* ones of `test` are in
-no question of more than one fact.
+no question of more than one fact. With `asks_by_number` a question says how many facts it asks for
+("Who is two two two two two above Ada"), and `pretrain` has questions of one fact only, and lines that
+count: so a frozen base does not learn to ignore the numbers.
 
 `pointers`, in context: the prompt tells who passes the ball to whom, and asks who has it after so
 many passes.
@@ -24,6 +26,8 @@ from kimi_recursive.data.settings import PRETRAIN, TaskSettings
 from kimi_recursive.files import publishing
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
+TIMES_SAID = 5  # a number, in a question that asks for so many facts
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SYLLABLES = [c + v for c in CONSONANTS for v in VOWELS]
 
 
@@ -113,6 +117,18 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
             f"{min(len(seen), len(unseen))} people of a group; raise num_entities"
         )
 
+    if task.asks_by_number and task.max_hops >= len(NUMBERS):
+        raise ValueError(
+            f"corpus.task.max_hops: at most {len(NUMBERS) - 1} with asks_by_number, "
+            f"got {task.max_hops}"
+        )
+
+    def question(name: str, hops: int) -> str:
+        if task.asks_by_number:
+            said = " ".join([NUMBERS[hops - 1]] * (1 if hops == 1 else TIMES_SAID))
+            return f"Who is {said} above {name}"
+        return "Who taught " + "who taught " * (hops - 1) + name
+
     def ask(
         who: Sequence[int], entities: str, hops: Sequence[int], in_steps: bool = False
     ) -> list[dict[str, str]]:
@@ -122,7 +138,7 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
 
         return [
             {
-                "prompt": "Who taught " + "who taught " * (h - 1) + people[x],
+                "prompt": question(people[x], h),
                 "completion": answer(x, h),
                 "group": str(Group(entities, h)),
             }
@@ -131,13 +147,28 @@ def _facts(task: TaskSettings) -> dict[str, list[dict[str, str]]]:
         ]
 
     every = range(1, task.max_hops + 1)
+    more = _counting(task) if task.asks_by_number else ask(list(seen), "seen", every[1:], True)
     return {
-        PRETRAIN: ask(list(order), "seen", [1]) + ask(list(seen), "seen", every[1:], True),
+        PRETRAIN: ask(list(order), "seen", [1]) + more,
         "train": ask(list(seen), "seen", task.train_hops),
         "validation": ask(list(validation), "unseen", task.train_hops),
         "test": ask(list(seen[: task.num_test]), "seen", every)
         + ask(list(unseen[: task.num_test]), "unseen", every),
     }
+
+
+def _counting(task: TaskSettings) -> list[dict[str, str]]:
+    """Lines that count to one more than `max_hops`, an eighth as many as people."""
+    words = NUMBERS[: task.max_hops + 1]
+    starts = [i % task.max_hops for i in range(task.num_entities // 8)]
+    return [
+        {
+            "prompt": words[i],
+            "completion": "".join(f" {word}" for word in words[i + 1 :]),
+            "group": "counting",
+        }
+        for i in starts
+    ]
 
 
 def _pointers(task: TaskSettings) -> dict[str, list[dict[str, str]]]:

@@ -39,7 +39,22 @@ def _formulas() -> Mapping[Any, Callable[..., int]]:
 def _rule(operator: Any) -> tuple[bool, Callable[..., int] | None]:
     """Whether an operator is made of others, which are counted in its place, and its formula."""
     decomposes = operator is not torch.ops.prim.device.default and operator._can_decompose()
-    return decomposes, _formulas().get(operator._overloadpacket)
+    formula = _formulas().get(operator._overloadpacket)
+    return decomposes, _of_shapes(formula) if hasattr(formula, "__wrapped__") else formula
+
+
+def _of_shapes(formula: Any) -> Callable[..., int]:
+    """A formula that reads shapes alone, without torch's search for tensors inside arguments."""
+    of_shapes = formula.__wrapped__
+
+    def shape(value: Any) -> Any:
+        return value.shape if isinstance(value, torch.Tensor) else value
+
+    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        named = {name: shape(value) for name, value in kwargs.items()}
+        return of_shapes(*map(shape, args), out_shape=shape(out_val), **named)
+
+    return count
 
 
 class FlopCounter(TorchDispatchMode):

@@ -10,18 +10,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from kimi_recursive.data.settings import CorpusSettings, TokenizerSettings
 from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.files import read_json_object, read_yaml_mapping
 from kimi_recursive.layout import Layout
 from kimi_recursive.model.config import RecursiveConfig
-from kimi_recursive.schema import schema_errors
+from kimi_recursive.schema import schema_errors, schema_of
 from kimi_recursive.text import WIDTH, cut, shown, unknown_key_message
 from kimi_recursive.training.arms import ARMS, PHASES
 from kimi_recursive.training.settings import BaseSettings, PhaseSettings
@@ -175,8 +172,7 @@ class Config:
 @functools.cache
 def read_schema() -> dict[str, Any]:
     """JSON Schema of the config: what is allowed."""
-    text = files("kimi_recursive.matrix").joinpath("schemas/config.schema.yaml").read_text("utf-8")
-    return yaml.safe_load(text)
+    return schema_of("kimi_recursive.matrix", "config.schema.yaml")
 
 
 def validate_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +245,7 @@ def read_config(paths: Sequence[str | Path]) -> dict[str, Any]:
 
 def composition_config(config: Mapping[str, Any], defaults: str | Path) -> dict[str, Any] | None:
     """The config of the positive control, when it is valid: what `composition` names, on top of the
-    defaults. None where there is none.
+    defaults, with the seeds of `config` unless it has its own. None where there is none.
 
     Raises:
         ValueError: as in `read_config`, each line with the file's name before it.
@@ -259,11 +255,12 @@ def composition_config(config: Mapping[str, Any], defaults: str | Path) -> dict[
         return None
     try:
         found = read_config([defaults, path])
+        seeds = {"seeds": config["seeds"]} | read_yaml_mapping(path)
     except ValueError as error:
         lines = str(error).splitlines()
         raise ValueError("\n".join(f"composition: {path}: {line}" for line in lines)) from None
     folder = str(Layout(Path(config["results_dir"])).composition)
-    return found | {"results_dir": folder, "composition": None}
+    return found | {"results_dir": folder, "composition": None, "seeds": seeds["seeds"]}
 
 
 def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""Verified decoding where every position stops on its own (`halting: expected`).
+"""Verified decoding where every position stops on its own (`halting: expected` or `marginal`).
 
 As `kimi_recursive.model.verified`, but an inner step runs only while a drafted token still needs
 it. A step that has not run is behind: what it would have read waits, until a later token of the
@@ -157,10 +157,10 @@ def _refine(
     for origin, earlier in zip(rows.refined, waiting, strict=True):
         now = following.behind(earlier)
         num_before.append(now.ids.shape[1] - num_new)
-        states = loop.next_states(now.states)
+        states, h_before = loop.next_states(now.states), h_top[:, -num_new:]
         h_top, logits, one = one_pass(passes.run, origin, None, states, inputs_embeds=now.embeds)
         done.append(one)
-        halting = loop.next_halting(halting, h_top[:, -num_new:], logits[:, -num_new:])
+        halting = loop.next_halting(halting, h_before, h_top[:, -num_new:], logits[:, -num_new:])
         assert halting is not None, "the loop halts"
         counts = torch.ones_like(halting.stopped)
         if greedy:

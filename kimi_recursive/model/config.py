@@ -16,7 +16,7 @@ from kimi_recursive.text import shown, unknown_key_message
 CONFIG_NAME = "recursive_config.json"
 CORRUPTION_SCHEDULES = ("linear", "cosine", "none")
 COMMIT_MODES = ("verified", "learned")
-HALTING_MODES = ("threshold", "expected")
+HALTING_MODES = ("threshold", "expected", "marginal")
 
 
 @dataclass
@@ -32,12 +32,13 @@ class RecursiveConfig:
         chunk_width: W, tokens per chunk.
         max_inner_steps: K, refinement steps per chunk; 0 leaves the base alone.
         halting: What the head that stops is trained for. `threshold`: to foresee that a further
-            step does not help; `commit="learned"` stops a chunk there. `expected`: the
-            cross-entropy is that expected over the step at which a token stops, under the head's
-            own probabilities (PonderNet, arXiv 2107.05407); every token stops on its own, in
-            evaluation and in generation. Needs `commit="verified"`.
+            step does not help; `commit="learned"` stops a chunk there. With the others every token
+            stops on its own, in evaluation and in generation, and `commit` must be `verified`.
+            `expected`: the cross-entropy is that expected over the step at which a token stops,
+            under the head's own probabilities (PonderNet, arXiv 2107.05407). `marginal`: that of
+            the expected probability of the token, so steps at which it is improbable weigh less.
         commit_threshold: `commit="learned"` stops refining a chunk at this commit probability; with
-            `halting="expected"` a token stops once it has done so with this probability.
+            tokens that stop on their own, one stops once it has done so with this probability.
         min_commit_threshold: After K steps, commit the predicted length at or above this
             probability; below it commit one token, so that generation never deadlocks.
         single_pass: Control arm: the cells act as adapters in one pass over the chunk, without
@@ -57,8 +58,8 @@ class RecursiveConfig:
         backprop_steps: Number of last inner steps that gradients flow through; None means all K.
         halt_margin: A further step is worth taking when it lowers the chunk's mean loss by more
             than this (nats per token); the target of the halt loss.
-        lambda_final: Weight of the cross-entropy on all chunk targets: at step K, or with
-            `halting="expected"` the expected one.
+        lambda_final: Weight of the cross-entropy on all chunk targets: at step K, or that of
+            `halting`.
         lambda_masked: Weight of the cross-entropy at steps 1..K-1 on editable targets.
         lambda_halt: Weight of the binary cross-entropy of the commit probability.
         lambda_len: Weight of the cross-entropy of the length head.
@@ -92,6 +93,11 @@ class RecursiveConfig:
     lambda_len: float = 0.05
     lambda_ponder: float = 0.01
     lambda_stability: float = 0.01
+
+    @property
+    def stops_by_token(self) -> bool:
+        """Whether every token stops on its own."""
+        return self.halting != "threshold"
 
     def validate(self) -> list[str]:
         """All errors as one line each; an empty list when the config is valid."""
@@ -160,8 +166,8 @@ class RecursiveConfig:
             )
         if self.single_pass is True and self.max_inner_steps != 1:
             errors.append(f"max_inner_steps must be 1 with single_pass, got {self.max_inner_steps}")
-        if self.halting == "expected" and self.commit == "learned":
-            errors.append("commit must be verified with halting 'expected', got 'learned'")
+        if self.stops_by_token and self.commit == "learned":
+            errors.append(f"commit must be verified with halting '{self.halting}', got 'learned'")
         low, high = self.min_commit_threshold, self.commit_threshold
         if is_number(low) and is_number(high) and low > high:
             errors.append(

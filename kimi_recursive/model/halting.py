@@ -1,11 +1,12 @@
-"""Positions that stop on their own (`halting: expected`): PonderNet, Banino et al., 2021.
+"""Positions that stop on their own (`halting: expected` or `marginal`).
 
-`HaltingHead` gives the probability p_t of stopping at inner step t when no earlier step did, so
-a position stops at step t with probability p_t * prod_{s<t} (1 - p_s). Training weighs the losses
-of the steps with it (`training.objective`). Elsewhere a position stops at the first step where the
-sum of these probabilities reaches `commit_threshold`, at the latest after the last step. That
-depends on no later position, so the likelihood of a text is a true one. The states of a position
-that has stopped go on: later positions read them at every step that they take themselves.
+As PonderNet (Banino et al., 2021): `HaltingHead` reads the top hidden states of steps 0, 1, ... and
+gives the probability p_t of stopping at inner step t >= 1 when no earlier step did, so a position
+stops at step t with probability p_t * prod_{s<t} (1 - p_s). Training weighs the losses of the steps
+with it (`training.objective`). Elsewhere a position stops at the first step where the sum of these
+probabilities reaches `commit_threshold`, at the latest after the last step. That depends on no
+later position, so the likelihood of a text is a true one. The states of a position that has stopped
+go on: later positions read them at every step that they take themselves.
 
 Shapes: B batch, W positions, D hidden size, G width of the head's memory, V vocabulary.
 """
@@ -41,16 +42,23 @@ class Halting:
 
 
 def next_halting(
-    head: HaltingHead, threshold: float, before: Halting | None, h_top: Tensor, logits: Tensor
+    head: HaltingHead,
+    threshold: float,
+    before: Halting | None,
+    h_before: Tensor,
+    h_top: Tensor,
+    logits: Tensor,
 ) -> Halting:
-    """After one more inner step. The head reads `h_top` without its gradient.
+    """After one more inner step. The head reads top hidden states without their gradients.
 
     Args:
         threshold: Probability of having stopped at which a position stops.
         before: After the step before; None at the first.
+        h_before: Top hidden state of the step before [B, W, D].
         h_top, logits: Of the step [B, W, D] and [B, W, V].
     """
-    logit, memory = head(h_top.detach(), before and before.memory)
+    earlier = head(h_before.detach(), None)[1] if before is None else before.memory
+    logit, memory = head(h_top.detach(), earlier)
     running = torch.sigmoid(-logit)
     if before is None:
         return Halting(memory, logit, running, running <= 1 - threshold, logits)

@@ -85,13 +85,17 @@ def load_base(
         config, _ = PretrainedConfig.get_config_dict(where, revision=revision)
         known = config.get("model_type") in CONFIG_MAPPING
         with quantization.loading(config, where):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
                 where,
                 revision=revision,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code and not known,
+                output_loading_info=True,
                 **placement,
             )
+        if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise ValueError(f"the checkpoint has no {missing[0]}{more}")
     except (OSError, ValueError, SafetensorError, HTTPError) as error:
         raise ValueError(f"{where}: cannot be loaded as a decoder: {first_line(error)}") from error
     except (RuntimeError, AssertionError) as error:
@@ -102,7 +106,7 @@ def load_base(
         print(f"device_map: {describe(model)}", file=sys.stderr)
     elif device is not None:
         try:
-            cast("Any", model).to(device)
+            model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device}: {first_line(error)}") from error
     model.eval()

@@ -88,7 +88,7 @@ class ChunkLoop(nn.Module):
         latent: `LatentToken`, or None when disabled or `use_latent_token` is False.
         feedback: `TokenFeedback`, or None when disabled or `use_token_feedback` is False. A single
             pass has no step before, and does not use it.
-        boundary: `BoundaryHead`, or None when disabled or `halting` is `expected`.
+        boundary: `BoundaryHead`, or None when disabled or where every token stops on its own.
         halting: `HaltingHead`, which is there when `boundary` is not.
         adapter: The trained changes inside the base (`kimi_recursive.model.adapter`), or None.
         phase, revision: The phase that trained the cells, and the revision of a base from the Hub,
@@ -134,7 +134,7 @@ class ChunkLoop(nn.Module):
             self.latent = LatentToken(d_model)
         if config.use_token_feedback:
             self.feedback = TokenFeedback(d_model, config.feedback_top_k)
-        if config.halting == "expected":
+        if config.stops_by_token:
             self.halting = HaltingHead(d_model, config.gate_hidden)
         else:
             self.boundary = BoundaryHead(d_model, config.gate_hidden, config.max_chunk_len)
@@ -289,7 +289,7 @@ class ChunkLoop(nn.Module):
         embeds = self.next_inputs(ids, chunk.h_top, chunk.logits)
         states = self.next_states(chunk.states)
         h_top, logits = self.run_base(fork(chunk.prefix), chunk.mask, states, inputs_embeds=embeds)
-        halting = self.next_halting(chunk.halting, h_top, logits)
+        halting = self.next_halting(chunk.halting, chunk.h_top, h_top, logits)
         return ChunkState(
             chunk.prefix, chunk.committed, ids, chunk.mask, chunk.step + 1, h_top, logits, states,
             halting,
@@ -330,11 +330,14 @@ class ChunkLoop(nn.Module):
         """Whether each position stops on its own."""
         return self.halting is not None and self.config.max_inner_steps > 1
 
-    def next_halting(self, before: Halting | None, h_top: Tensor, logits: Tensor) -> Halting | None:
+    def next_halting(
+        self, before: Halting | None, h_before: Tensor, h_top: Tensor, logits: Tensor
+    ) -> Halting | None:
         """As `halting.next_halting`; None where no position stops on its own."""
         if self.halting is None or not self.halts:
             return None
-        return next_halting(self.halting, self.config.commit_threshold, before, h_top, logits)
+        threshold = self.config.commit_threshold
+        return next_halting(self.halting, threshold, before, h_before, h_top, logits)
 
     def steps(self, chunk: ChunkState, num_steps: int | None = None) -> Iterator[ChunkState]:
         """The chunk at steps 0..`num_steps`, K by default; only step 0 when not active."""

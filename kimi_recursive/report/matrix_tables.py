@@ -40,7 +40,7 @@ def efficiency_table(matrix: Matrix) -> Table:
         stopped, most = _mean(found, "halting_mean_inner_steps"), found[0]["inner_steps"]
         counts, generated = stopped, _mean(found, "mean_inner_steps")
         how = ", fixed by the config" if found[0]["commit"] == "verified" else ""
-        if found[0].get("halting") == "expected":
+        if _stops_by_token(found[0]):
             how = ""
             if generated:
                 counts, how = generated, ", judged"
@@ -63,12 +63,16 @@ def efficiency_table(matrix: Matrix) -> Table:
         "Stopped early: each chunk where the boundary head says so, at the latest after K inner "
         "steps. FLOPs: of all K, as a multiple of the baseline's."
     ]
-    if any(found[0].get("halting") == "expected" for found in arms.values()):
+    if any(_stops_by_token(found[0]) for found in arms.values()):
         notes.append(
-            "With halting 'expected' each token stops on its own, in generation too: the steps of "
-            "generation are judged, those that a round of drafts ran."
+            "Each token stops on its own, in generation too: the steps of generation are judged, "
+            "those that a round of drafts ran."
         )
     return Table("Inner steps and cost of the recursive arms", columns, rows, notes)
+
+
+def _stops_by_token(row: dict[str, Any]) -> bool:
+    return row.get("halting", "threshold") != "threshold"
 
 
 def halting_table(matrix: Matrix) -> Table:

@@ -14,14 +14,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from kimi_recursive.schema import schema_errors
+from kimi_recursive.schema import schema_errors, schema_of
 from kimi_recursive.text import unknown_key_message
 
 MINILM_DIM = 384
@@ -111,10 +109,7 @@ def select_experiments(track_b: Mapping[str, Any]) -> list[SheetRow]:
 @functools.cache
 def read_schema() -> dict[str, Any]:
     """JSON Schema of a row."""
-    text = (
-        files("kimi_recursive.track_b").joinpath("schemas/track_b.schema.yaml").read_text("utf-8")
-    )
-    return yaml.safe_load(text)
+    return schema_of("kimi_recursive.track_b", "track_b.schema.yaml")
 
 
 def read_sheet(path: str | Path) -> list[SheetRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.integrations import moe  # noqa: F401, registers torch.ops.transformers
 
@@ -16,27 +17,43 @@ from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.objective import DraftRepair, build_objective
 from kimi_recursive.training.spec import PhaseSpec
 
+# FLOPs of a pass over one window: by what decides them, the start of its chunk, and whether its
+# draft is the gold text.
+_counted: dict[tuple[Any, ...], int] = {}
+
+
+def _what_decides(objective: DraftRepair, batch: Batch) -> tuple[Any, ...]:
+    """All that decides the FLOPs of a pass over one window, but for its chunk: layers and which
+    weights train, and what the configs say of the way through them."""
+    wrapper = objective.wrapper
+    base = wrapper.base.config
+    weights = [(p.shape, p.dtype, p.device.type, p.requires_grad) for p in objective.parameters()]
+    config = {**base.to_dict(), "_name_or_path": None}
+    ways = (base._attn_implementation, base._experts_implementation, objective.recompute)
+    masked = batch.mask is not None
+    return (repr(objective), *weights, repr(config), repr(wrapper.config), *ways, masked)
+
 
 def cumulative_training_flops(objective: DraftRepair, batch: Batch, num_steps: int) -> list[int]:
     """FLOPs after each of `num_steps` optimizer steps, forward and backward.
 
     Steps differ only in the length of the prefix before their chunk and in whether the draft is
-    the gold text; each kind is run and counted once, on one window, since every counted product is
-    as large as the batch.
+    the gold text; each kind is run and counted once in a process, on one window, since every
+    counted product is as large as the batch.
 
     Args:
         batch: This process's share of a batch as in training.
     """
-    per_kind: dict[tuple[int, bool], int] = {}
+    decides = _what_decides(objective, batch)
     total, cumulative = 0, []
     for step in range(num_steps):
         drawn = objective.draw(batch, step)
-        kind = (drawn.start, drawn.clean)
-        if kind not in per_kind:
-            per_kind[kind] = count_flops(
+        kind = (*decides, drawn.start, drawn.clean)
+        if kind not in _counted:
+            _counted[kind] = count_flops(
                 lambda s=step: objective(batch.first_row(), s)[0].backward()
             )
-        total += per_kind[kind] * len(batch) * distributed.num_processes()
+        total += _counted[kind] * len(batch) * distributed.num_processes()
         cumulative.append(total)
     objective.zero_grad(set_to_none=True)
     return cumulative

@@ -234,9 +234,10 @@ def chunk_losses(
     * ponder: expected number of inner steps when each step t < K stops with p_commit_t; in 1..K.
     * stability: KL(step t-1 || step t) on committed targets, the earlier step without gradient.
 
-    Where positions stop on their own (`halting: expected`), final is the cross-entropy that is
-    expected when each target stops at step t with the head's probability, and at K with what is
-    left. It supervises every step: masked is that of step 0 alone, and halt and len are 0.
+    Where positions stop on their own, each target stops at step t with the head's probability,
+    and at K with what is left. Final is then the expected cross-entropy (`halting: expected`), or
+    that of the target's expected probability (`marginal`). It supervises every step: masked is
+    that of step 0 alone, and halt and len are 0.
 
     With K = 1 there is no earlier step to train, and masked, halt and stability are 0 unless the
     base trains. With K = 0 the loss is the base's own, and the others are 0. With `recompute` the
@@ -281,6 +282,8 @@ def chunk_losses(
     ponder = zero + 1
     if stopped:
         ce, num_taken = _expected(stopped)
+        if config.halting == "marginal":
+            ce = _marginal(stopped)
         ponder = _counted_mean(num_taken, draft)
     elif boundary is not None:
         _, log_length = boundary.scores(chunk.h_top.detach())
@@ -314,6 +317,17 @@ def _expected(steps: list[tuple[Halting, Tensor]]) -> tuple[Tensor, Tensor]:
         expected = expected + (running - halting.running) * ce
         running = halting.running
     return expected + running * steps[-1][1], num_taken + running
+
+
+def _marginal(steps: list[tuple[Halting, Tensor]]) -> Tensor:
+    """Of steps 1..K with their cross-entropies [B, W]: -log of the target's expected probability,
+    [B, W]. A step at which the target is improbable weighs less in its gradient."""
+    log_running, log_joint = torch.zeros_like(steps[0][1]), []
+    for halting, ce in steps[:-1]:
+        log_joint.append(log_running + F.logsigmoid(halting.logit) - ce)
+        log_running = log_running + F.logsigmoid(-halting.logit)
+    log_joint.append(log_running - steps[-1][1])
+    return -torch.stack(log_joint).logsumexp(0)
 
 
 def _counted_mean(values: Tensor, draft: Draft) -> Tensor:

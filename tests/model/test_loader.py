@@ -215,6 +215,18 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path):
         save_sidecar(ChunkRefineWrapper(make_base("llama"), RecursiveConfig()), tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["kimi", "gpt2"])
+def test_weights_that_a_base_lacks_are_not_drawn_at_random(tmp_path, kind):
+    make_base(kind).save_pretrained(tmp_path)
+    load_base(tmp_path)  # tied weights are not missing
+    file = tmp_path / "model.safetensors"
+    tensors, _ = read_safetensors(file)
+    name = min(name for name in tensors if "norm" in name or "ln_" in name)
+    save_file({k: v for k, v in tensors.items() if k != name}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"decoder: the checkpoint has no \S*(norm|ln_)\S*$"):
+        load_base(tmp_path)
+
+
 @torch.no_grad()
 def test_a_bf16_base_keeps_its_dtype_and_parity(tmp_path, base):
     base.to(torch.bfloat16)

@@ -25,11 +25,11 @@ from kimi_recursive.model.sidecar import SIDECAR_NAME, Sidecar, save_sidecar
 
 ROOT = Path(__file__).parents[2]
 
-ORDERS = {
-    "ours first": "import kimi_recursive; from transformers import AutoModelForCausalLM as A",
-    "ours last": "from transformers import AutoModelForCausalLM as A; import kimi_recursive",
-    "ours between": "import transformers, kimi_recursive; A = transformers.AutoModelForCausalLM",
-}
+ORDERS = [
+    "import kimi_recursive; from transformers import AutoModelForCausalLM as A",
+    "from transformers import AutoModelForCausalLM as A; import kimi_recursive",
+    "import transformers, kimi_recursive; A = transformers.AutoModelForCausalLM",
+]
 
 
 @pytest.fixture
@@ -37,11 +37,20 @@ def native(model_dir) -> KimiRecursiveForCausalLM:
     return AutoModelForCausalLM.from_pretrained(model_dir / "sidecar")
 
 
-@pytest.mark.parametrize("order", list(ORDERS))
-def test_importing_the_package_is_enough_in_any_order(order, model_dir):
-    script = f"{ORDERS[order]}\nprint(type(A.from_pretrained({str(model_dir / 'sidecar')!r})))"
+@pytest.mark.long
+def test_importing_the_package_is_enough_in_any_order(model_dir):
+    script = f"""
+import os, sys, torch
+for order in {ORDERS}:
+    assert "transformers" not in sys.modules and "kimi_recursive" not in sys.modules
+    if not os.fork():
+        exec(order)
+        print(type(A.from_pretrained({str(model_dir / "sidecar")!r})).__name__, flush=True)
+        os._exit(0)
+    os.wait()
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert "KimiRecursiveForCausalLM" in done.stdout, done.stderr
+    assert done.stdout.split() == ["KimiRecursiveForCausalLM"] * len(ORDERS), done.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy():

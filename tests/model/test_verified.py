@@ -29,7 +29,7 @@ def by_modules(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "seed"),
     [("kimi", seed) for seed in range(8)]
-    + [(kind, seed) for kind in CONFIGS if kind != "kimi" for seed in (1, 2, 3, 6)],
+    + [(kind, seed) for kind in CONFIGS if kind != "kimi" for seed in (1, 6)],
 )
 def test_verified_equals_token_by_token_decoding_of_the_refined_model(kind, seed):
     draw = random.Random(f"{kind} {seed}")
@@ -254,6 +254,7 @@ def small_vocabulary(feedback):
     return perturb(make_wrapper(base, **sizes, use_token_feedback=feedback), 0.3)
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("feedback", "options"),

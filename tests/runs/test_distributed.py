@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from unittest import mock
 
+import forks
 import polars as pl
 import pytest
 import torch
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from launched import fail, meet, wait_for_signal
 from models import make_base, make_wrapper, perturb, random_ids
 from project import TINY
-from runs import PHASE
+from runs import PHASE, train_into
 from safetensors.torch import load_file
 
 from kimi_recursive.data.windows import Window
@@ -28,41 +28,19 @@ from kimi_recursive.processes.signals import Interrupted
 
 ROOT = str(Path(__file__).parents[2])
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from kimi_recursive.training.phases import train_phase
-from kimi_recursive.training.settings import PhaseSettings
-from kimi_recursive.training.spec import PhaseSpec, RunFiles
 
-spec = json.loads(sys.argv[1])
-folder = Path(spec["folder"])
-train_phase(
-    PhaseSpec(spec["phase"], PhaseSettings.from_mapping(spec["settings"]), 0),
-    RunFiles(
-        spec["parent"], Path(spec["tokens"]), folder / "sidecar", folder / "logs.parquet",
-        folder / "summary.json", folder / "work",
-    ),
-)
-"""
+@pytest.fixture(autouse=True)
+def paths(monkeypatch):
+    """Where the processes of a launch, which are forks, find what they call."""
+    folders = (ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support")
+    monkeypatch.setenv("PYTHONPATH", ":".join(folders))
+    monkeypatch.setattr(sys, "executable", forks.python())
 
 
-def train(folder, surgery_dir, tokens_dir, num_processes, phase="a", parent=None, **changes):
-    spec = {
-        "folder": str(folder), "phase": phase, "parent": str(parent or surgery_dir),
-        "tokens": str(tokens_dir), "settings": {**PHASE, "own_draft_share": 0.7, **changes},
-    }  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    (folder / "run.py").write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command = [sys.executable, *(launch if num_processes > 1 else [])]
-    return subprocess.run(
-        [*command, str(folder / "run.py"), json.dumps(spec)],
-        env={**os.environ, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def train(folder: Path, surgery_dir: Path, tokens_dir: Path, processes: int = 1) -> None:
+    settings = {**PHASE, "own_draft_share": 0.7}
+    call = (folder, "a", settings, surgery_dir, tokens_dir)
+    distributed.launch(train_into, processes, *call)
 
 
 def near(one, other, tolerance=2e-5):
@@ -71,57 +49,44 @@ def near(one, other, tolerance=2e-5):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=tolerance)
-    logs = [pl.read_parquet(f / "logs.parquet").drop("tokens_per_second") for f in (one, other)]
+    logs = [
+        pl.read_parquet(f / "train_logs.parquet").drop("tokens_per_second") for f in (one, other)
+    ]
     assert logs[0].columns == logs[1].columns and logs[0]["step"].equals(logs[1]["step"])
     for name in logs[0].columns:
         x, y = (log[name].drop_nulls().to_numpy() for log in logs)
         assert x == pytest.approx(y, rel=1e-3, abs=1e-5), name
-    summaries = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
+    summaries = [json.loads((f / "train_summary.json").read_text()) for f in (one, other)]
     for key in ("training_flops", "training_tokens", "num_trainable_parameters", "best_step"):
         assert summaries[0][key] == summaries[1][key], key
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory, surgery_dir, tokens_dir):
-    folder = tmp_path_factory.mktemp("single")
-    done = train(folder, surgery_dir, tokens_dir, 1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+@pytest.fixture
+def single(tmp_path, surgery_dir, tokens_dir) -> Path:
+    train(tmp_path / "single", surgery_dir, tokens_dir)
+    return tmp_path / "single"
 
 
-@pytest.fixture(scope="module")
-def double(tmp_path_factory, surgery_dir, tokens_dir):
-    """The folder of the same run in two processes; with `said`, what they printed."""
-    folder = tmp_path_factory.mktemp("double")
-    done = train(folder, surgery_dir, tokens_dir, 2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "said").write_text(done.stderr)
-    return folder
-
-
-def test_two_processes_give_the_result_of_one_and_write_once(single, double):
+def test_two_processes_give_the_result_of_one_write_once_and_one_goes_on(
+    single, surgery_dir, tokens_dir, capfd
+):
+    double = single.parent / "double"
+    capfd.readouterr()
+    train(double, surgery_dir, tokens_dir, 2)
     near(single, double)
     names = [sorted(p.name for p in (f / "work").rglob("step_*")) for f in (single, double)]
     assert names[0] == names[1]
-    assert (double / "said").read_text().count("step 6: validation_loss_step_0") == 1
+    assert capfd.readouterr().err.count("step 6: validation_loss_step_0") == 1
     metadata = json.loads((double / "work/experiment_metadata.json").read_text())
     assert metadata["status"] == "completed"
-
-
-def test_a_run_goes_on_with_another_number_of_processes(single, double, surgery_dir, tokens_dir):
-    folder = double.parent / "resumed"
-    shutil.copytree(double, folder, symlinks=True)
-    last = folder / "work/checkpoints/step_000006"  # as if it had been stopped before the end
+    last = double / "work/checkpoints/step_000006"  # as if it had been stopped before the end
     shutil.rmtree(last)
-    done = train(folder, surgery_dir, tokens_dir, 1)
-    assert done.returncode == 0 and "resumed at step 4" in done.stderr, done.stderr[-3000:]
-    near(single, folder)
+    train(double, surgery_dir, tokens_dir)
+    assert "resumed at step 4" in capfd.readouterr().err
+    near(single, double)
 
 
-def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(
-        "PYTHONPATH", ":".join((ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support"))
-    )
+def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path):
     distributed.launch(meet, 2, str(tmp_path / "seen"))
     refused = "batch_size (3) must be a multiple of the 2 processes"
     assert (tmp_path / "seen.True").read_text() == f"2 {slice(0, 2)} {refused}"
@@ -134,10 +99,7 @@ def test_launch_calls_in_every_process_and_brings_the_error_back(tmp_path, monke
         distributed.launch(fail, 1, "here")
 
 
-def test_launch_passes_a_signal_on_and_says_that_the_processes_stopped(tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "PYTHONPATH", ":".join((ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support"))
-    )
+def test_launch_passes_a_signal_on_and_says_that_the_processes_stopped(tmp_path):
     ready = [tmp_path / "ready.True", tmp_path / "ready.False"]
 
     def send() -> None:
@@ -177,10 +139,7 @@ def score(path: str, num_windows: list[int]) -> None:
     Path(f"{path}.{distributed.is_main()}").write_text(json.dumps(found))
 
 
-def test_each_process_validates_on_its_share_of_the_windows(tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "PYTHONPATH", ":".join((ROOT, f"{ROOT}/tests/runs", f"{ROOT}/tests/support"))
-    )
+def test_each_process_validates_on_its_share_of_the_windows(tmp_path):
     distributed.launch(score, 1, str(tmp_path / "one"), [5, 1])
     distributed.launch(score, 2, str(tmp_path / "two"), [5, 1])
     files = ("one.True", "two.True", "two.False")
@@ -199,7 +158,8 @@ def test_the_workflow_trains_with_as_many_processes_as_the_config_says(copy):
     shutil.rmtree(run / "published")
     copy.write({**TINY, "resources": {"gpus_per_run": 2}})
     assert copy.planned("all") == ["report", "summarize"]  # which show the config
-    done = copy.snakemake("--force", "results/runs/single_pass_a_s0/train_summary.json")
+    target = "results/runs/single_pass_a_s0/train_summary.json"
+    done = copy.snakemake("--force", target, **{forks.ALL: "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     after = load_file(run / "sidecar/sidecar.safetensors")
     for name in before:

@@ -304,11 +304,11 @@ def test_a_repetition_penalty_in_the_generation_config_does_not_make_another_bas
     path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 5.0}))
     plain, tokenizer, _ = load_model_with_config(stages / "base")
     penalised, _, _ = load_model_with_config(tmp_path / "base")
-    prompts = [f"w{i} w{i} w{2 * i}" for i in range(1, 9)]
+    prompts = [f"w{i} w{i} w{2 * i}" for i in range(1, 5)]
     ids = torch.tensor([tokenizer.encode(prompt) for prompt in prompts])
-    by_default = [m.base.generate(ids, max_new_tokens=60).tolist() for m in (plain, penalised)]
+    by_default = [m.base.generate(ids, max_new_tokens=24).tolist() for m in (plain, penalised)]
     assert by_default[0] != by_default[1], "the penalty would show"
-    samples = [generate_samples(m, tokenizer, prompts, 60)[0] for m in (plain, penalised)]
+    samples = [generate_samples(m, tokenizer, prompts, 24)[0] for m in (plain, penalised)]
     assert samples[0] == samples[1]
 
 

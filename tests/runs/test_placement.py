@@ -276,7 +276,7 @@ def test_all_phases_run_over_two_devices(kind):
             base(torch.zeros(2, 8, dtype=torch.long, device="cpu:1"))
         install_fast_kda(base)
         dispatch_model(base, devices)
-        wrapper = make_wrapper(base)
+        wrapper = make_wrapper(base, max_inner_steps=2)
         cells = {execution_device(cell) for cell in wrapper.refine_cells}
         assert cells == {torch.device("cpu:1"), torch.device("cpu:2")}
         windows = torch.zeros(2, 17, dtype=torch.long, device=wrapper.device)

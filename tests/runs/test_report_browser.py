@@ -76,7 +76,7 @@ def report(request, tmp_path_factory) -> Path:
     return folder / "report.html"
 
 
-@pytest.fixture(params=WIDTHS)
+@pytest.fixture(scope="module", params=WIDTHS)
 def page(request, browser, report):
     """The page with every `<details>` open; what it asked for and complained about beside it."""
     page = browser.new_page(viewport={"width": request.param, "height": 900})

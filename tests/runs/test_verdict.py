@@ -1,12 +1,13 @@
 """Control arms: what makes them comparable, their FLOPs, their figure, and the repeated run."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from models import make_base, make_wrapper, perturb, random_ids
+from models import CONFIGS, make_base, make_wrapper, perturb, random_ids
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from kimi_recursive.model.cells import RefineCell
 from kimi_recursive.report.answers import repeat_lines
 from kimi_recursive.report.figures import plot_perplexity_by_step
 from kimi_recursive.report.summary import _read_repeat
+from kimi_recursive.training import budget
 from kimi_recursive.training.arms import ARMS
 from kimi_recursive.training.batches import Batch
 from kimi_recursive.training.budget import cumulative_training_flops, steps_for_flops
@@ -128,6 +130,31 @@ def test_training_flops_add_up_over_the_steps_that_are_taken():
     ]
     assert np.diff([0, *cumulative]).tolist() == one_by_one
     assert len(set(one_by_one)) > 1, "chunks after longer prefixes cost more"
+
+
+def test_training_flops_are_counted_once_for_what_costs_the_same(monkeypatch):
+    """The other objectives differ in one thing that decides them."""
+    calls = []
+    monkeypatch.setattr(budget, "count_flops", lambda call: calls.append(call) or len(calls))
+    monkeypatch.setattr(budget, "_counted", {})
+    batch = Batch.of_windows(random_ids(2, 33))
+
+    def flops(rows=batch, trains=(), num_active=2, **changes) -> int:
+        config = CONFIGS["kimi"]()
+        config.num_experts_per_tok = num_active
+        base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        for name in trains:
+            base.get_parameter(name).requires_grad_(True)
+        objective = DraftRepair(make_wrapper(base, **changes), 5, 0.5, seed=2)
+        return cumulative_training_flops(objective, rows, 1)[0]
+
+    masked = replace(batch, mask=torch.ones(2, 32, dtype=torch.bool))
+    assert [flops() for _ in range(2)] == [2, 2], "two rows"
+    others = [
+        flops(num_active=1), flops(trains=["lm_head.weight"]), flops(max_inner_steps=2),
+        flops(rows=masked),
+    ]  # fmt: skip
+    assert others == [4, 6, 8, 10]
 
 
 def test_the_flops_matched_arm_gets_the_steps_that_come_nearest():

@@ -1,29 +1,19 @@
 """A project of a user, tiny: the workflow with text and config of its own."""
 
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from functools import cache
 from pathlib import Path
 
+import forks
 import yaml
 
 from kimi_recursive.processes import prefork
 
 ROOT = Path(__file__).parents[2]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
-# Snakemake runs in forks of a process that has imported it, which takes longer than a dry run.
-# Polars is not among the modules, as its threads do not survive a fork.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "snakemake.cli", "snakemake.report.html_reporter", "snakemake.script", "smart_open",
-    "snakemake_executor_plugin_slurm", "jsonschema", "jsonschema_rs", "pandas", "pyarrow",
-])  # fmt: skip
 EXPECTED = [
     "prepare_corpus", "train_tokenizer", "tokenize_corpus", "train_base", "insert_cells",
     "evaluate", "compare_zero_init", "train_phase", "compare_repeat", "plot_perplexity_by_step",
@@ -97,8 +87,9 @@ class Project:
     def write(self, config: dict) -> None:
         (self.folder / "tiny.yaml").write_text(yaml.safe_dump(config))
 
-    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
-        return snakemake(self.folder, "--configfile", "tiny.yaml", "--cores", "2", *arguments)
+    def snakemake(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        given = ("--configfile", "tiny.yaml", "--cores", "2", *arguments)
+        return snakemake(self.folder, *given, **environment)
 
     def planned(self, *arguments: str) -> list[str]:
         """Names of the rules that a dry run would run, without `all`."""
@@ -111,40 +102,24 @@ class Project:
         return self.folder / name
 
 
-def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """What `python -m snakemake` does in a folder."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
-    if "--dry-run" not in arguments:
-        environment |= shared_prefork()
-    with tempfile.TemporaryDirectory() as scratch:
-        process = FORKS.Process(target=_snakemake, args=(arguments, folder, environment, scratch))
-        process.start()
-        process.join(timeout=1200)
-        if too_long := process.is_alive():
-            process.kill()
-        printed = [Path(scratch, name).read_text() for name in ("stdout", "stderr")]
-    assert not too_long, f"{arguments}: not done after 20 minutes\n{printed[1]}"
-    return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
+    return run_python(folder, "-m", "snakemake", *arguments, **environment)
 
 
-def _snakemake(
-    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], scratch: str
-) -> None:
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.path[:0] = [str(folder)]
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(scratch, name), os.O_WRONLY | os.O_CREAT), stream)
-    from snakemake.cli import main
+def run_python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """What `python ARGUMENTS` does in the folder of a project, in forks (`forks.py`)."""
+    own = {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", **shared_prefork()}
+    return subprocess.run(
+        [forks.python(), *arguments],
+        cwd=folder,
+        env={**os.environ, **own, **environment},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
 
-    main(list(arguments))
 
-
-@cache
 def shared_prefork() -> dict[str, str]:
-    """The environment in which Snakemake runs scripts in forks of one process of all tests."""
-    program = Path(prefork.launch())
-    while not program.with_name("socket").exists():
-        time.sleep(0.05)
-    return {prefork.SWITCH: str(program)}
+    """The environment in which Snakemake runs scripts in forks of the one process of all tests."""
+    return {prefork.SWITCH: forks.python()}

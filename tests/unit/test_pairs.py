@@ -247,6 +247,29 @@ def test_facts_ask_seen_and_unseen_people(tmp_path):
     assert "raise num_entities" in error_of(make_task, small, tmp_path / "small")
 
 
+def test_facts_can_be_asked_for_by_their_number(tmp_path):
+    task = TaskSettings("facts", 64, [2, 3], 3, 1, 8, 0, asks_by_number=True)
+    counts = make_task(task, tmp_path / "task")
+    assert counts == {"pretrain": 64 + 8, "train": 2 * 32, "validation": 2 * 8, "test": 2 * 3 * 8}
+    records = {split: read(path) for split, path in task_files(tmp_path / "task").items()}
+    counting = [r for r in records["pretrain"] if r["group"] == "counting"]
+    assert {r["prompt"] + r["completion"] for r in counting} == {
+        "one two three four", "two three four", "three four",
+    }  # fmt: skip
+    facts = [r for r in records["pretrain"] if r not in counting]
+    assert all(r["prompt"].startswith("Who is one above ") for r in facts)
+    taught = {r["prompt"].split()[-1]: r["completion"].strip() for r in facts}
+    for record in records["train"] + records["test"]:
+        person, hops = record["prompt"].split()[-1], Group.parse(record["group"]).hops
+        said = ["one", " ".join(["two"] * 5), " ".join(["three"] * 5)][hops - 1]
+        assert record["prompt"] == f"Who is {said} above {person}"
+        for _ in range(hops):
+            person = taught[person]
+        assert record["completion"] == f" {person}"
+    deep = TaskSettings("facts", 64, [2], 10, 1, 8, 0, asks_by_number=True)
+    assert "at most 9 with asks_by_number, got 10" in error_of(make_task, deep, tmp_path / "deep")
+
+
 def test_pointers_can_be_answered_from_the_prompt(tmp_path):
     make_task(TaskSettings("pointers", 5, [1, 2], 3, 7, 4, 0), tmp_path / "task")
     for record in read(tmp_path / "task/test.jsonl"):

@@ -29,10 +29,21 @@ def test_the_control_is_a_matrix_of_its_own_over_the_same_rules(tmp_path):
     assert {("unseen, 2 hops", 1), ("seen, 4 hops", 3)} <= groups
     assert not project.path("results/eval").exists()
     # The text matrix and its control redo nothing for each other.
-    project.write({**TINY, "composition": "control.yaml", "seeds": [3]})
+    edited = {**TINY, "composition": "control.yaml", "evaluation": {"max_new_tokens": 3}}
+    project.write(edited)
     assert not {"composition_train_phase", "composition_train_base"} & set(
         project.planned("results/composition/eval/finetuned_recursive_results.json")
     )
+    # The control has the seeds of the text matrix, unless its config has its own.
+    project.write({**edited, "seeds": [0, 3]})
+    more = project.planned("composition")
+    assert more.count("composition_train_base") == 0
+    seeds = "results/composition/eval/finetuned_recursive_s3_results.json"
+    assert "composition_train_phase" in project.planned(seeds)
+    project.path("control.yaml").write_text(yaml.safe_dump({**control, "seeds": [0]}))
+    assert project.snakemake("--dry-run", seeds).returncode != 0
+    project.path("control.yaml").write_text(yaml.safe_dump(control))
+    project.write(edited)
     control["training"]["a"]["lr"] = 2e-3
     project.path("control.yaml").write_text(yaml.safe_dump(control))
     again = project.planned("results/composition/eval/finetuned_recursive_results.json")

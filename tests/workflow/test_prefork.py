@@ -1,6 +1,7 @@
 """Scripts in forks of one process: as Python would run them, and gone when Python would be gone."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
+import forks
 import pytest
-from project import ROOT, SNAKEMAKE, shared_prefork
+from project import ROOT
 
 from kimi_recursive.matrix import job
 from kimi_recursive.processes import prefork
@@ -26,8 +27,14 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def program() -> str:
-    return shared_prefork()[prefork.SWITCH]
+def program(tmp_path_factory) -> Path:
+    """The program that Snakemake gets, with the process of the tests to fork."""
+    path = tmp_path_factory.mktemp("program") / "python"
+    address = str(forks.socket(forks.python()))
+    values = {"python": sys.executable, "address": address, "signals": prefork.FORWARDED}
+    path.write_text(prefork.PROGRAM.format(**values))
+    path.chmod(0o700)
+    return path
 
 
 def script(folder: Path, text: str) -> Path:
@@ -117,9 +124,13 @@ def test_a_script_is_killed_with_the_program_and_with_what_watches_it(program, t
 def test_ctrl_c_stops_a_script_whose_process_started_the_forks(tmp_path):
     """SIGINT for the whole group, as a terminal sends it."""
     path = script(tmp_path, LOOP.format(handler=""))
+    server = tmp_path / "prefork.py"  # that imports little
+    whole = Path(prefork.__file__).read_text()
+    server.write_text(re.sub(r"(PRELOADED = )\(.*?\n\)", r'\1("yaml",)', whole, flags=re.DOTALL))
     code = f"""
 import os, subprocess, sys, time
 from kimi_recursive.processes import prefork
+prefork.__file__ = {str(server)!r}
 program = prefork.launch()
 while not os.path.exists(os.path.join(os.path.dirname(program), "socket")):
     time.sleep(0.05)
@@ -143,16 +154,14 @@ while True:
 def test_snakemake_uses_it_for_what_it_trains_and_not_for_a_summary_alone(copy, tmp_path):
     asked = tmp_path / "asked"
     recorder = tmp_path / "python"
-    recorder.write_text(f'#!/bin/sh\necho "$1" >> {asked}\nexec {sys.executable} "$@"\n')
+    recorder.write_text(f'#!/bin/sh\necho "$1" >> {asked}\nexec {forks.python()} "$@"\n')
     recorder.chmod(0o700)
     shutil.rmtree(copy.path("results/tokenizer"))
-    with mock.patch.dict(os.environ, {prefork.SWITCH: str(recorder)}):
-        for targets, expected in ((["summarize"], 0), (["--", "results/tokenizer"], 1)):
-            command = [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "1", *targets]
-            environment = {**os.environ, "PYTHONPATH": str(copy.folder)}
-            subprocess.run(command, cwd=copy.folder, env=environment, check=True)
-            scripts = asked.read_text().splitlines() if asked.exists() else []
-            assert len(scripts) == expected
+    for targets, expected in ((["summarize"], 0), (["--", "results/tokenizer"], 1)):
+        done = copy.snakemake(*targets, **{prefork.SWITCH: str(recorder)})
+        assert done.returncode == 0, done.stderr[-3000:]
+        scripts = asked.read_text().splitlines() if asked.exists() else []
+        assert len(scripts) == expected
 
 
 def test_a_job_with_more_threads_leaves_the_fork(monkeypatch):

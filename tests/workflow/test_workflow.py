@@ -1,5 +1,6 @@
 """The DAG, run for real at a tiny size: what runs, what reruns, what a user's mistake says."""
 
+import contextlib
 import csv
 import json
 import os
@@ -27,6 +28,7 @@ from project import (
     TINY,
     VANILLA,
     Project,
+    shared_prefork,
 )  # fmt: skip
 from project import snakemake as run_snakemake
 from runs import same_run
@@ -179,7 +181,7 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
     """Snakemake and its training are killed while a checkpoint is written, and at a random time
     after the rerun's first; `--unlock` and another rerun end in the same files."""
     longer = json.loads(json.dumps(ONLY_A))
-    longer["training"]["a"] |= {"num_steps": 40, "eval_interval": 20, "save_interval": 5}
+    longer["training"]["a"] |= {"num_steps": 30, "eval_interval": 30, "save_interval": 5}
     copy.write(longer)
     run = copy.path("results/runs/recursive_a_s0")
     target = "results/runs/recursive_a_s0/train_summary.json"
@@ -196,14 +198,14 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
         killed = subprocess.Popen(
             [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", target],
             cwd=copy.folder,
-            env={**os.environ, "PYTHONPATH": str(copy.folder)},
+            env={**os.environ, "PYTHONPATH": str(copy.folder), **shared_prefork()},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         wait_for(lambda before=before: checkpoints() - before)
         if moment == "random":
-            time.sleep(random.random() / 2)
+            time.sleep(random.random() / 4)
         else:
             wait_for(lambda: list(run.glob("work/checkpoints/.step_*.tmp")))
         os.killpg(killed.pid, signal.SIGKILL)
@@ -217,7 +219,8 @@ def test_sigkill_of_everything_changes_no_artefact(copy):
 
 
 def test_ctrl_c_says_how_to_go_on(copy):
-    """What a terminal does: SIGINT for Snakemake and for its jobs."""
+    """What a terminal does: SIGINT for Snakemake and for its jobs, which are in a group of their
+    own here (`forks.py`)."""
     longer = json.loads(json.dumps(ONLY_A))
     longer["training"]["a"] |= {"num_steps": 400, "eval_interval": 200, "save_interval": 5}
     copy.write(longer)
@@ -226,18 +229,31 @@ def test_ctrl_c_says_how_to_go_on(copy):
     process = subprocess.Popen(
         [*SNAKEMAKE, "--configfile", "tiny.yaml", "--cores", "2", "--", target],
         cwd=copy.folder,
-        env={**os.environ, "PYTHONPATH": str(copy.folder)},
+        env={**os.environ, "PYTHONPATH": str(copy.folder), **shared_prefork()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     wait_for(lambda: list(run.glob("work/checkpoints/step_*5")))
+    jobs = [pid for pid in working_in(copy.folder) if os.getpgid(pid) != process.pid]
+    assert len(jobs) == 1
+    os.kill(jobs[0], signal.SIGINT)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in said
     assert "interrupted; the same command goes on where it was" in said
     assert not (run / "train_summary.json").exists() and list(run.glob("work/checkpoints/step_*"))
+
+
+def working_in(folder: Path) -> list[int]:
+    """The processes whose folder this is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (process / "cwd").resolve(strict=True) == folder.resolve():
+                found.append(int(process.name))
+    return found
 
 
 def wait_for(condition: Callable[[], object]) -> None:
