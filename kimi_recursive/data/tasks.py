@@ -5,8 +5,8 @@ each person, and of the *seen* half also questions such as "Who taught who taugh
 step by step: first Ada's teacher, then the teacher's. The other splits want the last answer at
 once. `train` asks about seen people; those of `validation` and the *unseen* ones of `test` are in
 no question of more than one fact. With `asks_by_number` a question says how many facts it asks for
-("Who is two two two two two above Ada"), and `pretrain` has questions of one fact only, and lines that
-count: so a frozen base does not learn to ignore the numbers.
+("Who is two two two two two above Ada"), and `pretrain` has questions of one fact only, and lines
+that count: so a frozen base does not learn to ignore the numbers.
 
 `pointers`, in context: the prompt tells who passes the ball to whom, and asks who has it after so
 many passes.
