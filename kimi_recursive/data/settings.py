@@ -21,9 +21,9 @@ class TaskSettings:
         num_pairs: Questions of `train` (`pointers`; `facts` has one for each seen person).
         num_test: Questions of `test` for each number of hops, seen and unseen alike.
         seed: Decides facts, names and splits.
-        asks_by_number: Whether a question of `facts` says its number of facts, five times over
-            ("Who is two two two two two above Ada"); otherwise it says the relation so many times
-            ("Who taught who taught Ada").
+        asks_by_number: Whether a question of `facts` says its number of facts, eight times over
+            ("Who is two ... two above Ada"); otherwise it says the relation so many times ("Who
+            taught who taught Ada").
     """
 
     kind: str

@@ -5,8 +5,8 @@ each person, and of the *seen* half also questions such as "Who taught who taugh
 step by step: first Ada's teacher, then the teacher's. The other splits want the last answer at
 once. `train` asks about seen people; those of `validation` and the *unseen* ones of `test` are in
 no question of more than one fact. With `asks_by_number` a question says how many facts it asks for
-("Who is two two two two two above Ada"), and `pretrain` has questions of one fact only, and lines
-that count: so a frozen base does not learn to ignore the numbers.
+("Who is two ... two above Ada", with the number eight times), and `pretrain` has questions of one
+fact only, and lines that count: so a frozen base does not learn to ignore the numbers.
 
 `pointers`, in context: the prompt tells who passes the ball to whom, and asks who has it after so
 many passes.
@@ -26,7 +26,7 @@ from kimi_recursive.data.settings import PRETRAIN, TaskSettings
 from kimi_recursive.files import publishing
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
-TIMES_SAID = 5  # a number, in a question that asks for so many facts
+TIMES_SAID = 8  # a number, in a question that asks for so many facts
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SYLLABLES = [c + v for c in CONSONANTS for v in VOWELS]
 

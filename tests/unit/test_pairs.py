@@ -261,7 +261,7 @@ def test_facts_can_be_asked_for_by_their_number(tmp_path):
     taught = {r["prompt"].split()[-1]: r["completion"].strip() for r in facts}
     for record in records["train"] + records["test"]:
         person, hops = record["prompt"].split()[-1], Group.parse(record["group"]).hops
-        said = ["one", " ".join(["two"] * 5), " ".join(["three"] * 5)][hops - 1]
+        said = ["one", " ".join(["two"] * 8), " ".join(["three"] * 8)][hops - 1]
         assert record["prompt"] == f"Who is {said} above {person}"
         for _ in range(hops):
             person = taught[person]
