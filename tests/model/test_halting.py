@@ -243,7 +243,7 @@ def test_learned_commits_are_refused():
     errors = RecursiveConfig(halting="expected", commit="learned").validate()
     assert errors == ["commit must be verified with halting 'expected', got 'learned'"]
     assert RecursiveConfig(halting="soon").validate() == [
-        "halting must be one of threshold, expected, got 'soon'"
+        "halting must be one of threshold, expected, marginal, got 'soon'"
     ]
     with pytest.raises(ValueError, match="commit='learned' needs a model with halting 'threshold'"):
         make().generate_chunks(random_ids(1, 3), commit="learned")

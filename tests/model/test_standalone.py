@@ -56,12 +56,11 @@ def dependencies() -> set[str]:
 def test_a_sidecar_generates_without_the_other_dependencies_and_lora_names_its_extra(tmp_path):
     """A model of phase a, then one of phase b, in a Python without what the extras bring."""
     bases, ids = [make_base("kimi"), make_base("llama")], random_ids(2, 5)
-    wrapper = perturb(make_wrapper(bases[0]))
     folders = [tmp_path / "plain", tmp_path / "with_lora"]
-    for folder, base, model, phase in zip(
-        folders, bases, (wrapper, adapted(bases[1])), "ab", strict=True
-    ):
+    for folder, base in zip(folders, bases, strict=True):
         base.save_pretrained(folder / "base")
+    wrapper = perturb(make_wrapper(bases[0]))
+    for folder, model, phase in zip(folders, (wrapper, adapted(bases[1])), "ab", strict=True):
         save_sidecar(model, folder / "sidecar", folder / "base", phase)
     extras = dependencies()
     assert extras >= {"polars", "accelerate", "peft", "snakemake", "yaml"}

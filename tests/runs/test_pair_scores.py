@@ -45,7 +45,7 @@ def pairs(prompts: torch.Tensor, completions: torch.Tensor, groups: list[str]) -
 def test_a_completion_is_exact_where_greedy_generation_gives_it(options):
     wrapper = perturb(make_wrapper(make_base("kimi"), max_inner_steps=2, **options))
     prompts = random_ids(4, 5)
-    generated = wrapper.generate_chunks(prompts, max_new_tokens=11, eos_token_id=None)
+    generated = wrapper.generate_chunks(prompts, max_new_tokens=11, eos_token_id=[])
     answers = generated[:, 5:].clone()
     assert answers.shape[1] == 11 > wrapper.config.chunk_width, "over the border of a chunk"
     answers[3, 9] = (answers[3, 9] + 1) % 97
@@ -57,7 +57,7 @@ def test_a_completion_is_exact_where_greedy_generation_gives_it(options):
     assert rows["a", 2]["num_pairs"] == 2
     low, high = rows["b", 2]["exact_match_interval"]
     assert 0 < low < 0.5 < high < 1
-    shallow = wrapper.generate_chunks(prompts, max_new_tokens=11, eos_token_id=None, num_steps=1)
+    shallow = wrapper.generate_chunks(prompts, max_new_tokens=11, eos_token_id=[], num_steps=1)
     same = (shallow[:, 5:] == answers).all(1)
     assert rows["a", 1]["exact_match"] == same[:2].float().mean()
     assert documents["num_tokens"].to_list() == [11] * 12
