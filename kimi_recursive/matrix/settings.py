@@ -255,12 +255,12 @@ def composition_config(config: Mapping[str, Any], defaults: str | Path) -> dict[
         return None
     try:
         found = read_config([defaults, path])
-        seeds = {"seeds": config["seeds"]} | read_yaml_mapping(path)
+        seeds = read_yaml_mapping(path).get("seeds", config["seeds"])
     except ValueError as error:
         lines = str(error).splitlines()
         raise ValueError("\n".join(f"composition: {path}: {line}" for line in lines)) from None
     folder = str(Layout(Path(config["results_dir"])).composition)
-    return found | {"results_dir": folder, "composition": None, "seeds": seeds["seeds"]}
+    return found | {"results_dir": folder, "composition": None, "seeds": seeds}
 
 
 def _not_finite(node: Any, where: str = "") -> Iterator[tuple[str, float]]:

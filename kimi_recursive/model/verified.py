@@ -233,10 +233,11 @@ def draft(
     origin, mask = rows.base, rows.mask(limit)
     cache, feed, guesses = record(origin), rows.last, rows.guesses
     inputs, tokens, tops, kept, proposals = [], [], [], [], []
+    said: list[int] = []  # the tokens, where there are guesses
     lookahead.start(len(feed))
     going = True
     while going:
-        guess = [] if guesses is None else guesses.next([int(token) for token in tokens])
+        guess = [] if guesses is None else guesses.next(said)
         guess = guess[: limit - len(tokens) - 1]
         read = torch.cat([feed, feed.new_tensor([guess])], 1) if guess else feed
         num_read = read.shape[1]
@@ -253,8 +254,10 @@ def draft(
                 proposals.append(sampling.probabilities(now))
                 feed = sampling.draw(proposals[-1][:, -1])[:, None]
             tokens.append(feed)
+            if guesses is not None:
+                said.append(int(feed))
             going = lookahead.go_on(now[:, -1]) and len(tokens) < limit
-            if not going or i == len(guess) or int(feed) != guess[i]:
+            if not going or i == len(guess) or said[-1] != guess[i]:
                 unread(cache, len(guess) - i)
                 if guesses is not None and guess:
                     guesses.learn(i)

@@ -23,15 +23,16 @@ _counted: dict[tuple[Any, ...], int] = {}
 
 
 def _what_decides(objective: DraftRepair, batch: Batch) -> tuple[Any, ...]:
-    """All that decides the FLOPs of a pass over one window, but for its chunk: layers and which
-    weights train, and what the configs say of the way through them."""
+    """All that decides the FLOPs of a pass over one window, but for where its chunk starts: layers
+    and which weights train, what the configs say of the way through them, and the window's length,
+    which may cut the chunk of a pair."""
     wrapper = objective.wrapper
     base = wrapper.base.config
     weights = [(p.shape, p.dtype, p.device.type, p.requires_grad) for p in objective.parameters()]
     config = {**base.to_dict(), "_name_or_path": None}
     ways = (base._attn_implementation, base._experts_implementation, objective.recompute)
-    masked = batch.mask is not None
-    return (repr(objective), *weights, repr(config), repr(wrapper.config), *ways, masked)
+    window = (batch.inputs.shape[1], batch.mask is not None)
+    return (repr(objective), *weights, repr(config), repr(wrapper.config), *ways, *window)
 
 
 def cumulative_training_flops(objective: DraftRepair, batch: Batch, num_steps: int) -> list[int]:

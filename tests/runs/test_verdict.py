@@ -148,13 +148,14 @@ def test_training_flops_are_counted_once_for_what_costs_the_same(monkeypatch):
         objective = DraftRepair(make_wrapper(base, **changes), 5, 0.5, seed=2)
         return cumulative_training_flops(objective, rows, 1)[0]
 
+    cut = replace(Batch.of_windows(random_ids(2, 29)), chunk_start=24)
     masked = replace(batch, mask=torch.ones(2, 32, dtype=torch.bool))
     assert [flops() for _ in range(2)] == [2, 2], "two rows"
     others = [
         flops(num_active=1), flops(trains=["lm_head.weight"]), flops(max_inner_steps=2),
-        flops(rows=masked),
+        flops(rows=masked), flops(rows=replace(batch, chunk_start=24)), flops(rows=cut),
     ]  # fmt: skip
-    assert others == [4, 6, 8, 10]
+    assert others == [4, 6, 8, 10, 12, 14]
 
 
 def test_the_flops_matched_arm_gets_the_steps_that_come_nearest():
