@@ -9,7 +9,7 @@ if CONFIG.corpus.task:
         conda:
             "../workflow/environment.yml"
         params:
-            task=asdict(CONFIG.corpus.task),
+            task=expected.params_make_task(CONFIG),
             numerics=NUMERICS_VERSION,
         script:
             "../workflow/scripts/make_task.py"

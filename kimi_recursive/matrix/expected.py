@@ -35,9 +35,19 @@ SENTENCE_KEYS = (
 # ---- what a rule depends on ----------------------------------------------------------------------
 
 
+def params_make_task(config: Config) -> dict[str, Any]:
+    """Of a config with `corpus.task`."""
+    assert config.corpus.task is not None
+    task = asdict(config.corpus.task)
+    if not task["asks_by_number"]:  # only where it is set: records of before do not have it
+        del task["asks_by_number"]
+    return task
+
+
 def params_prepare_corpus(config: Config) -> dict[str, Any]:
     """Of a task, `corpus.source` decides nothing."""
-    return asdict(config.corpus) | ({"source": None} if config.corpus.task else {})
+    task = {"source": None, "task": params_make_task(config)} if config.corpus.task else {}
+    return asdict(config.corpus) | task
 
 
 def params_train_base(config: Config) -> dict[str, Any]:

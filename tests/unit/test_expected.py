@@ -242,6 +242,22 @@ def test_a_record_without_its_origin_differs_and_a_new_parameter_had_its_default
     assert differ[:2] == ["tokenizer", "base.kind"]
 
 
+def test_a_task_from_before_it_could_ask_by_number_is_the_same_task():
+    task = {
+        "kind": "facts", "num_entities": 8, "train_hops": [2], "max_hops": 2, "num_pairs": 1,
+        "num_test": 1, "seed": 0,
+    }  # fmt: skip
+
+    def made_of(**changes):
+        config = edited("corpus.task", {**task, **changes})
+        made = expected.params_make_task(config)
+        assert expected.upstream(config)["corpus"]["task"] == made
+        return made
+
+    assert made_of() == made_of(asks_by_number=False) == task
+    assert made_of(asks_by_number=True) == {**task, "asks_by_number": True}
+
+
 # ---- the dataclasses and the schema -------------------------------------------------------------
 
 
