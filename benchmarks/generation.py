@@ -29,8 +29,6 @@ from kimi_recursive.data.tokens import load_tokens
 from kimi_recursive.kimi.short_passes import ShortPasses
 from kimi_recursive.model.cache import fork
 from kimi_recursive.model.generation import plain_generation
-from kimi_recursive.model.guesses import Guesses
-from kimi_recursive.model.passes import FewRows
 from kimi_recursive.model.verified import Lookahead
 from kimi_recursive.processes.logs import quiet_libraries
 
@@ -134,18 +132,13 @@ def ways_to_generate(
     def learned(ids: Tensor) -> Tensor:
         return wrapper.generate_chunks(ids, commit="learned", **options)
 
-    def without_guesses(ids: Tensor) -> Tensor:
-        with patch.object(Guesses, "next", lambda _self, _drafted: []):
-            return verified(ids)
-
     def one_a_round(ids: Tensor) -> Tensor:
         with patch.object(Lookahead, "go_on", lambda _self, _logits: False):
-            return without_guesses(ids)
+            return verified(ids)
 
     def by_modules(way: Way) -> Way:
         def slower(ids: Tensor) -> Tensor:
-            no = staticmethod(lambda _base: False)
-            with patch.object(ShortPasses, "serves", no), patch.object(FewRows, "serves", no):
+            with patch.object(ShortPasses, "serves", staticmethod(lambda _wrapper: False)):
                 return way(ids)
 
         return slower
@@ -162,9 +155,8 @@ def ways_to_generate(
         "base.generate": (base, False),
         "base, our loop": (our_loop, False),
         "refined, verified": (verified, False),
-        "refined, verified, transformers' modules": (by_modules(without_guesses), False),
+        "refined, verified, transformers' modules": (by_modules(verified), False),
         "refined, learned": (learned, False),
-        "refined, verified, without guesses": (without_guesses, False),
         "refined, a token a round": (one_a_round, False),
         "refined, a token a round, modules": (by_modules(one_a_round), False),
         "refined, by definition": (by_definition, False),

@@ -1,4 +1,4 @@
-"""Short passes on CPU against the passes of the modules."""
+"""Short passes of KimiLinear on CPU against the passes of its modules."""
 
 import pytest
 import torch
@@ -11,12 +11,7 @@ CLOSE = {"atol": 2e-4, "rtol": 2e-3}
 
 
 def wrappers():
-    """Each kind of short passes, and what may be in its way."""
     return {
-        "Llama": perturb(make_wrapper(make_base("llama"))),
-        "Qwen": perturb(make_wrapper(make_base("qwen"), layers_to_refine=[1])),
-        "GPT-2": perturb(make_wrapper(make_base("gpt2"))),
-        "Llama with LoRA": adapted(make_base("llama"), layers=[1]),
         "trained cells": perturb(make_wrapper(make_base("kimi"))),
         "two refined layers": perturb(make_wrapper(make_base("kimi"), layers_to_refine=[1, 3])),
         "LoRA and a whole layer": adapted(make_base("kimi"), layers=[1]),
@@ -43,7 +38,7 @@ def all_close(ours, theirs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("num_new", [1, 3, 5, MAX_TOKENS])
+@pytest.mark.parametrize("num_new", [1, 3, MAX_TOKENS])
 def test_a_short_pass_equals_the_pass_of_the_modules(wrapper, num_new, padded):
     ids, short = random_ids(2, 9 + num_new), wrapper.passes()
     mask = torch.ones_like(ids) if padded else None
@@ -62,23 +57,6 @@ def test_a_short_pass_equals_the_pass_of_the_modules(wrapper, num_new, padded):
             assert found.keys() == states.keys()
             all_close(found.values(), states.values())
     assert all(torch.equal(a, b) for a, b in zip(contents(prefix), before, strict=True))
-
-
-@torch.no_grad()
-def test_fast_products_read_the_present_weights_and_leave_no_trace():
-    for kind in ("llama", "gpt2"):
-        wrapper, ids = perturb(make_wrapper(make_base(kind))), random_ids(1, 9)
-        prefix, passes = wrapper.encode(ids[:, :6], wrapper.new_cache()), wrapper.passes()
-        before = passes.run(fork(prefix), None, input_ids=ids[:, 6:])[1]
-        wrapper.refine_cells[0].inp.weight.mul_(2)
-        wrapper.base.get_output_embeddings().weight.add_(1)
-        after = passes.run(fork(prefix), None, {}, input_ids=ids[:, 6:])
-        all_close(after, wrapper.run_base(fork(prefix), None, {}, input_ids=ids[:, 6:]))
-        assert not torch.allclose(before, after[1])
-        assert not any("forward" in module.__dict__ for module in wrapper.modules())
-    assert make_wrapper(make_base("llama")).passes().run != wrapper.run_base
-    bfloat16 = make_wrapper(make_base("llama").bfloat16())
-    assert bfloat16.passes().run == bfloat16.run_base
 
 
 @torch.no_grad()
