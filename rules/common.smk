@@ -137,8 +137,11 @@ def composition_results():
 
 
 def print_summaries():
-    """The answers of whatever was asked for."""
-    asked = set(workflow.dag_settings.targets) or {"all"}
+    """The answers of whatever was asked for; none where `--until` or `--omit-from` cut the run."""
+    settings = workflow.dag_settings
+    if settings.until or settings.omit_from:
+        return
+    asked = set(settings.targets) or {"all"}
     if asked & {"all", "summarize"}:
         print(LAYOUT.text.read_text())
     if TRACK_B and asked & {"all", "track_b", "summarize_track_b"}:

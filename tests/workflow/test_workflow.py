@@ -297,6 +297,8 @@ def test_a_pretrained_directory_takes_the_place_of_the_base(copy):
     copy.write({**ONLY_A, "base": {"kind": "pretrained", "path": "mine"}})
     planned = set(EXPECTED) - {"train_tokenizer", "train_base", "compare_repeat"}
     assert copy.planned() == sorted([*planned, "fetch_base"])
+    part = copy.snakemake("--until", "fetch_base", "--", "all")
+    assert part.returncode == 0, "a run that was cut short has no summary to print"
     names = ("baseline", "finetuned_recursive")
     for target in ([f"results/eval/{name}_results.json" for name in names], ["summarize"]):
         done = copy.snakemake(*target)
