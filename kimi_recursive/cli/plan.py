@@ -39,7 +39,7 @@ def plan(
         False
     ),
 ) -> None:
-    """Estimate parameters, memory, GPUs, tokens per second and disk of every phase.
+    """Estimate parameters, memory, GPUs, tokens per second and disk of every phase and variant.
 
     The real code runs on tensors without storage, so no weights are needed. Memory counts tensors
     only: libraries, text and the allocator's reserve come on top. GPUs is how many hold the model
@@ -90,12 +90,18 @@ def plan_text(found: dict[str, Any], gpu_bytes: float, flops_per_second: float) 
         f"Memory of tensors. GPUs of {gpu_bytes / GIB:g} GiB, of which 90 % can be used. Tokens/s "
         f"at {flops_per_second / 1e12:g} TFLOP/s, an assumption."
     )
+    trainings = found["trainings"]
+    hours = trainings["flops"] / flops_per_second / 3600
+    total = (
+        f"All {trainings['num_trainings']} trainings (arms, phases, seeds, variants, repeat): at "
+        f"most {trainings['flops']:.3g} FLOPs, {hours:.3g} hours at that rate."
+    )
     caption = (
         f"base {_count(sizes['base'])} parameters in {found['dtype']}, "
         f"sidecar {_count(sizes['sidecar'])} in float32"
     )
     columns = [Column("", NAME), *(Column(heading, NUMBER) for heading in headings)]
-    tables = [Table(caption, columns, rows, [note])]
+    tables = [Table(caption, columns, rows, [note, total])]
     if "measured" in found:
         rows = [
             [
@@ -112,7 +118,10 @@ def plan_text(found: dict[str, Any], gpu_bytes: float, flops_per_second: float) 
 
 
 def _label(run: str) -> str:
-    return run if run == "evaluation" else f"phase {run}"
+    """`phase a of deep` for the run `a-deep`."""
+    name, _, variant = run.partition("-")
+    label = name if name == "evaluation" else f"phase {name}"
+    return f"{label} of {variant}" if variant else label
 
 
 def _count(number: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -24,8 +24,10 @@ from transformers.integrations import moe
 
 from kimi_recursive.evaluation.flops import FlopCounter, count_flops
 from kimi_recursive.evaluation.scores import check_lengths
+from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.kimi import kda, switch
 from kimi_recursive.kimi.switch import install_fast_kda
+from kimi_recursive.matrix.runs import all_trainings, settings_of
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.quantization import BYTES, quantized_weights
@@ -77,7 +79,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of all runs of the config's matrix, for the recursive arm.
+    """Sizes of all runs of the config's matrix and of its variants, for the recursive arm.
 
     Args:
         config: A valid config of the workflow. For a base on the Hub, only its `config.json` is
@@ -85,38 +87,76 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns: `num_parameters` of base and sidecar, `dtype`, and `runs`: for `evaluation` and each
         phase, the trainable parameters, the bytes of weights, optimizer, `peak` (activations and
-        gradients) and checkpoint, and the FLOPs and scored or trained tokens of one step.
+        gradients) and checkpoint, and the FLOPs and scored or trained tokens of one step. What a
+        variant has of its own is `<run>-<variant>`. `trainings`: how many the matrix has, and their
+        FLOPs if each cost what the recursive arm's does; none costs more.
 
     Raises:
         ValueError: the base's config cannot be read, or a phase or the evaluation does not fit the
             base.
     """
     base_config, dtype = base_shape(config)
-    runs = {}
+    settings, runs = Config.from_mapping(config), {}
     with _without_storage(dtype):
-        settings = Config.from_mapping(config)
-        overrides = {**settings.recursive_part(MODEL_KEYS), "recursive_enabled": True}
-        wrapper = _wrapper(base_config, dtype, overrides)
-        sizes = {
-            "base": sum(p.numel() for p in wrapper.base.parameters()),
-            "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
-        }
-        check_lengths(wrapper.base, settings.evaluation)
-        for phase in settings.phases:
-            context = settings.training[phase].context_length
-            check_windows(wrapper, context, f"training.{phase}.context_length")
-        saved, opened = _quantized(wrapper, config["base"].get("quantization"))
-        print("planning the evaluation", file=sys.stderr)
-        runs["evaluation"] = _evaluation(wrapper, config["evaluation"])
-        for phase in config["phases"]:
+        for variant in ("", *settings.variants):
+            own = [
+                phase
+                for phase in settings.phases
+                if settings.origins[variant, "recursive", phase] == variant
+            ]
+            wrapper = _wrapper(base_config, dtype, _recursive(settings.variant(variant)))
+            if not variant:
+                sizes = {
+                    "base": sum(p.numel() for p in wrapper.base.parameters()),
+                    "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
+                }
+            found = _runs(wrapper, settings.variant(variant), own)
+            runs |= {_run_name(name, variant): run for name, run in found.items()}
+    flops = [
+        settings_of(settings, run).num_steps
+        * runs[_run_name(run.phase, settings.origins[run.variant, "recursive", run.phase])]["flops"]
+        for run in all_trainings(settings).values()
+    ]
+    return {
+        "num_parameters": sizes,
+        "dtype": str(dtype).removeprefix("torch."),
+        "runs": runs,
+        "trainings": {"num_trainings": len(flops), "flops": sum(flops)},
+    }
+
+
+def _run_name(run: str, variant: str) -> str:
+    return f"{run}-{variant}" if variant else run
+
+
+def _recursive(settings: Config, phase: str | None = None) -> dict[str, Any]:
+    """The parameters of `RecursiveConfig` for evaluation or a phase."""
+    changed = settings.phase_overrides(phase) if phase else {}
+    return {**settings.recursive_part(MODEL_KEYS), "recursive_enabled": True, **changed}
+
+
+def _runs(
+    wrapper: ChunkRefineWrapper, settings: Config, own: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The evaluation, and the phases that are the config's own."""
+    check_lengths(wrapper.base, settings.evaluation)
+    for phase in settings.phases:
+        context = settings.training[phase].context_length
+        check_windows(wrapper, context, f"training.{phase}.context_length")
+    saved, opened = _quantized(wrapper, settings.base.quantization)
+    print("planning the evaluation", file=sys.stderr)
+    runs = {"evaluation": _evaluation(wrapper, settings.evaluation)}
+    for phase in settings.phases:
+        wrapper.config = RecursiveConfig.from_dict(_recursive(settings, phase))
+        if phase in own:
             print(f"planning phase {phase}", file=sys.stderr)
-            changed = settings.phase_overrides(phase)
-            wrapper.config = RecursiveConfig.from_dict({**overrides, **changed})
             runs[phase] = _training(wrapper, phase, settings.training[phase])
-        for run in runs.values():
-            run["weight_bytes"] -= saved
-            run["peak_bytes"] += opened
-    return {"num_parameters": sizes, "dtype": str(dtype).removeprefix("torch."), "runs": runs}
+        else:  # it leaves its adapter to the phases after it
+            parameter_groups(wrapper, phase, settings.training[phase], seed=0)
+    for run in runs.values():
+        run["weight_bytes"] -= saved
+        run["peak_bytes"] += opened
+    return runs
 
 
 def gpus_needed(run: Mapping[str, Any], gpu_bytes: float) -> int:
@@ -185,8 +225,8 @@ def _quantized(wrapper: ChunkRefineWrapper, bits: str | None) -> tuple[int, int]
     return _bytes(weights) - few, opened
 
 
-def _evaluation(wrapper: ChunkRefineWrapper, settings: Mapping[str, Any]) -> dict[str, Any]:
-    ids = torch.zeros(settings["batch_size"], settings["context_length"], dtype=torch.long)
+def _evaluation(wrapper: ChunkRefineWrapper, settings: EvaluationSettings) -> dict[str, Any]:
+    ids = torch.zeros(settings.batch_size, settings.context_length, dtype=torch.long)
     with torch.no_grad():
         facts = _measure(wrapper, lambda: wrapper(ids))
     return {**facts, "tokens": ids.numel(), "num_trainable": 0, "optimizer_bytes": 0,

@@ -16,6 +16,7 @@ from project import ROOT, TINY
 from kimi_recursive.cli.plan import plan_text
 from kimi_recursive.evaluation.flops import forward_flops_per_token
 from kimi_recursive.kimi.switch import install_fast_kda
+from kimi_recursive.matrix.runs import all_trainings, settings_of
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config, read_config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.loading import build_wrapper
@@ -82,6 +83,29 @@ def test_a_step_needs_what_was_planned(config, planned, phase):
         peaks.append(memory.peak)
     assert near(run["peak_bytes"], max(peaks))
     assert run["weight_bytes"] == sum(p.numel() * 4 for p in wrapper.parameters())
+
+
+def test_variants_are_planned_and_all_trainings_are_counted(config, planned):
+    """One variant differs from phase a on, the other from phase b on."""
+    deep, adapted = {"recursive": {"max_inner_steps": 4}}, {"training": {"b": {"num_steps": 9}}}
+    config = {**config, "phases": ["a", "b"], "seeds": [0, 1], "repeat": True}
+    found = plan({**config, "variants": {"deep": deep, "adapted": adapted}})
+    runs = found["runs"]
+    assert list(runs) == [
+        "evaluation", "a", "b", "evaluation-deep", "a-deep", "b-deep",
+        "evaluation-adapted", "b-adapted",
+    ]  # fmt: skip
+    assert runs["a"] == planned["runs"]["a"] and runs["b"] == planned["runs"]["b"]
+    assert runs["b-adapted"] == runs["b"], "of one step"
+    for name in ("evaluation", "a", "b"):
+        assert runs[f"{name}-deep"]["flops"] > 1.2 * runs[name]["flops"], "four inner steps"
+    typed = Config.from_mapping({**config, "variants": {"deep": deep, "adapted": adapted}})
+    cost = {name: run["flops"] for name, run in runs.items()}
+    expected = [
+        settings_of(typed, run).num_steps * cost["-".join(filter(None, (run.phase, run.variant)))]
+        for run in all_trainings(typed).values()
+    ]
+    assert found["trainings"] == {"num_trainings": len(expected), "flops": sum(expected)}
 
 
 @pytest.mark.parametrize(
@@ -238,8 +262,13 @@ def test_the_columns_of_a_plan_stand_apart():
         "num_trainable": 48_000_000_000, "weight_bytes": 2**40, "optimizer_bytes": 2**42,
         "peak_bytes": 2**41, "checkpoint_bytes": 2**43, "flops": 1e18, "tokens": 1e4,
     }  # fmt: skip
-    found = {"num_parameters": {"base": 1, "sidecar": 1}, "dtype": "float32", "runs": {"a": run}}
-    row = next(x for x in plan_text(found, 2**30, 1e18).splitlines() if "phase a" in x)
+    found = {
+        "num_parameters": {"base": 1, "sidecar": 1}, "dtype": "float32", "runs": {"a": run},
+        "trainings": {"num_trainings": 3, "flops": 7.2e21},
+    }  # fmt: skip
+    text = plan_text(found, 2**30, 1e18)
+    assert "3 trainings" in text and "at most 7.2e+21 FLOPs, 2 hours" in text
+    row = next(x for x in text.splitlines() if "phase a" in x)
     assert row.split()[2:] == [
         "48.00B", "1024.00", "4096.00", "2048.00", "7168.00", "7965", "1e+05", "10000", "8192.000",
     ]  # fmt: skip
