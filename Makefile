@@ -21,7 +21,7 @@ SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(C
 QUANTIZED := bitsandbytes torchao
 SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 
-.PHONY: all check test test-fast test-slow test-slurm mutants env lint dry-run summarize report unlock unlocked clean config
+.PHONY: all check test test-fast test-quantized test-slow test-slurm mutants env lint dry-run summarize report unlock unlocked clean config
 
 all: env config unlocked
 	$(SNAKEMAKE) all
@@ -33,10 +33,12 @@ check: env
 test-fast: env
 	$(BIN)/python -m pytest -q -m 'not slow and not long and not other_bases' tests/unit tests/model
 
+test: test-quantized
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/quantized
+
 # The libraries of quantised bases have a folder of their own: where one is installed, peft imports it
 # in every process.
-test: env $(VENV)/quantized/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/quantized
+test-quantized: env $(VENV)/quantized/.installed
 	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q tests/quantized
 
 $(VENV)/quantized/.installed: $(STAMP)
