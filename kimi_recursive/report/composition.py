@@ -88,7 +88,8 @@ def _exact(scores: pl.DataFrame, hops: int, arm: str, step: int | None = None) -
     mine = scores.filter(
         (pl.col("arm") == arm) & (pl.col("hops") == hops) & (pl.col("entities") == UNSEEN)
     )
-    mine = mine.filter(pl.col("step") == (mine["step"].max() if step is None else step))
+    if not mine.is_empty():
+        mine = mine.filter(pl.col("step") == (mine["step"].max() if step is None else step))
     mine = mine.sort("seed", "document_id")
     return mine["exact"].to_numpy().reshape(max(1, mine["seed"].n_unique()), -1)
 
@@ -106,11 +107,13 @@ def _answer(config: Config, scores: pl.DataFrame) -> dict[str, Any]:
         # As losses, of which the lower is the better: the share that is not answered.
         gain = other.astype(float) - mine.astype(float)
         difference = paired_bootstrap(gain, np.ones(mine.shape[1]))
+        # The spread over seeds is added from Student's t, which knows no bounds; a share has some.
+        low, high = max(-1.0, -difference.high), min(1.0, -difference.low)
         comparisons.append(
             {
                 "reference": reference,
                 "accuracy": float(other.mean()),
-                "difference": [-difference.mean, -difference.high, -difference.low],
+                "difference": [-difference.mean, low, high],
                 "verdict": difference.verdict,
             }
         )

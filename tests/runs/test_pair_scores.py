@@ -156,6 +156,18 @@ def test_the_control_says_yes_where_only_the_loop_answers(control, tmp_path):
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_no_interval_of_shares_leaves_their_bounds(control, tmp_path):
+    """Two seeds that differ by a tenth, of which Student's t makes an interval of +-0.6."""
+    path = Layout(tmp_path / "results").evaluation("finetuned_recursive_s1").documents
+    tenth = pl.col("document_id").str.ends_with("0")
+    wrong = pl.when(tenth).then(0).otherwise(pl.col("num_correct")).alias("num_correct")
+    pl.read_parquet(path).with_columns(wrong).write_parquet(path)
+    answer = tmp_path / "composition.json"
+    compare_composition(control, tmp_path / "composition.csv", answer)
+    mean, low, high = json.loads(answer.read_text())["comparisons"][1]["difference"]
+    assert mean == pytest.approx(0.95) and low < 0.8 and high == 1.0
+
+
 def test_the_summary_says_no_where_a_control_answers_too(control, tmp_path):
     layout = Layout(tmp_path / "results")
     for name in ("finetuned_single_pass", "finetuned_single_pass_s1"):
