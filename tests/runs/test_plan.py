@@ -85,27 +85,32 @@ def test_a_step_needs_what_was_planned(config, planned, phase):
     assert run["weight_bytes"] == sum(p.numel() * 4 for p in wrapper.parameters())
 
 
-def test_variants_are_planned_and_all_trainings_are_counted(config, planned):
-    """One variant differs from phase a on, the other from phase b on."""
-    deep, adapted = {"recursive": {"max_inner_steps": 4}}, {"training": {"b": {"num_steps": 9}}}
+def test_variants_are_planned_and_all_trainings_are_counted(config, monkeypatch):
+    """One variant differs from phase a on, the other from b on. A run costs its inner steps."""
+
+    def cost(wrapper, *_):
+        steps = wrapper.config.max_inner_steps
+        return {"flops": 10**steps, "weight_bytes": 0, "peak_bytes": 0}
+
+    for name in ("_training", "_evaluation"):
+        monkeypatch.setattr(plan_module, name, cost)
+    deep, longer = {"recursive": {"max_inner_steps": 4}}, {"training": {"b": {"num_steps": 9}}}
     config = {**config, "phases": ["a", "b"], "seeds": [0, 1], "repeat": True}
-    found = plan({**config, "variants": {"deep": deep, "adapted": adapted}})
-    runs = found["runs"]
-    assert list(runs) == [
-        "evaluation", "a", "b", "evaluation-deep", "a-deep", "b-deep",
-        "evaluation-adapted", "b-adapted",
-    ]  # fmt: skip
-    assert runs["a"] == planned["runs"]["a"] and runs["b"] == planned["runs"]["b"]
-    assert runs["b-adapted"] == runs["b"], "of one step"
-    for name in ("evaluation", "a", "b"):
-        assert runs[f"{name}-deep"]["flops"] > 1.2 * runs[name]["flops"], "four inner steps"
-    typed = Config.from_mapping({**config, "variants": {"deep": deep, "adapted": adapted}})
-    cost = {name: run["flops"] for name, run in runs.items()}
-    expected = [
-        settings_of(typed, run).num_steps * cost["-".join(filter(None, (run.phase, run.variant)))]
+    config |= {"variants": {"deep": deep, "longer": longer}}
+    found = plan(config)
+    flops = {name: run["flops"] for name, run in found["runs"].items()}
+    usual = 10 ** config["recursive"]["max_inner_steps"]
+    assert flops == {
+        "evaluation": usual, "a": usual, "b": usual,
+        "evaluation-deep": 10**4, "a-deep": 10**4, "b-deep": 10**4,
+        "evaluation-longer": usual, "b-longer": usual,
+    }  # fmt: skip
+    typed = Config.from_mapping(config)
+    costs = [
+        settings_of(typed, run).num_steps * (10**4 if run.variant == "deep" else usual)
         for run in all_trainings(typed).values()
     ]
-    assert found["trainings"] == {"num_trainings": len(expected), "flops": sum(expected)}
+    assert found["trainings"] == {"num_trainings": len(costs), "flops": sum(costs)}
 
 
 @pytest.mark.parametrize(
