@@ -41,8 +41,8 @@ test: test-quantized
 test-quantized: env $(VENV)/quantized/.installed
 	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q tests/quantized
 
-$(VENV)/quantized/.installed: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -c constraints.txt $(QUANTIZED)
+$(VENV)/quantized/.installed: constraints.txt | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) -c constraints.txt $(QUANTIZED)
 	touch $@
 
 test-slow: env
@@ -65,11 +65,14 @@ $(VENV)/.slurm: $(STAMP)
 env: $(STAMP)
 
 # Python compiles the 5,000 files that it imports; pip would take 80 s of CPU for all 19,000.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[all]'
+	@touch $@
+
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[all]'
 	@touch $@
 
 # Snakemake's own message about a lock is long, and does not know `make unlock`.
