@@ -64,9 +64,8 @@ def heading(track_b: Mapping[str, Any], results_dir: Path) -> str:
     if absent := [key for key in TEACHER_KEYS if key not in teacher]:
         return f"Track-B: {path}: has no {absent[0]!r}"
     extra = f" and {found} outside the database" if (found := teacher.get("num_extra")) else ""
-    scale = (
-        "quick: 10 steps each" if track_b["quick"] else f"{track_b['scale']:g} of the sheet's steps"
-    )
+    share = f"{100 * track_b['scale']:g} % of the sheet's steps"
+    scale = "quick: 10 steps each" if track_b["quick"] else share
     return (
         f"Track-B: {teacher['num_train']} training sentences{extra}, "
         f"{teacher['num_validation']} validation and {teacher['num_test']} test queries\n"
