@@ -96,22 +96,20 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
             base.
     """
     base_config, dtype = base_shape(config)
-    settings, runs = Config.from_mapping(config), {}
+    settings = Config.from_mapping(config)
     with _without_storage(dtype):
-        for variant in ("", *settings.variants):
-            own = [
-                phase
-                for phase in settings.phases
-                if settings.origins[variant, "recursive", phase] == variant
-            ]
-            wrapper = _wrapper(base_config, dtype, _recursive(settings.variant(variant)))
-            if not variant:
-                sizes = {
-                    "base": sum(p.numel() for p in wrapper.base.parameters()),
-                    "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
-                }
-            found = _runs(wrapper, settings.variant(variant), own)
-            runs |= {_run_name(name, variant): run for name, run in found.items()}
+        wrapper = _wrapper(base_config, dtype, _recursive(settings))
+        sizes = {
+            "base": sum(p.numel() for p in wrapper.base.parameters()),
+            "sidecar": sum(p.numel() for m in wrapper.cells() for p in m.parameters()),
+        }
+        runs = _runs(wrapper, settings, settings.phases)
+        for name, variant in settings.variants.items():
+            origins = {p: settings.origins[name, "recursive", p] for p in settings.phases}
+            own = [phase for phase, origin in origins.items() if origin == name]
+            wrapper = _wrapper(base_config, dtype, _recursive(variant))
+            found = _runs(wrapper, variant, own)
+            runs |= {_run_name(run, name): needs for run, needs in found.items()}
     flops = [
         settings_of(settings, run).num_steps
         * runs[_run_name(run.phase, settings.origins[run.variant, "recursive", run.phase])]["flops"]
