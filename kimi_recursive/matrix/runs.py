@@ -39,13 +39,13 @@ class Training:
     @property
     def key(self) -> str:
         repeat = "_repeat" if self.repeat else ""
-        return f"{self.arm}_{self.phase}_s{self.seed}{repeat}{_behind(self.variant)}"
+        return f"{self.arm}_{self.phase}_s{self.seed}{repeat}{behind(self.variant)}"
 
     @property
     def stage(self) -> str:
         """`finetuned_<arm>`, with `_<phase>` behind it from phase b on, and then `-<variant>`."""
         phase = "" if self.phase == "a" else f"_{self.phase}"
-        return f"finetuned_{self.arm}{phase}{_behind(self.variant)}"
+        return f"finetuned_{self.arm}{phase}{behind(self.variant)}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Surgery:
     @property
     def name(self) -> str:
         """`s<seed>`, with `-<variant>` behind it."""
-        return f"s{self.seed}{_behind(self.variant)}"
+        return f"s{self.seed}{behind(self.variant)}"
 
     @property
     def label(self) -> str:
@@ -91,8 +91,8 @@ class Surgery:
         return f"{self.seed} of {self.variant}" if self.variant else str(self.seed)
 
 
-def _behind(variant: str) -> str:
-    """No arm, phase or stage has a `-` in its name."""
+def behind(variant: str) -> str:
+    """What a variant adds to a name. No arm, phase or stage has a `-` in its own."""
     return f"-{variant}" if variant else ""
 
 
@@ -195,7 +195,7 @@ def variant_evaluations(config: Config) -> list[Evaluation]:
 def _evaluation(config: Config, run: Training) -> Evaluation:
     stage, seed = replace(run, variant="").stage, _of(config, run.seed)
     return Evaluation(
-        f"{stage}{seed}{_behind(run.variant)}", run.stage, run.seed, run.key, run.variant
+        f"{stage}{seed}{behind(run.variant)}", run.stage, run.seed, run.key, run.variant
     )
 
 
@@ -252,7 +252,7 @@ def surgery_of(config: Config, seed: int, variant: str = "") -> Surgery:
     mine = config.variant(variant).recursive_part(MODEL_KEYS)
     names = ("", *config.variants)
     first = next(v for v in names if config.variant(v).recursive_part(MODEL_KEYS) == mine)
-    return Surgery(seed, f"zero_init{_of(config, seed)}{_behind(first)}", first)
+    return Surgery(seed, f"zero_init{_of(config, seed)}{behind(first)}", first)
 
 
 def surgeries(config: Config) -> list[Surgery]:

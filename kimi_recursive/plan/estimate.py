@@ -27,7 +27,7 @@ from kimi_recursive.evaluation.scores import check_lengths
 from kimi_recursive.evaluation.settings import EvaluationSettings
 from kimi_recursive.kimi import kda, switch
 from kimi_recursive.kimi.switch import install_fast_kda
-from kimi_recursive.matrix.runs import all_trainings, settings_of
+from kimi_recursive.matrix.runs import all_trainings, behind, settings_of
 from kimi_recursive.matrix.settings import MODEL_KEYS, Config
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.quantization import BYTES, quantized_weights
@@ -89,7 +89,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
         phase, the trainable parameters, the bytes of weights, optimizer, `peak` (activations and
         gradients) and checkpoint, and the FLOPs and scored or trained tokens of one step. What a
         variant has of its own is `<run>-<variant>`. `trainings`: how many the matrix has, and their
-        FLOPs if each cost what the recursive arm's does; none costs more.
+        FLOPs if each step cost what one of the recursive arm does, which costs the most.
 
     Raises:
         ValueError: the base's config cannot be read, or a phase or the evaluation does not fit the
@@ -109,22 +109,18 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
             own = [phase for phase, origin in origins.items() if origin == name]
             wrapper = _wrapper(base_config, dtype, _recursive(variant))
             found = _runs(wrapper, variant, own)
-            runs |= {_run_name(run, name): needs for run, needs in found.items()}
-    flops = [
-        settings_of(settings, run).num_steps
-        * runs[_run_name(run.phase, settings.origins[run.variant, "recursive", run.phase])]["flops"]
-        for run in all_trainings(settings).values()
-    ]
+            runs |= {f"{run}{behind(name)}": needs for run, needs in found.items()}
+    flops = []
+    for run in all_trainings(settings).values():
+        origin = settings.origins[run.variant, "recursive", run.phase]
+        step = runs[f"{run.phase}{behind(origin)}"]["flops"]
+        flops.append(settings_of(settings, run).num_steps * step)
     return {
         "num_parameters": sizes,
         "dtype": str(dtype).removeprefix("torch."),
         "runs": runs,
         "trainings": {"num_trainings": len(flops), "flops": sum(flops)},
     }
-
-
-def _run_name(run: str, variant: str) -> str:
-    return f"{run}-{variant}" if variant else run
 
 
 def _recursive(settings: Config, phase: str | None = None) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import polars as pl
 import pytest
 from track_b import V1, V2, clustered_vectors, make_teacher, settings_of
 
+from kimi_recursive.layout import Layout
 from kimi_recursive.track_b import sanity
-from kimi_recursive.track_b.answers import summarize
+from kimi_recursive.track_b.answers import heading, summarize
 from kimi_recursive.track_b.collect import collect_experiment
 from kimi_recursive.track_b.evaluate import (
     PRECISIONS,
@@ -335,3 +336,16 @@ def test_a_student_that_is_the_svd_does_not_beat_it(finished):
     row = score_methods(results)[0]
     assert (row["difference_to_svd"], row["low"], row["high"]) == (0, 0, 0)
     assert row["verdict"] == "same as SVD"
+
+
+@pytest.mark.parametrize(
+    ("quick", "scale", "said"),
+    [(False, 0.01, "1 % of the sheet's steps"), (False, 1.0, "100 % of"), (True, 1.0, "10 steps")],
+)
+def test_the_heading_says_how_long_students_were_trained(tmp_path, quick, scale, said):
+    facts = {"name": "a/teacher", "dim": 8, "num_train": 3, "num_validation": 2, "num_test": 1}
+    path = Layout(tmp_path).track_b.teacher_facts
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(facts))
+    last = heading({"quick": quick, "scale": scale}, tmp_path).splitlines()[-1]
+    assert last.startswith("Teacher teacher (8-d); ") and said in last
