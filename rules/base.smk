@@ -111,6 +111,7 @@ rule insert_cells:
         sidecar=directory(LAYOUT.surgery("{cells}")),
     log:
         LAYOUT.log("insert_cells", "{cells}"),
+    priority: 20  # all trainings wait for it
     conda:
         "../workflow/environment.yml"
     params:

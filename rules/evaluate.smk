@@ -85,6 +85,7 @@ rule compare_zero_init:
         ),
     log:
         LAYOUT.log("compare_zero_init", "{proof}"),
+    priority: 20  # all trainings wait for it
     conda:
         "../workflow/environment.yml"
     resources:

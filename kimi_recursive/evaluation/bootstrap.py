@@ -17,7 +17,7 @@ from kimi_recursive.files import read_parquet
 
 NUM_RESAMPLES = 10_000
 BLOCK = 500
-MAX_KEPT = 10_000_000  # weights in memory, of 4 bytes
+MAX_KEPT = 25_000_000  # weights in memory, of 4 bytes
 CONFIDENCE = 0.95
 DOCUMENT_COLUMNS = ("document_id", "step", "num_tokens", "loss_sum")
 Losses = tuple[Path, pl.DataFrame]

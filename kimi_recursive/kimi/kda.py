@@ -293,17 +293,18 @@ def causal_conv1d(
 
 
 class _CausalConv(torch.autograd.Function):
-    """x ``[B, T, D]``, weight ``[D, W]`` -> sum_j weight_{W-1-j} x_{t-j}, one row of B in cache."""
+    """x ``[B, T, D]``, weight ``[D, W]`` -> sum_j weight_{W-1-j} x_{t-j}, few rows of B in cache."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         taps = weight.mT.flip(0).contiguous()  # [W, D]: tap j weighs x_{t-j}
         out = torch.empty_like(x)
-        for x_b, out_b in zip(x, out, strict=True):
+        rows = max(1, BLOCK_ELEMENTS // x[0].numel())
+        for x_b, out_b in zip(x.split(rows), out.split(rows), strict=True):
             torch.mul(x_b, taps[0], out=out_b)
             for j in range(1, len(taps)):
-                out_b[j:].addcmul_(x_b[:-j], taps[j])
+                out_b[:, j:].addcmul_(x_b[:, :-j], taps[j])
         return out
 
     @staticmethod
@@ -312,10 +313,15 @@ class _CausalConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         taps = weight.mT.flip(0).contiguous()
         d_x, d_taps = torch.empty_like(x), torch.zeros_like(taps)
-        for x_b, grad_b, d_b in zip(x, grad, d_x, strict=True):
+        rows = max(1, BLOCK_ELEMENTS // x[0].numel())
+        for grad_b, d_b in zip(grad.split(rows), d_x.split(rows), strict=True):
             torch.mul(grad_b, taps[0], out=d_b)
+            for j in range(1, len(taps)):
+                d_b[:, :-j].addcmul_(grad_b[:, j:], taps[j])
+        if not ctx.needs_input_grad[1]:
+            return d_x, None
+        for x_b, grad_b in zip(x, grad, strict=True):
             d_taps[0] += (grad_b * x_b).sum(0)
             for j in range(1, len(taps)):
-                d_b[:-j].addcmul_(grad_b[j:], taps[j])
                 d_taps[j] += (grad_b[j:] * x_b[:-j]).sum(0)
         return d_x, d_taps.flip(0).mT
