@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def check_records(
     `where_at_least` a criterion is asked only of runs whose fields have at least these numbers.
 
     `above_best_of` and `below_best_of` compare with the best value of earlier, completed runs. Only
-    runs count that have the given values, and that equal this run in the fields under `same`.
+    runs count that have the given values, and that equal this run in the fields under `same`. A run
+    without the given values, and with none before it, is compared with the first after it: jobs
+    that run side by side may end before their baseline does.
     """
     checks = []
     for record in records:
@@ -118,7 +121,7 @@ def _apply(
         return values[-1] if values else None, "never rises", result
     value, wanted = number(find(record, field)), f"{test.split('_')[0]} {limit}"
     if test.endswith("best_of"):
-        others = _earlier(record, limit, criterion.get("same") or (), records)
+        others = _references(record, limit, criterion.get("same") or (), records)
         found = [v for other in others if (v := number(find(other, field))) is not None]
         limit = (max if test == "above_best_of" else min)(found, default=None)
         of = ", ".join(f"{k} = {v}" for k, v in criterion[test].items()) or "earlier runs"
@@ -130,29 +133,37 @@ def _apply(
     return value, wanted, PASSED if passed else FAILED
 
 
-def _earlier(
+def _references(
     record: Mapping[str, Any],
     fields: Mapping[str, Any],
     same: Sequence[str],
     records: Sequence[Mapping[str, Any]],
 ) -> list[Mapping[str, Any]]:
-    """Completed runs that ended before this one, with these values."""
+    """Completed runs with these values that ended before this one; if there is none, and this run
+    has other values, the first that ended after it."""
 
-    def time(of: Mapping[str, Any]) -> Any:
-        try:
-            return parse_time(of["timestamp"])
-        except (KeyError, TypeError, ValueError):
-            return None
+    def has(run: Mapping[str, Any]) -> bool:
+        return all(find(run, key) == value for key, value in fields.items())
 
-    mine = time(record)
-    return [
-        other
+    if (mine := _time(record)) is None:
+        return []
+    found = [
+        (then, other)
         for other in records
         if other is not record
         and get(other, kind_of(other).status) in ("completed", None)
-        and (then := time(other)) is not None
-        and mine is not None
-        and then <= mine
-        and all(find(other, key) == value for key, value in fields.items())
+        and (then := _time(other)) is not None
+        and has(other)
         and all(find(other, key) == find(record, key) for key in same)
     ]
+    earlier = [other for then, other in found if then <= mine]
+    if earlier or not found or has(record):
+        return earlier
+    return [min(found, key=lambda run: run[0])[1]]
+
+
+def _time(record: Mapping[str, Any]) -> datetime | None:
+    try:
+        return parse_time(record["timestamp"])
+    except (KeyError, TypeError, ValueError):
+        return None

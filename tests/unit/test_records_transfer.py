@@ -226,11 +226,14 @@ def test_a_run_is_held_against_the_best_before_it_that_is_comparable():
         run("later", 20, 0.1, "baseline"),
         run("better", 11, 2.9),
         run("equal", 11, 3.0),
-        run("first", 9, 2.0),
+        run("first", "09", 2.9),
+        run("first_and_worse", "09", 3.1),
     ]
     found = results(records, {"t": {"loss": criterion}})
     assert found[("better", "loss")] == "passed" and found[("equal", "loss")] == "failed"
-    assert found[("first", "loss")] == "not measured"  # nothing before it
+    # Jobs end in any order: nothing before it, so the first baseline behind it, not the best.
+    assert found[("first", "loss")] == "passed" and found[("first_and_worse", "loss")] == "failed"
+    assert found[("base", "loss")] == "not measured"  # the first of its own kind
 
 
 @pytest.mark.parametrize(
