@@ -19,7 +19,7 @@ from kimi_recursive.files import read_json_object, read_parquet, write_json, wri
 from kimi_recursive.layout import Layout
 from kimi_recursive.matrix.runs import Evaluation, all_trainings, evaluations
 from kimi_recursive.matrix.settings import Config
-from kimi_recursive.tables import NAME, NUMBER, VERDICT, Column, Table, interval
+from kimi_recursive.tables import NAME, NUMBER, VERDICT, Column, Table
 from kimi_recursive.training.arms import ARMS
 
 COLUMNS = ("arm", "seed", "entities", "hops", "step", "num_problems", "accuracy")
@@ -108,12 +108,13 @@ def _answer(config: Config, scores: pl.DataFrame) -> dict[str, Any]:
         gain = other.astype(float) - mine.astype(float)
         difference = paired_bootstrap(gain, np.ones(mine.shape[1]))
         # The spread over seeds is added from Student's t, which knows no bounds; a share has some.
-        low, high = max(-1.0, -difference.high), min(1.0, -difference.low)
+        # 0.0 minus 0.0 has no sign, where -(0.0) has one.
+        mean, low, high = (0.0 - x for x in (difference.mean, difference.high, difference.low))
         comparisons.append(
             {
                 "reference": reference,
                 "accuracy": float(other.mean()),
-                "difference": [-difference.mean, low, high],
+                "difference": [mean, max(-1.0, low), min(1.0, high)],
                 "verdict": difference.verdict,
             }
         )
@@ -153,7 +154,7 @@ def composition_table(answer: Mapping[str, Any]) -> Table:
             f"{100 * answer['accuracy']:.1f} %",
             f"{100 * entry['accuracy']:.1f} %",
             f"{100 * entry['difference'][0]:+.1f}",
-            interval(*(100 * bound for bound in entry["difference"][1:])),
+            "[{:+.1f}, {:+.1f}]".format(*(100 * bound for bound in entry["difference"][1:])),
             entry["verdict"],
         ]
         for entry in answer["comparisons"]
