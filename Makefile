@@ -21,6 +21,9 @@ SNAKEMAKE := $(BIN)/snakemake $(if $(CONFIG),--configfile $(CONFIG)) --cores $(C
 QUANTIZED := bitsandbytes torchao
 SLURM := slurm-wlm slurm-wlm-basic-plugins munge
 
+# Bytecode is kept in any case: without it each process compiles 3,000 files anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: all check test test-fast test-quantized test-slow test-slurm mutants env lint dry-run summarize report unlock unlocked clean config
 
 all: env config unlocked

@@ -293,7 +293,10 @@ def causal_conv1d(
 
 
 class _CausalConv(torch.autograd.Function):
-    """x ``[B, T, D]``, weight ``[D, W]`` -> sum_j weight_{W-1-j} x_{t-j}, few rows of B in cache."""
+    """x ``[B, T, D]``, weight ``[D, W]`` -> sum_j weight_{W-1-j} x_{t-j}.
+
+    Works through B in blocks that stay in cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -137,6 +137,7 @@ def _score_table(
     rows = []
     for row in scored:
         experiment = by_name[row["name"]].experiment
+        length = [experiment and experiment.settings["steps"], row["num_seeds"]]
         spread = row["test_recall@10_std"]
         difference = [None] * 3
         if "verdict" in row:
@@ -147,18 +148,17 @@ def _score_table(
             ]
         rows.append([
             row["name"].removeprefix("reference_"),
-            *([row["precision"]] if precision else []),
-            experiment and experiment.settings["steps"],
-            row["num_seeds"],
+            *([row["precision"]] if precision else length),
             row["bytes_per_vector"],
             f"{row['test_recall@10']:.4f}" + ("" if spread is None else f" ± {spread:.4f}"),
             f"{row['test_ndcg@10']:.4f}",
             f"{row['train_recall@10']:.3f}",
             *difference,
         ])  # fmt: skip
+    length_columns = [Column("steps", NUMBER), Column("seeds", NUMBER)]
     columns = [
-        Column("experiment", NAME), *([Column("precision")] if precision else []),
-        Column("steps", NUMBER), Column("seeds", NUMBER), Column("bytes", NUMBER),
+        Column("experiment", NAME), *([Column("precision")] if precision else length_columns),
+        Column("bytes", NUMBER),
         Column("recall@10", NUMBER), Column("nDCG@10", NUMBER), Column("train", NUMBER),
         Column("minus SVD", NUMBER), Column("95 % interval", NUMBER),
         Column("verdict", VERDICT, optional=True),
