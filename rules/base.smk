@@ -22,6 +22,7 @@ rule prepare_corpus:
         **artefacts.split_files(CONFIG, LAYOUT.corpus),
     log:
         LAYOUT.log("prepare_corpus"),
+    priority: 20  # as in every rule here: the whole matrix waits for them
     conda:
         "../workflow/environment.yml"
     params:
@@ -40,6 +41,7 @@ rule tokenize_corpus:
         **artefacts.split_files(CONFIG, LAYOUT.tokens),
     log:
         LAYOUT.log("tokenize_corpus"),
+    priority: 20
     conda:
         "../workflow/environment.yml"
     params:
@@ -59,6 +61,7 @@ if SCRATCH:
             tokenizer=directory(LAYOUT.tokenizer),
         log:
             LAYOUT.log("train_tokenizer"),
+        priority: 20
         conda:
             "../workflow/environment.yml"
         params:
@@ -76,6 +79,7 @@ if SCRATCH:
             logs=LAYOUT.base.logs,
         log:
             LAYOUT.log("train_base"),
+        priority: 20
         conda:
             "../workflow/environment.yml"
         resources:
@@ -111,7 +115,7 @@ rule insert_cells:
         sidecar=directory(LAYOUT.surgery("{cells}")),
     log:
         LAYOUT.log("insert_cells", "{cells}"),
-    priority: 20  # all trainings wait for it
+    priority: 20
     conda:
         "../workflow/environment.yml"
     params:

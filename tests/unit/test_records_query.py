@@ -211,6 +211,7 @@ def test_the_report_has_a_table_for_each_domain_and_survives_nulls(tmp_path, mon
     assert any("| a\\|b | completed | N/A | N/A | N/A |" in line for line in lines)
 
 
+@pytest.mark.long
 def test_progress_is_plotted_for_the_runs_that_fit(log, tmp_path, monkeypatch, capsys):
     output = tmp_path / "plots/progress.png"
     assert call(monkeypatch, "log", "plot", log, "--output", output, "--domain", "planning") == 0
