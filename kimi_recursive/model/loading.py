@@ -110,6 +110,7 @@ def load_base(
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device}: {first_line(error)}") from error
     model.eval()
+    quantization.check_quantized(model, where)
     install_fast_kda(model)
     return model
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -113,6 +114,38 @@ def loading(config: Mapping[str, Any], where: str) -> Iterator[None]:
         mock.patch.dict(MODULES_TO_PATCH_FOR_QUANTIZATION, patched),
     ):
         yield
+
+
+def check_quantized(base: nn.Module, where: str) -> None:
+    """See that this CPU reads the 4-bit weights of a base right, and go on reading them as they
+    are: where it has products in bfloat16, bitsandbytes would pack them anew at the first
+    inference and round activations, so that losses would differ from training's.
+
+    Raises:
+        ValueError: a row is not a multiple of the 64 numbers that share a scale, and bitsandbytes
+            reads such rows wrong here (0.50 does so on CPUs with AVX-512).
+    """
+    linear: Any
+    for name, linear in base.named_modules():
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
+            weight = linear.weight
+            row, block = weight.quant_state.shape[-1], weight.quant_state.blocksize
+            if weight.device.type == "cpu" and row % block and not _reads_any_row():
+                raise ValueError(
+                    f"{where}: the rows of {name} have {row} numbers, and bitsandbytes reads only "
+                    f"multiples of {block} right in 4 bits on this CPU; base.quantization: 8bit, "
+                    "or a GPU"
+                )
+
+
+@cache
+def _reads_any_row() -> bool:
+    """Whether 4 bits of rows of 96 numbers are, to rounding, these numbers."""
+    library: Any = import_module("bitsandbytes.functional")
+    weight = torch.linspace(-1, 1, 2 * 96).view(2, 96)
+    found = library.dequantize_4bit(*library.quantize_4bit(weight, quant_type="nf4"))
+    return bool((found - weight).abs().max() < 0.2)
 
 
 def quantized_weights(base: nn.Module, bits: str) -> list[nn.Parameter]:

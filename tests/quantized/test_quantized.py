@@ -7,10 +7,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from models import SMALL, make_base, make_wrapper, random_ids
+from models import CONFIGS, SMALL, make_base, make_wrapper, random_ids
 from project import TINY
 from runs import LORA, SETTINGS, same_run, train_into
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kimi_recursive.evaluation.settings import EvaluationSettings
@@ -37,12 +38,25 @@ pytestmark = pytest.mark.skipif(
 KINDS = [("kimi", "4bit"), ("kimi", "8bit"), ("gpt2", "4bit")]
 
 
+def make_wide(kind: str) -> PreTrainedModel:
+    """A tiny base whose rows are multiples of the 64 numbers that share a scale in 4 bits."""
+    config = CONFIGS[kind]().to_dict()
+    if kind == "gpt2":
+        config |= {"n_embd": 64}
+    else:
+        sizes = ("hidden_size", "moe_intermediate_size", "kv_lora_rank", "v_head_dim")
+        config |= dict.fromkeys(sizes, 64)
+        config["linear_attn_config"]["head_dim"] = 64
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(type(CONFIGS[kind]()).from_dict(config)).eval()
+
+
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def made(request, tmp_path_factory):
     """A whole base, the same in few bits, and how many."""
     kind, bits = request.param
     folder = tmp_path_factory.mktemp("-".join(request.param))
-    make_base(kind).save_pretrained(folder / "whole")
+    make_wide(kind).save_pretrained(folder / "whole")
     (folder / "whole/tokenizer.json").write_text("{}")
     fetch_base(folder / "base", path=str(folder / "whole"), quantization=bits)
     return folder, bits
@@ -80,6 +94,20 @@ def rounded(made):
         weight.data.copy_(found)
     exact.save_pretrained(folder / "rounded")
     return exact
+
+
+def test_weights_are_read_right_or_not_at_all(made, tmp_path, monkeypatch):
+    """With AVX512-BF16, bitsandbytes packs weights anew at the first inference, in place. With
+    AVX-512 it reads rows wrong that are no multiple of 64."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    base = load_base(made[0] / "base")
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in base.modules())
+    if made[1] == "4bit":
+        make_base("llama").save_pretrained(tmp_path / "whole")
+        monkeypatch.setattr("kimi_recursive.model.quantization._reads_any_row", lambda: False)
+        with pytest.raises(ValueError, match="q_proj have 32 numbers, and bitsandbytes reads only"):
+            fetch_base(tmp_path / "base", path=str(tmp_path / "whole"), quantization="4bit")
+            load_base(tmp_path / "base")
 
 
 @torch.no_grad()
