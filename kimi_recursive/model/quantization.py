@@ -119,7 +119,7 @@ def loading(config: Mapping[str, Any], where: str) -> Iterator[None]:
 def check_quantized(base: nn.Module, where: str) -> None:
     """See that this CPU reads the 4-bit weights of a base right, and go on reading them as they
     are: where it has products in bfloat16, bitsandbytes would pack them anew at the first
-    inference and round activations, so that losses would differ from training's.
+    inference, in place and for activations in bfloat16, which training does not have.
 
     Raises:
         ValueError: a row is not a multiple of the 64 numbers that share a scale, and bitsandbytes
@@ -129,9 +129,14 @@ def check_quantized(base: nn.Module, where: str) -> None:
     for name, linear in base.named_modules():
         if hasattr(linear, "support_avx512bf16_for_cpu"):
             linear.support_avx512bf16_for_cpu = False
-            weight = linear.weight
-            row, block = weight.quant_state.shape[-1], weight.quant_state.blocksize
-            if weight.device.type == "cpu" and row % block and not _reads_any_row():
+            if (state := getattr(linear.weight, "quant_state", None)) is None:
+                continue  # not in 4 bits: a part that transformers left as it is
+            row, block, on_cpu = (
+                state.shape[-1],
+                state.blocksize,
+                linear.weight.device.type == "cpu",
+            )
+            if on_cpu and row % block and not _reads_any_row():
                 raise ValueError(
                     f"{where}: the rows of {name} have {row} numbers, and bitsandbytes reads only "
                     f"multiples of {block} right in 4 bits on this CPU; base.quantization: 8bit, "
