@@ -303,7 +303,7 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         taps = weight.mT.flip(0).contiguous()  # [W, D]: tap j weighs x_{t-j}
         out = torch.empty_like(x)
-        rows = max(1, BLOCK_ELEMENTS // x[0].numel())
+        rows = _CausalConv.rows(x)
         for x_b, out_b in zip(x.split(rows), out.split(rows), strict=True):
             torch.mul(x_b, taps[0], out=out_b)
             for j in range(1, len(taps)):
@@ -316,7 +316,7 @@ class _CausalConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         taps = weight.mT.flip(0).contiguous()
         d_x, d_taps = torch.empty_like(x), torch.zeros_like(taps)
-        rows = max(1, BLOCK_ELEMENTS // x[0].numel())
+        rows = _CausalConv.rows(x)
         for grad_b, d_b in zip(grad.split(rows), d_x.split(rows), strict=True):
             torch.mul(grad_b, taps[0], out=d_b)
             for j in range(1, len(taps)):
@@ -328,3 +328,8 @@ class _CausalConv(torch.autograd.Function):
             for j in range(1, len(taps)):
                 d_taps[j] += (grad_b[j:] * x_b[:-j]).sum(0)
         return d_x, d_taps.flip(0).mT
+
+    @staticmethod
+    def rows(x: Tensor) -> int:
+        """How many rows of B a block has."""
+        return max(1, BLOCK_ELEMENTS // max(1, x[0].numel()))

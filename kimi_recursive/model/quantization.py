@@ -131,11 +131,8 @@ def check_quantized(base: nn.Module, where: str) -> None:
             linear.support_avx512bf16_for_cpu = False
             if (state := getattr(linear.weight, "quant_state", None)) is None:
                 continue  # not in 4 bits: a part that transformers left as it is
-            row, block, on_cpu = (
-                state.shape[-1],
-                state.blocksize,
-                linear.weight.device.type == "cpu",
-            )
+            on_cpu = linear.weight.device.type == "cpu"
+            row, block = state.shape[-1], state.blocksize
             if on_cpu and row % block and not _reads_any_row():
                 raise ValueError(
                     f"{where}: the rows of {name} have {row} numbers, and bitsandbytes reads only "
