@@ -306,6 +306,8 @@ def _check_together(config: Mapping[str, Any]) -> Iterator[str]:
         else:
             merged = {**config["recursive"], **changed, "recursive_enabled": True}
             yield from (f"{where}: {e}" for e in RecursiveConfig.from_dict(merged).validate())
+        if phase not in config["phases"]:
+            continue
         if settings["warmup_steps"] > settings["num_steps"]:
             yield f"training.{phase}.warmup_steps: must be at most num_steps"
         parts = settings.get("gradient_accumulation_steps", 1)

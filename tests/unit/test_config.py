@@ -211,6 +211,12 @@ def test_single_errors_of_the_workflow_config(settings, path, value, error):
     assert len(lines) == 1 and error in lines[0], lines
 
 
+def test_a_phase_that_is_not_in_the_matrix_may_be_of_another_length(settings):
+    settings["training"]["c"]["context_length"] = 100
+    assert len(errors_of(settings)) == 1
+    validate_settings(settings | {"phases": ["a", "b"]})
+
+
 @pytest.mark.parametrize(
     ("section", "value", "start", "end"),
     [
