@@ -29,6 +29,8 @@ from kimi_recursive.data.tokens import load_tokens
 from kimi_recursive.kimi.short_passes import ShortPasses
 from kimi_recursive.model.cache import fork
 from kimi_recursive.model.generation import plain_generation
+from kimi_recursive.model.guesses import Guesses
+from kimi_recursive.model.passes import FewRows
 from kimi_recursive.model.verified import Lookahead
 from kimi_recursive.processes.logs import quiet_libraries
 
@@ -132,13 +134,18 @@ def ways_to_generate(
     def learned(ids: Tensor) -> Tensor:
         return wrapper.generate_chunks(ids, commit="learned", **options)
 
+    def without_guesses(ids: Tensor) -> Tensor:
+        with patch.object(Guesses, "next", lambda _self, _drafted: []):
+            return verified(ids)
+
     def one_a_round(ids: Tensor) -> Tensor:
         with patch.object(Lookahead, "go_on", lambda _self, _logits: False):
-            return verified(ids)
+            return without_guesses(ids)
 
     def by_modules(way: Way) -> Way:
         def slower(ids: Tensor) -> Tensor:
-            with patch.object(ShortPasses, "serves", staticmethod(lambda _wrapper: False)):
+            no = staticmethod(lambda _base: False)
+            with patch.object(ShortPasses, "serves", no), patch.object(FewRows, "serves", no):
                 return way(ids)
 
         return slower
@@ -155,8 +162,9 @@ def ways_to_generate(
         "base.generate": (base, False),
         "base, our loop": (our_loop, False),
         "refined, verified": (verified, False),
-        "refined, verified, transformers' modules": (by_modules(verified), False),
+        "refined, verified, transformers' modules": (by_modules(without_guesses), False),
         "refined, learned": (learned, False),
+        "refined, verified, without guesses": (without_guesses, False),
         "refined, a token a round": (one_a_round, False),
         "refined, a token a round, modules": (by_modules(one_a_round), False),
         "refined, by definition": (by_definition, False),

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from kimi_recursive.model.halting import Halting
-from kimi_recursive.model.loop import ChunkLoop, Passes
+from kimi_recursive.model.loop import ChunkLoop
 from kimi_recursive.model.output import GenerationStats, Output, Sampling
+from kimi_recursive.model.passes import Passes
 from kimi_recursive.model.verified import Lookahead, Pass, Rows, draft, one_pass, start, verify
 
 
@@ -82,7 +83,7 @@ def decode(
     num_steps = loop.resolve_steps(num_steps)
     passes, lookahead = loop.passes(), Lookahead(num_steps)
     for row in range(len(output.prompts)):
-        rows = start(loop, output, [row], num_steps)
+        rows = start(loop, output, [row], num_steps, passes.takes_back)
         waiting: list[Inputs | None] = [None] * num_steps
         while not output.ended[row]:
             waiting = _round(loop, passes, lookahead, rows, waiting, output, sampling, stats)
@@ -120,9 +121,7 @@ def _round(
         rows.base = drafting.first([num_new], num_drafted)
         for step, (one, before) in enumerate(zip(refined.passes, refined.num_before, strict=True)):
             rows.refined[step] = one.first([before + num_new], before + num_drafted)
-        rows.last = tokens[:, num_new - 1 : num_new]
-        rows.length = rows.length + num_new
-        rows.done = (rows.done + num_new) % width
+        rows.commit(tokens, [num_new], width)
         if not rows.done:
             rows.refined = [rows.base] * len(waiting)
             return [None] * len(waiting)

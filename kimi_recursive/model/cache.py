@@ -160,6 +160,27 @@ def rewind(cache: Cache, num_read: int, keep: Sequence[int]) -> Cache | None:
     return twin
 
 
+def takes_back(cache: Cache) -> bool:
+    """Whether `unread` serves a cache, whatever the passes were that filled it."""
+    return all(type(layer) is DynamicLayer for layer in _layers(cache))
+
+
+def unread(cache: Cache, num_tokens: int) -> None:
+    """Take the last tokens out of a recorded cache, in place.
+
+    Of linear attention each of them must have its own state: it was read alone, or by a pass that
+    notes the states behind every token.
+    """
+    if not num_tokens:
+        return
+    for layer in _layers(cache):
+        if _is_linear(layer):
+            del layer.trail[-num_tokens:]
+            layer.conv_states[0], layer.recurrent_states[0] = layer.trail[-1]
+        else:
+            layer.keys, layer.values = (x[:, :, :-num_tokens] for x in (layer.keys, layer.values))
+
+
 def _is_rewindable(layer: Any, num_read: int) -> bool:
     if _is_linear(layer):
         plain = not _is_attention(layer) and layer.number_of_states == 1

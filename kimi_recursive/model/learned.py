@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kimi_recursive.model.cache import fork
-from kimi_recursive.model.loop import ChunkLoop, Passes
+from kimi_recursive.model.loop import ChunkLoop
 from kimi_recursive.model.output import GenerationStats, Output
+from kimi_recursive.model.passes import Passes
 
 
 def decode(loop: ChunkLoop, output: Output, stats: GenerationStats) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kimi_recursive.kimi.short_passes import MAX_TOKENS, ShortPasses
-from kimi_recursive.model.cache import fork
+from kimi_recursive.model.cache import fork, takes_back
 from kimi_recursive.model.cells import (
     BoundaryHead,
     HaltingHead,
@@ -34,6 +34,7 @@ from kimi_recursive.model.cells import (
 from kimi_recursive.model.checks import check_embeddings, find_decoder_layers
 from kimi_recursive.model.config import RecursiveConfig
 from kimi_recursive.model.halting import Halting, next_halting
+from kimi_recursive.model.passes import FewRows, Passes
 from kimi_recursive.model.placement import Refetching, execution_device, is_offloaded
 
 if TYPE_CHECKING:
@@ -70,22 +71,6 @@ class ChunkState:
         """What the model says after at most `step` inner steps [B, W, V]: where a position has
         stopped, its logits of then. Later steps read `logits`, which go on."""
         return self.logits if self.halting is None else self.halting.output
-
-
-Run = Callable[..., tuple[Tensor, Tensor]]  # as `ChunkLoop.run_base`
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How generation runs the base.
-
-    Attributes:
-        run: `ChunkLoop.run_base`, or a faster form of it with a copy of the present weights.
-        max_tokens: The most tokens of a pass that `run` is fast for.
-    """
-
-    run: Run
-    max_tokens: int
 
 
 class ChunkLoop(nn.Module):
@@ -256,9 +241,13 @@ class ChunkLoop(nn.Module):
 
     def passes(self) -> Passes:
         """The passes of one generation. Call this again when weights have changed."""
-        if not ShortPasses.serves(self.base):
-            return Passes(self.run_base, self.config.chunk_width)
-        return Passes(ShortPasses(self.base, self._cell_of, self.run_base).run, MAX_TOKENS)
+        if ShortPasses.serves(self.base):
+            short = ShortPasses(self.base, self._cell_of, self.run_base)
+            return Passes(short.run, MAX_TOKENS, takes_back=True)
+        run = self.run_base
+        if self._refetching is None and FewRows.serves(self.base):
+            run = FewRows(self.base, self._cell_of.values(), run).run
+        return Passes(run, self.config.chunk_width, takes_back(self.new_cache()))
 
     @property
     def _cell_of(self) -> dict[int, RefineCell]:

@@ -1,10 +1,10 @@
 """Verified decoding: the base drafts some tokens, the refined model confirms or corrects them.
 
-The base drafts tokens one at a time. Each inner step then reads the draft in one pass, after a
-cache that holds the chunk so far as this step saw it. The draft is committed as far as the refined
-model agrees, plus its first correction. So each token is the one that token-by-token decoding of
-the refined model gives (with sampling: it has that distribution), whatever was drafted, and the
-inner steps are paid once a draft.
+The base drafts tokens one after the other. Each inner step then reads the draft in one pass, after
+a cache that holds the chunk so far as this step saw it. The draft is committed as far as the
+refined model agrees, plus its first correction. So each token is the one that token-by-token
+decoding of the refined model gives (with sampling: it has that distribution), whatever was drafted,
+and the inner steps are paid once a draft.
 
 Shapes: B rows still generating, L tokens drafted in a round, S positions in the caches, D hidden
 size, V vocabulary. Rows are right-aligned in the caches, as left-padded prompts are.
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kimi_recursive.model.cache import fork, merge, record, rewind, select_rows, trim
-from kimi_recursive.model.loop import ChunkLoop, Run
+from kimi_recursive.model.cache import fork, merge, record, rewind, select_rows, trim, unread
+from kimi_recursive.model.guesses import Guesses
+from kimi_recursive.model.loop import ChunkLoop
 from kimi_recursive.model.output import GenerationStats, Output, Sampling
+from kimi_recursive.model.passes import Run
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Rows:
         length: Tokens of each row in the caches [B]; the longest row fills them.
         done: Tokens of each row's present chunk in the caches [B]; below `chunk_width`.
         last: The last token [B, 1].
+        guesses: Of what the base drafts next; None where a pass drafts one token.
     """
 
     index: list[int]
@@ -46,6 +49,7 @@ class Rows:
     length: Tensor
     done: Tensor
     last: Tensor
+    guesses: Guesses | None = None
 
     def mask(self, num_new: int) -> Tensor | None:
         """Attention mask [B, S + num_new]; None when no row is padded."""
@@ -54,6 +58,16 @@ class Rows:
             return None
         slots = torch.arange(longest + num_new, device=self.length.device)
         return (slots >= longest - self.length[:, None]).long()
+
+    def commit(self, tokens: Tensor, num_new: list[int], chunk_width: int) -> None:
+        """Append the first `num_new[row]` of the tokens [B, L] to each row."""
+        added = torch.tensor(num_new, device=tokens.device)
+        self.last = tokens.gather(1, added[:, None] - 1)
+        self.length = self.length + added
+        self.done = (self.done + added) % chunk_width
+        if self.guesses is not None:
+            new = tokens[0].tolist()
+            self.guesses.add(new[: num_new[0]], new[num_new[0] :])
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows alone, and drop the positions that none of them needs."""
@@ -153,7 +167,7 @@ def decode(
     base = loop.passes()
     run = base.run
     lookahead = Lookahead(num_steps or loop.config.max_inner_steps)
-    rows = start(loop, output, range(len(output.prompts)), num_steps or 1)
+    rows = start(loop, output, range(len(output.prompts)), num_steps or 1, base.takes_back)
     while True:
         # No row reads beyond its end, where the base may have no position. What a row reads beyond
         # its chunk is not used.
@@ -183,8 +197,11 @@ def decode(
         yield rows
 
 
-def start(loop: ChunkLoop, output: Output, index: Iterable[int], num_caches: int) -> Rows:
-    """These rows of the output after their prompts, each cache as the base has read them."""
+def start(
+    loop: ChunkLoop, output: Output, index: Iterable[int], num_caches: int, takes_back: bool
+) -> Rows:
+    """These rows of the output after their prompts, each cache as the base has read them; of a
+    single row, with guesses if a pass `takes_back` tokens."""
     index = list(index)
     prompts = [output.prompts[row] for row in index]
     length = torch.tensor([len(ids) - 1 for ids in prompts], device=prompts[0].device)
@@ -194,6 +211,8 @@ def start(loop: ChunkLoop, output: Output, index: Iterable[int], num_caches: int
     rows = Rows(index, cache, [], length, torch.zeros_like(length), ids[:, -1:])
     rows.base = loop.encode(ids[:, :-1], cache, rows.mask(0))
     rows.refined = [rows.base] * num_caches
+    if takes_back and len(index) == 1:
+        rows.guesses = Guesses(prompts[0].tolist())
     return rows
 
 
@@ -205,30 +224,44 @@ def draft(
     sampling: Sampling | None,
     keep_logits: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None], Tensor | None, Pass]:
-    """The base drafts up to `limit` tokens, one at a time.
+    """The base drafts up to `limit` tokens, one a pass, or as many as `rows.guesses` has right.
 
     Returns: tokens [B, L]; of their inputs the top hidden states [B, L, D] and, with `keep_logits`,
         the logits [B, L, V]; with sampling the distributions that the tokens were drawn from
         [B, L, V]; and the pass.
     """
     origin, mask = rows.base, rows.mask(limit)
-    cache, feed = record(origin), rows.last
+    cache, feed, guesses = record(origin), rows.last, rows.guesses
     inputs, tokens, tops, kept, proposals = [], [], [], [], []
+    said: list[int] = []  # the tokens, where there are guesses
     lookahead.start(len(feed))
-    while True:
-        h_top, logits = run(cache, _shortened(mask, limit - len(tokens) - 1), input_ids=feed)
-        inputs.append(feed)
-        if sampling is None:
-            feed = logits[:, -1].argmax(-1, keepdim=True)
-        else:
-            proposals.append(sampling.probabilities(logits))
-            feed = sampling.draw(proposals[-1][:, -1])[:, None]
-        tokens.append(feed)
-        tops.append(h_top)
-        if keep_logits:
-            kept.append(logits)
-        if not lookahead.go_on(logits[:, -1]) or len(tokens) == limit:
-            break
+    going = True
+    while going:
+        guess = [] if guesses is None else guesses.next(said)
+        guess = guess[: limit - len(tokens) - 1]
+        read = torch.cat([feed, feed.new_tensor([guess])], 1) if guess else feed
+        num_read = read.shape[1]
+        h_top, logits = run(cache, _shortened(mask, limit - len(tokens) - num_read), input_ids=read)
+        for i in range(num_read):
+            inputs.append(read[:, i : i + 1])
+            tops.append(h_top[:, i : i + 1])
+            now = logits[:, i : i + 1]
+            if keep_logits:
+                kept.append(now)
+            if sampling is None:
+                feed = now[:, -1].argmax(-1, keepdim=True)
+            else:
+                proposals.append(sampling.probabilities(now))
+                feed = sampling.draw(proposals[-1][:, -1])[:, None]
+            tokens.append(feed)
+            if guesses is not None:
+                said.append(int(feed))
+            going = lookahead.go_on(now[:, -1]) and len(tokens) < limit
+            if not going or i == len(guess) or said[-1] != guess[i]:
+                unread(cache, len(guess) - i)
+                if guesses is not None and guess:
+                    guesses.learn(i)
+                break
 
     def again(n: int) -> Cache:
         cache = fork(origin)
@@ -332,10 +365,7 @@ def _advance(
 ) -> None:
     """Commit the first `num_new[row]` tokens of each row and take the rest out of the caches."""
     rows.base, *rows.refined = (one.first(num_new, tokens.shape[1]) for one in passes)
-    added = torch.tensor(num_new, device=tokens.device)
-    rows.last = tokens.gather(1, added[:, None] - 1)
-    rows.length = rows.length + added
-    rows.done = (rows.done + added) % chunk_width
+    rows.commit(tokens, num_new, chunk_width)
     at_start = rows.done == 0
     if bool(at_start.any()):
         rows.refined = [merge(cache, rows.base, at_start) for cache in rows.refined]

@@ -1,17 +1,24 @@
-"""Short passes of KimiLinear on CPU against the passes of its modules."""
+"""Short passes on CPU against the passes of the modules."""
 
 import pytest
 import torch
 from models import adapted, make_base, make_wrapper, perturb, random_ids
 
 from kimi_recursive.kimi.short_passes import MAX_TOKENS, ShortPasses
+from kimi_recursive.model import passes
 from kimi_recursive.model.cache import fork, record, rewind
+from kimi_recursive.model.passes import FewRows
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}
 
 
 def wrappers():
+    """Each kind of short passes, and what may be in its way."""
     return {
+        "Llama": perturb(make_wrapper(make_base("llama"))),
+        "Qwen": perturb(make_wrapper(make_base("qwen"), layers_to_refine=[1])),
+        "GPT-2": perturb(make_wrapper(make_base("gpt2"))),
+        "Llama with LoRA": adapted(make_base("llama"), layers=[1]),
         "trained cells": perturb(make_wrapper(make_base("kimi"))),
         "two refined layers": perturb(make_wrapper(make_base("kimi"), layers_to_refine=[1, 3])),
         "LoRA and a whole layer": adapted(make_base("kimi"), layers=[1]),
@@ -37,10 +44,14 @@ def all_close(ours, theirs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("num_before_packing", [1, 99], ids=["packed", "not packed"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("num_new", [1, 3, MAX_TOKENS])
-def test_a_short_pass_equals_the_pass_of_the_modules(wrapper, num_new, padded):
-    ids, short = random_ids(2, 9 + num_new), wrapper.passes()
+@pytest.mark.parametrize("num_new", [1, 3, 5, MAX_TOKENS])
+def test_a_short_pass_equals_the_pass_of_the_modules(
+    wrapper, num_new, padded, num_before_packing, monkeypatch
+):
+    monkeypatch.setattr(passes, "PASSES_BEFORE_PACKING", num_before_packing)
+    ids, short = random_ids(1 + padded, 9 + num_new), wrapper.passes()
     mask = torch.ones_like(ids) if padded else None
     if padded:
         mask[1, :4] = 0
@@ -57,6 +68,41 @@ def test_a_short_pass_equals_the_pass_of_the_modules(wrapper, num_new, padded):
             assert found.keys() == states.keys()
             all_close(found.values(), states.values())
     assert all(torch.equal(a, b) for a, b in zip(contents(prefix), before, strict=True))
+
+
+@torch.no_grad()
+def test_fast_products_read_the_present_weights_and_leave_no_trace(monkeypatch):
+    monkeypatch.setattr(passes, "PASSES_BEFORE_PACKING", 1)
+    for kind in ("llama", "gpt2"):
+        wrapper, ids = perturb(make_wrapper(make_base(kind))), random_ids(1, 9)
+        prefix = wrapper.encode(ids[:, :6], wrapper.new_cache())
+        before = wrapper.passes().run(fork(prefix), None, input_ids=ids[:, 6:])[1]
+        wrapper.refine_cells[0].inp.weight.mul_(2)
+        wrapper.base.get_output_embeddings().weight.add_(1)
+        after = wrapper.passes().run(fork(prefix), None, {}, input_ids=ids[:, 6:])
+        all_close(after, wrapper.run_base(fork(prefix), None, {}, input_ids=ids[:, 6:]))
+        assert not torch.allclose(before, after[1])
+        assert not any("forward" in module.__dict__ for module in wrapper.modules())
+    assert make_wrapper(make_base("llama")).passes().run != wrapper.run_base
+    bfloat16 = make_wrapper(make_base("llama").bfloat16())
+    assert bfloat16.passes().run == bfloat16.run_base
+
+
+@torch.no_grad()
+def test_weights_are_packed_once_a_generation_is_long():
+    wrapper = perturb(make_wrapper(make_base("llama")))
+    fast = FewRows(wrapper.base, wrapper.refine_cells, wrapper.run_base)
+
+    def read(num_tokens, times):
+        for _ in range(times):
+            fast.run(wrapper.new_cache(), None, input_ids=random_ids(1, num_tokens))
+        return {linear.packed is not None for linear in fast.linears}
+
+    few = passes.PASSES_BEFORE_PACKING - 1
+    num_layers = len(wrapper.layers)
+    assert len(fast.linears) == 7 * num_layers + 1 + 2 * num_layers, "layers, head and cells"
+    assert read(2, 2 * few) == read(passes.MAX_ROWS + 1, 2 * few) == {False}, "not faster for them"
+    assert read(3, few) == {False} and read(3, 1) == {True}
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Verified generation: exact, its caches too, greedy and sampled."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3NextConfig
 
 from kimi_recursive.kimi.short_passes import ShortPasses
+from kimi_recursive.model.guesses import Guesses
+from kimi_recursive.model.loop import ChunkLoop
 from kimi_recursive.model.output import GenerationStats, Output
 from kimi_recursive.model.verified import decode
 
@@ -120,6 +123,74 @@ def test_no_row_is_read_beyond_the_positions_that_it_needs(seed):
     ids, mask = padded(prompts)
     output = wrapper.generate_chunks(ids, max_new_tokens=9, attention_mask=mask, eos_token_id=[])
     assert_chosen(wrapper, prompts, output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("halting", ["threshold", "expected"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_guesses_save_passes_and_change_no_draft(kind, halting, do_sample, monkeypatch):
+    """Right ones, wrong ones, and ones that are right for a while."""
+    settings = {"halting": halting, "chunk_width": 16, "max_chunk_len": 16}
+    wrapper = perturb(make_wrapper(make_base(kind), **settings), UNEVEN)
+    options = {"max_new_tokens": 24, "eos_token_id": [], "do_sample": do_sample, "seed": 0}
+    passes = []
+    monkeypatch.setattr(
+        type(wrapper), "passes", lambda loop: counted(ChunkLoop.passes(loop), passes)
+    )
+
+    def generate(guess):
+        monkeypatch.setattr(Guesses, "next", guess)
+        passes.clear()
+        output, stats = wrapper.generate_chunks(prompt, return_stats=True, **options)
+        return output, (stats.num_drafted, stats.num_accepted), passes.count("input_ids")
+
+    prompt, draw = random_ids(1, 7), random.Random(kind)
+    plain, drafts, num_plain = generate(lambda _guesses, _drafted: [])
+    text = plain[0].tolist()
+
+    def partly(guesses, drafted):
+        at = len(guesses.text) + len(drafted)
+        right = text[at : at + draw.choice([0, 1, 3])]
+        return [*right, *draw.choices(range(3, 90), k=draw.choice([0, 1, 2]))]
+
+    output, again, num_passes = generate(partly)
+    assert torch.equal(output, plain) and again == drafts
+    assert num_passes < num_plain
+
+
+def counted(passes, names):
+    """The passes, which note what each reads."""
+
+    def run(*args, **inputs):
+        names.extend(inputs)
+        return passes.run(*args, **inputs)
+
+    return replace(passes, run=run)
+
+
+def test_a_guess_is_what_followed_the_same_tokens_last():
+    guesses = Guesses([1, 2, 3, 4, 5, 6, 7, 8, 1, 2])
+    assert guesses.next([]) == [3, 4, 5, 6, 7] and guesses.next([3]) == [4, 5, 6, 7, 8]
+    assert guesses.next([9, 3]) == [4], "of one token that is the same, one token"
+    assert guesses.next([9]) == [] and Guesses([1]).next([]) == []
+    guesses.add([7], [8, 9])
+    assert guesses.next([]) == [8, 9], "what the refined model said behind a rejected token"
+    guesses.add([6, 1, 2], [])
+    assert guesses.text == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 7, 6, 1, 2]
+    assert guesses.next([]) == [7, 6, 1, 2], "the later occurrence"
+
+
+def test_guesses_that_save_nothing_are_made_less_often():
+    guesses, made = Guesses([1, 2, 3, 9, 3, 1, 2]), []
+    for _ in range(60):
+        made.append(len(guesses.next([])))
+        if made[-1]:
+            guesses.learn(0)
+    start = made.index(1)
+    assert set(made[:start]) == {5}, "those after two tokens stop first"
+    assert 0 in made and 1 in made[start:] and 5 in made[start:], "and all are tried again"
+    assert made.count(0) > len(made) / 2
 
 
 def states(cache, length):
@@ -244,11 +315,11 @@ def warped(logits, temperature=1.0, top_p=1.0, top_k=5):
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("passes", ["short passes", "modules"])
-def test_after_generation_the_model_trains_and_its_output_is_a_plain_tensor(passes, request):
-    if passes == "modules":
+@pytest.mark.parametrize("kind", ["kimi", "kimi by modules", "llama", "gpt2"])
+def test_after_generation_the_model_trains_and_its_output_is_a_plain_tensor(kind, request):
+    if kind == "kimi by modules":
         request.getfixturevalue("by_modules")
-    wrapper, ids = perturb(make_wrapper(make_base("kimi"))), random_ids(2, 5)
+    wrapper, ids = perturb(make_wrapper(make_base(kind.split()[0]))), random_ids(2, 5)
     output = wrapper.generate_chunks(ids, max_new_tokens=4)
     assert not output.is_inference()
     wrapper(output).logits.square().mean().backward()
