@@ -30,6 +30,8 @@ TESTS = {
     "model/loop": ["model/test_invariants.py", "model/test_losses.py", "model/test_generate.py"],
     "model/wrapper": ["model/test_invariants.py", "model/test_generate.py"],
     "model/cache": ["model/test_decode.py", "model/test_invariants.py", "model/test_verified.py"],
+    "model/guesses": ["model/test_verified.py"],
+    "model/passes": ["model/test_decode.py"],
     "model/verified": ["model/test_generate.py", "model/test_verified.py"],
     "model/learned": ["model/test_generate.py"],
     "model/generation": ["model/test_generate.py", "model/test_invariants.py"],
