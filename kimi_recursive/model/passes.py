@@ -110,7 +110,7 @@ class _Linear:
         """As that of the module, x [..., in]."""
         weight, bias = self.module.weight, cast("Tensor | None", self.module.bias)
         num_rows = x.numel() // x.shape[-1]
-        if self.packed is not None and PACKED_ROWS <= num_rows <= MAX_ROWS:
+        if self.packed is not None and num_rows >= PACKED_ROWS:
             op = torch.ops.mkldnn._linear_pointwise
             return op(x, self.packed, bias, "none", [], "")
         if num_rows > TRANSPOSED_ROWS:

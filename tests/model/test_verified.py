@@ -179,6 +179,9 @@ def test_a_guess_is_what_followed_the_same_tokens_last():
     guesses.add([6, 1, 2], [])
     assert guesses.text == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 7, 6, 1, 2]
     assert guesses.next([]) == [7, 6, 1, 2], "the later occurrence"
+    for token in (21, 22, 23, 1, 2):
+        guesses.add([token], [])
+    assert guesses.next([]) == [21, 22, 23, 1, 2], "a guess grows with what is committed"
 
 
 def test_guesses_that_save_nothing_are_made_less_often():
