@@ -7,15 +7,22 @@ Kept are problems of at most 112 tokens, the end of the completion included. The
 of config/smollm2.yaml.
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+parser.add_argument("problems", type=argparse.FileType(encoding="utf-8"), help="JSON lines")
+options = parser.parse_args()
+BASE = Path("results/smollm2/base/model")
+if not BASE.is_dir():
+    parser.error(f"{BASE} is missing; docs/gsm8k.md says how to fetch it")
+
 MAX_TOKENS, NUM_TEST, NUM_VALIDATION = 112, 128, 64
-tokenizer = AutoTokenizer.from_pretrained("results/smollm2/base/model")
+tokenizer = AutoTokenizer.from_pretrained(BASE)
 
 
 def num_tokens(problem: dict[str, str]) -> int:
@@ -23,8 +30,7 @@ def num_tokens(problem: dict[str, str]) -> int:
     return sum(len(ids) for ids in tokenizer(texts).input_ids) + 1
 
 
-with open(sys.argv[1], encoding="utf-8") as file:
-    problems = [json.loads(line) for line in file]
+problems = [json.loads(line) for line in options.problems]
 problems = [problem for problem in problems if num_tokens(problem) <= MAX_TOKENS]
 random.Random(0).shuffle(problems)
 parts = {

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 Run = Callable[..., tuple[Tensor, Tensor]]  # as `ChunkLoop.run_base`
-MAX_ROWS = 64  # of a product; beyond them the plain one is as fast
+MAX_ROWS = 64  # of a product; measured up to 32
 TRANSPOSED_ROWS = 4  # up to which `W x^T` is faster than `x W^T`
 PACKED_ROWS = 3  # from which packed weights are faster than the others
 # Packing takes the time that about as many passes save.
@@ -110,10 +110,11 @@ class _Linear:
         """As that of the module, x [..., in]."""
         weight, bias = self.module.weight, cast("Tensor | None", self.module.bias)
         num_rows = x.numel() // x.shape[-1]
-        if self.packed is not None and num_rows >= PACKED_ROWS:
+        same = x.dtype == weight.dtype  # not under autocast
+        if same and self.packed is not None and num_rows >= PACKED_ROWS:
             op = torch.ops.mkldnn._linear_pointwise
             return op(x, self.packed, bias, "none", [], "")
-        if num_rows > TRANSPOSED_ROWS:
+        if not same or not 1 <= num_rows <= TRANSPOSED_ROWS:  # an expert may get no row
             return F.linear(x, weight, bias)
         rows = x.reshape(num_rows, -1).contiguous()
         if num_rows == 1:

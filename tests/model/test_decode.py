@@ -89,6 +89,19 @@ def test_fast_products_read_the_present_weights_and_leave_no_trace(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_rows", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fast_product_takes_no_rows_and_inputs_under_autocast(dtype, num_rows, packed):
+    module = torch.nn.Linear(8, 6)
+    fast, x = passes._Linear(module), torch.randn(num_rows, 8).to(dtype)
+    if packed:
+        fast.pack()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        torch.testing.assert_close(fast.forward(x), module(x))
+
+
+@torch.no_grad()
 def test_weights_are_packed_once_a_generation_is_long():
     wrapper = perturb(make_wrapper(make_base("llama")))
     fast = FewRows(wrapper.base, wrapper.refine_cells, wrapper.run_base)
