@@ -165,7 +165,7 @@ def _notes(ranking: Ranking) -> list[str]:
     num, level = ranking.num_tried, f"{100 * ranking.confidence:.4g} %"
     notes = [
         f"{num} were tried, the config itself among them ({DEFAULT}). A best of {num} is not an "
-        f"effect: among equals, one comes first by chance. So each interval is of {level}: those "
+        f"effect: among equals, one comes first by chance. So each is a {level} interval: those "
         "of all variants against one kind of reference hold together at 95 % (Bonferroni)."
     ]
     first = min(
@@ -175,8 +175,8 @@ def _notes(ranking: Ranking) -> list[str]:
     )
     if first:
         notes.append(
-            f"The validation documents put {first.name} first. They chose it without the test "
-            f"documents, so the row of {first.name} alone is no best of {num}."
+            f"The validation documents put {first.name} first. That choice did not use the test "
+            f"documents, so the row of {first.name} needs no such correction."
         )
     if ranking.too_short:
         names = ", ".join(ranking.too_short)
