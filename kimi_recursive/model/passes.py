@@ -110,11 +110,12 @@ class _Linear:
         """As that of the module, x [..., in]."""
         weight, bias = self.module.weight, cast("Tensor | None", self.module.bias)
         num_rows = x.numel() // x.shape[-1]
-        same = x.dtype == weight.dtype  # not under autocast
-        if same and self.packed is not None and num_rows >= PACKED_ROWS:
+        if x.dtype != weight.dtype or not num_rows:  # autocast; an expert without rows
+            return F.linear(x, weight, bias)
+        if self.packed is not None and num_rows >= PACKED_ROWS:
             op = torch.ops.mkldnn._linear_pointwise
             return op(x, self.packed, bias, "none", [], "")
-        if not same or not 1 <= num_rows <= TRANSPOSED_ROWS:  # an expert may get no row
+        if num_rows > TRANSPOSED_ROWS:
             return F.linear(x, weight, bias)
         rows = x.reshape(num_rows, -1).contiguous()
         if num_rows == 1:
