@@ -15,9 +15,11 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("problems", type=argparse.FileType(encoding="utf-8"), help="JSON lines")
+parser.add_argument("problems", type=Path, help="JSON lines")
 options = parser.parse_args()
 BASE = Path("results/smollm2/base/model")
+if not options.problems.is_file():
+    parser.error(f"{options.problems}: no such file")
 if not BASE.is_dir():
     parser.error(f"{BASE} is missing; docs/gsm8k.md says how to fetch it")
 
@@ -30,8 +32,20 @@ def num_tokens(problem: dict[str, str]) -> int:
     return sum(len(ids) for ids in tokenizer(texts).input_ids) + 1
 
 
-problems = [json.loads(line) for line in options.problems]
-problems = [problem for problem in problems if num_tokens(problem) <= MAX_TOKENS]
+problems = []
+for number, line in enumerate(options.problems.open(encoding="utf-8"), 1):
+    try:
+        problem = json.loads(line)
+        short = num_tokens(problem) <= MAX_TOKENS
+    except (ValueError, KeyError, TypeError) as error:
+        parser.error(f"{options.problems}:{number}: not a problem ({error!r})")
+    if short:
+        problems.append(problem)
+if len(problems) <= NUM_TEST + NUM_VALIDATION:
+    parser.error(
+        f"{options.problems}: {len(problems)} problems of at most {MAX_TOKENS} tokens; "
+        f"more than {NUM_TEST + NUM_VALIDATION} are needed"
+    )
 random.Random(0).shuffle(problems)
 parts = {
     "test": problems[:NUM_TEST],
