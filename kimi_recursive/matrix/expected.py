@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kimi_recursive.matrix.runs import Evaluation, Training, chain, settings_of
+from kimi_recursive.matrix.runs import Evaluation, Training, all_trainings, chain, settings_of
 from kimi_recursive.matrix.settings import (
     GENERATION_KEYS,
     MODEL_KEYS,
@@ -98,14 +98,15 @@ def params_evaluate(config: Config, run: Evaluation) -> dict[str, Any]:
 
 
 def evaluated_depths(config: Config, run: Evaluation) -> list[int]:
-    """Inner steps to score beyond the trained ones, for phase a of the recursive arm alone: does
-    the loop do anything with them?"""
-    if run.stage != Training("recursive", "a", 0, None, variant=run.variant).stage:
+    """Inner steps to score in the recursive arm, also deeper than it is trained: up to twice as
+    many, 4 at least, and as many as the questions of a task need. Other arms: only their own."""
+    training = all_trainings(config).get(run.training or "")
+    if training is None or training.arm != "recursive":
         return []
-    depths = {0, 1, 2, 4, 2 * config.variant(run.variant).recursive.max_inner_steps}
-    if config.corpus.task:  # as deep as its questions
-        depths |= set(range(config.corpus.task.max_hops))
-    return sorted(depths)
+    deepest = max(4, 2 * config.variant(run.variant).recursive.max_inner_steps)
+    if config.corpus.task:
+        deepest = max(deepest, config.corpus.task.max_hops - 1)
+    return list(range(deepest + 1))
 
 
 def upstream(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from kimi_recursive.evaluation.scores import summarize_scores
 from kimi_recursive.files import file_digest
 from kimi_recursive.layout import SIDECAR_NAME, Layout
 from kimi_recursive.matrix.artefacts import model_of
-from kimi_recursive.matrix.expected import for_tasks, upstream
+from kimi_recursive.matrix.expected import evaluated_depths, for_tasks, upstream
 from kimi_recursive.matrix.runs import (
     all_trainings,
     evaluations,
@@ -67,7 +67,7 @@ def make_results(
         arm = by_key[run.training].arm if run.training else None
         of_run = settings.variant(run.variant)
         last = last_step(arm, of_run.recursive.max_inner_steps) if run.seed is not None else 0
-        depths = [0, 1, 2, 4] if run.stage == "finetuned_recursive" else list(range(last + 1))
+        depths = evaluated_depths(settings, run) or list(range(last + 1))
         after = LOSS[arm] if arm else 3.93
         after += (shifts or {}).get(run.variant, 0.0) if arm == "recursive" else 0.0
         documents = make_documents(rng, depths, after, num_documents)

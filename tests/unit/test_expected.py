@@ -58,6 +58,7 @@ def changed(path: str, value) -> set[str]:
 TRAININGS = {key: run.phase for key, run in all_trainings(Config.from_mapping(DEFAULT)).items()}
 OF_A, OF_B, OF_C = ({key for key, phase in TRAININGS.items() if phase == p} for p in "abc")
 EVALUATIONS = set(all_evaluations(Config.from_mapping(DEFAULT)))
+DEEPER = {f"finetuned_recursive{phase}" for phase in ("", "_b", "_c", "_repeat")}
 
 
 @pytest.mark.parametrize("key", ("save_interval", "log_interval"))
@@ -89,7 +90,7 @@ def test_how_often_a_run_is_saved_and_logged_redoes_nothing(section, key):
         ("recursive.commit_threshold", 0.9, EVALUATIONS - {"baseline"}),
         ("recursive.d_state", 4, {"insert_cells"}),
         ("recursive.max_inner_steps", 3, {
-            "insert_cells", *TRAININGS, "finetuned_recursive", "finetuned_recursive_repeat"}),
+            "insert_cells", *TRAININGS, *DEEPER}),
         ("recursive.chunk_width", 32, {"insert_cells", "baseline"}),
         ("evaluation.max_new_tokens", 9, EVALUATIONS | {"compare_zero_init"}),
         ("base.training.lr", 1e-3, EVALUATIONS | {"train_base"}),
@@ -105,6 +106,14 @@ def test_how_often_a_run_is_saved_and_logged_redoes_nothing(section, key):
 )  # fmt: skip
 def test_editing_a_value_redoes_only_what_reads_it(path, value, redone):
     assert changed(path, value) == redone
+
+
+@pytest.mark.parametrize(("trained", "deepest"), [(1, 4), (2, 4), (3, 6)])
+def test_the_recursive_arm_is_scored_at_twice_its_depth_after_each_phase(trained, deepest):
+    config = edited("recursive.max_inner_steps", trained)
+    depths = {n: expected.evaluated_depths(config, r) for n, r in all_evaluations(config).items()}
+    assert {name for name in depths if depths[name]} == DEEPER
+    assert all(depths[name] == list(range(deepest + 1)) for name in DEEPER)
 
 
 def test_the_repeat_comes_and_goes_with_its_own_files_and_redoes_no_other_run():

@@ -99,7 +99,7 @@ def test_the_arms_are_comparable_and_the_verdict_names_each(project):
         assert verdict["verdict"] == expected
     results = json.loads(project.path("results/eval/finetuned_recursive_results.json").read_text())
     steps = [row["step"] for row in results["perplexity"]["by_step"]]
-    assert steps == [0, 1, 2, 4] and results["inner_steps"] == 2
+    assert steps == [0, 1, 2, 3, 4] and results["inner_steps"] == 2
     assert results["perplexity"]["perplexity"] == results["perplexity"]["by_step"][2]["perplexity"]
 
 
