@@ -2,7 +2,9 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -114,6 +116,13 @@ def test_the_recursive_arm_is_scored_at_twice_its_depth_after_each_phase(trained
     depths = {n: expected.evaluated_depths(config, r) for n, r in all_evaluations(config).items()}
     assert {name for name in depths if depths[name]} == DEEPER
     assert all(depths[name] == list(range(deepest + 1)) for name in DEEPER)
+
+
+def test_the_recursive_arm_is_scored_as_deep_as_the_questions_of_a_task_are():
+    config, task = Config.from_mapping(DEFAULT), SimpleNamespace(max_hops=8)
+    config = replace(config, corpus=replace(config.corpus, task=task))
+    run = all_evaluations(config)["finetuned_recursive"]
+    assert expected.evaluated_depths(config, run) == list(range(8))
 
 
 def test_the_repeat_comes_and_goes_with_its_own_files_and_redoes_no_other_run():
